@@ -1,0 +1,73 @@
+"""The agent contract."""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import gymnasium
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
+
+from ..types import AnyArray, Decision, Memory, Rollout
+
+
+class Agent(eqx.Module):
+    """An immutable PyTree that acts, and that learns by giving back another one.
+
+    **Attributes:**
+
+    - `observation_space`, `action_space`: Gymnasium spaces of one lane.
+    - `rollout_length`: `T`, the steps per lane that one `update` learns from.
+    - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
+    - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
+    - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
+    """
+
+    observation_space: AbstractVar[gymnasium.Space]
+    action_space: AbstractVar[gymnasium.spaces.Discrete]
+    rollout_length: AbstractVar[int]
+    num_members: AbstractVar[int | None]
+    env_steps: AbstractVar[Shaped[AnyArray, "*S"]]
+    schedule_steps: AbstractVar[Float[AnyArray, "*S"]]
+
+    @abc.abstractmethod
+    def initial_memory(self, num_envs: int) -> Memory:
+        """Memory for `num_envs` lanes at the start of an episode; `None` without memory."""
+
+    @abc.abstractmethod
+    def act(
+        self,
+        obs: Shaped[AnyArray, "..."],
+        memory: Memory = None,
+        *,
+        first: Bool[AnyArray, "..."] | None = None,
+        action_mask: Bool[AnyArray, "..."] | None = None,
+        epsilon: Float[AnyArray, "..."] | float | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Decision:
+        """Chooses an action for one observation, or for one per lane.
+
+        **Arguments:**
+
+        - `obs`: with or without a lane axis; NumPy or JAX.
+        - `memory`: from the decision before, or from `initial_memory`.
+        - `first`: where an episode starts, so that memory is reset.
+        - `action_mask`: legal actions.
+        - `epsilon`: probability of a random legal action; by default the schedule's.
+        - `key`: randomness. Without it the choice is greedy.
+        """
+
+    @abc.abstractmethod
+    def update(
+        self, rollout: Rollout, *, key: PRNGKeyArray
+    ) -> tuple["Agent", dict[str, Float[Array, "..."]]]:
+        """Learns from a rollout.
+
+        **Returns:** the new agent, and named scalars (one per member in a population).
+        """
+
+    @abc.abstractmethod
+    def measure(
+        self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout
+    ) -> PyTree[Array]:
+        """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""

@@ -1,0 +1,84 @@
+"""The small types that environments, agents and loops share.
+
+Shapes: `N` lanes (parallel environments), `M` agents of a team, `A` actions, `T` steps.
+A leading time axis stands before the lane axis wherever steps are stacked.
+"""
+
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
+
+AnyArray: TypeAlias = jax.Array | np.ndarray
+Memory: TypeAlias = PyTree[AnyArray] | None
+
+
+class Episode(eqx.Module):
+    """Statistics of the game's own episode: unclipped rewards, lost lives do not end it.
+
+    `returns` and `length` run along with the episode, and are those of the whole episode
+    where `ended`. `metrics` holds what a suite adds (a won battle, achievements), by name.
+    """
+
+    ended: Bool[AnyArray, "*lanes"]
+    returns: Float[AnyArray, "*lanes"]
+    length: Int[AnyArray, "*lanes"]
+    metrics: dict[str, Shaped[AnyArray, "*lanes"]] = eqx.field(default_factory=dict)
+
+
+class TimeStep(eqx.Module):
+    """What an environment says after `reset` or `step`.
+
+    Boundaries follow one rule, next-step reset: where `terminated` or `truncated`, `obs` is the
+    true final observation; the next step ignores the action, resets the lane, and returns the
+    first observation of the new episode with `first`, a reward of 0 and both flags down. The
+    transition into a `first` timestep never happened, and must be masked out of learning.
+    """
+
+    obs: Shaped[AnyArray, "*lanes_and_obs"]
+    reward: Float[AnyArray, "*lanes"]
+    terminated: Bool[AnyArray, "*lanes"]
+    truncated: Bool[AnyArray, "*lanes"]
+    first: Bool[AnyArray, "*lanes"]
+    episode: Episode
+    action_mask: Bool[AnyArray, "*lanes_and_actions"] | None = None
+    agent_mask: Bool[AnyArray, "*lanes M"] | None = None
+    agent_reward: Float[AnyArray, "*lanes M"] | None = None
+
+    @property
+    def ended(self) -> Bool[AnyArray, "*lanes"]:
+        """Whether the episode ended here, by the task or by a limit."""
+        return self.terminated | self.truncated
+
+
+class Decision(eqx.Module):
+    """What an agent does: the action, the greedy value max_a Q (legal actions only), its memory."""
+
+    action: Int[AnyArray, "*lanes"]
+    value: Float[AnyArray, "*lanes"]
+    memory: Memory = None
+
+
+class Rollout(eqx.Module):
+    """`T` steps of `N` lanes to learn from.
+
+    **Fields:**
+
+    - `timesteps`: stacked `[T+1, N, ...]`; `timesteps[t + 1]` is what `actions[t]` led to.
+    - `actions`: `[T, N]`, or `[T, N, M]` for a team.
+    - `memory`: the agent's memory before `timesteps[0]`; `None` where it has none.
+    - `values`: `[T, N]`, the `Decision.value` that acting computed at `timesteps[:T]`; where it
+        is `None`, `update` computes it anew.
+    """
+
+    timesteps: TimeStep
+    actions: Int[AnyArray, "T *lanes"]
+    memory: Memory = None
+    values: Float[AnyArray, "T *lanes"] | None = None
+
+    @property
+    def real(self) -> Bool[AnyArray, "T *lanes"]:
+        """Which of the `T` transitions happened: all but those into a `first` timestep."""
+        return ~self.timesteps.first[1:]

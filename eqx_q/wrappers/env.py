@@ -1,0 +1,68 @@
+"""The environment contract."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import numpy as np
+from equinox import AbstractVar
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+
+from ..types import TimeStep
+
+
+class Env(eqx.Module):
+    """A vectorised environment as a pair of pure functions over `num_envs` lanes.
+
+    `reset` and `step` keep the boundary rule of [`eqx_q.types.TimeStep`][]: next-step reset.
+    Both work inside `jit` and `scan`.
+
+    **Attributes:**
+
+    - `observation_space`, `action_space`: Gymnasium spaces of *one* lane (of one agent of it).
+    - `num_envs`: lanes.
+    - `num_agents`: `None`, or `M` for a team.
+    - `on_host`: whether the environment lives outside JAX (an emulator, a Python object). Then its
+        state is only a token that orders the calls: it cannot be vmapped, copied or saved.
+    - `max_episode_steps`: the longest an episode can be, where that is known.
+    """
+
+    observation_space: AbstractVar[gymnasium.Space]
+    action_space: AbstractVar[gymnasium.spaces.Discrete]
+    num_envs: AbstractVar[int]
+    num_agents: AbstractVar[int | None]
+    on_host: AbstractVar[bool]
+    max_episode_steps: AbstractVar[int | None]
+
+    @abc.abstractmethod
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
+        """Starts an episode in every lane.
+
+        **Returns:** the environment's state, and a timestep with `first` everywhere.
+        """
+
+    @abc.abstractmethod
+    def step(
+        self, state: PyTree, action: Int[Array, "N *M"], key: PRNGKeyArray
+    ) -> tuple[PyTree, TimeStep]:
+        """Acts in every lane; resets a lane instead where its episode ended in the step before."""
+
+    @abc.abstractmethod
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "Env":
+        """Another environment of the same kind, sharing nothing that changes with this one.
+
+        **Arguments:**
+
+        - `num_envs`: its lanes.
+        - `seed`: for emulators, which are seeded when they are made.
+        - `options`: suite options that replace those this environment was made with.
+        """
+
+    @abc.abstractmethod
+    def render(self, state: PyTree, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
+        """A picture of one lane, or `None` where the suite cannot draw."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Frees what the environment holds outside JAX."""
