@@ -1,0 +1,36 @@
+"""Choosing actions from Q-values."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def legal(
+    q_values: Float[Array, "*lanes A"], action_mask: Bool[Array, "*lanes A"] | None
+) -> Float[Array, "*lanes A"]:
+    """Q-values with illegal actions at -inf."""
+    return q_values if action_mask is None else jnp.where(action_mask, q_values, -jnp.inf)
+
+
+def epsilon_greedy(
+    q_values: Float[Array, "*lanes A"],
+    epsilon: Float[Array, ""] | float,
+    key: PRNGKeyArray,
+    action_mask: Bool[Array, "*lanes A"] | None = None,
+) -> Int[Array, "*lanes"]:
+    """With probability `epsilon` an action drawn uniformly from the legal ones, else the best.
+
+    `q_values` of illegal actions must be -inf already (see `legal`).
+    """
+    *lanes, num_actions = q_values.shape
+    greedy = jnp.argmax(q_values, axis=-1)
+    if action_mask is None:
+        # One draw for both questions: whether to explore, and what.
+        explore, choice = jax.random.uniform(key, (2, *lanes))
+        random = jnp.floor(choice * num_actions).astype(greedy.dtype)
+    else:
+        explore_key, choice_key = jax.random.split(key)
+        explore = jax.random.uniform(explore_key, lanes)
+        choice = jax.random.uniform(choice_key, q_values.shape)
+        random = jnp.argmax(jnp.where(action_mask, choice, -1.0), axis=-1)
+    return jnp.where(explore < epsilon, random, greedy)

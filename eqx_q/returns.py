@@ -1,0 +1,49 @@
+"""Targets of temporal-difference learning, as pure functions over time-major arrays."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def q_lambda(
+    reward: Float[Array, "T *lanes"],
+    terminated: Bool[Array, "T *lanes"],
+    truncated: Bool[Array, "T *lanes"],
+    next_value: Float[Array, "T *lanes"],
+    *,
+    discount: Float[Array, ""] | float,
+    lambda_: Float[Array, ""] | float,
+) -> Float[Array, "T *lanes"]:
+    """Q(λ) targets (Peng & Williams 1996; PQN, Gallici et al. 2024, §3).
+
+        G_t = r_t + γ (1 - terminated_t) [(1 - λ c_t) next_value_t + λ c_t G_{t+1}]
+
+    with c_t = 0 where the episode terminated or was truncated, and at the last step; else 1.
+
+    **Arguments:**
+
+    - `reward`, `terminated`, `truncated`: what step `t` led to.
+    - `next_value`: max_a Q at the observation that step `t` led to: at a truncation, that is the
+        episode's true final observation.
+    - `discount`: γ.
+    - `lambda_`: λ.
+
+    A step that resets a lane is no transition: its own target means nothing and must be masked,
+    but no other target depends on it, since the step before it has c = 0.
+    """
+    continues = ~(terminated | truncated)
+    trace = lambda_ * continues.astype(reward.dtype).at[-1].set(0)
+    bootstrap = discount * ~terminated
+    # G_t = offset_t + factor_t G_{t+1}: all but the recurrence is done outside the scan.
+    offset = reward + bootstrap * (1 - trace) * next_value
+    factor = bootstrap * trace
+
+    def backwards(target, step):
+        offset, factor = step
+        target = offset + factor * target
+        return target, target
+
+    _, targets = jax.lax.scan(
+        backwards, jnp.zeros_like(reward[0]), (offset, factor), reverse=True, unroll=8
+    )
+    return targets
