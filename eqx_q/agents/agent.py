@@ -67,7 +67,5 @@ class Agent(eqx.Module):
         """
 
     @abc.abstractmethod
-    def measure(
-        self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout
-    ) -> PyTree[Array]:
+    def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
