@@ -1,5 +1,8 @@
 """Errors that a user can mend. Their message is one line that says how."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UsageError(ValueError):
     """Something the caller gave is wrong; the message names the mend."""
@@ -21,3 +24,14 @@ class DivergedError(UsageError):
 
 class CorruptFileError(UsageError):
     """A file of ours is damaged or is not ours."""
+
+
+class UnknownNameError(UsageError):
+    """A name that is not one of the known ones; the message names the nearest of those."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        lower = {one.lower(): one for one in sorted(known)}
+        near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+        shown = [lower[one] for one in near] or list(lower.values())[:40]
+        hint = "the nearest are" if near else "known are"
+        super().__init__(f"unknown {kind} '{name}': {hint} {', '.join(shown) or 'none'}")

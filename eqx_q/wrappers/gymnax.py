@@ -1,0 +1,194 @@
+"""gymnax: classic control, MinAtar, bsuite and more, in JAX (github.com/RobertTLange/gymnax)."""
+
+import dataclasses
+import functools
+import inspect
+import pickle
+from typing import Any
+
+import equinox as eqx
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium.spaces import Box as GymnasiumBox, Discrete as GymnasiumDiscrete
+from gymnax.environments import spaces
+from gymnax.environments.environment import Environment
+from gymnax.registration import registered_envs
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
+
+from ..errors import UnknownNameError, UsageError
+from ..spaces import Box, Discrete
+from ..types import TimeStep
+from . import autoreset
+from .autoreset import LaneState, LaneStep
+from .env import Env
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Game:
+    """A gymnax environment with its parameters.
+
+    Hashed by identity, and shared by equal calls of `make`: what is compiled for one serves all.
+    Parameters are constants of the compiled code.
+
+    **Attributes:**
+
+    - `source`, `options`: what it was made from.
+    - `observation_space`: without bounds, since those that gymnax declares do not hold in several
+        of its environments, nor do some of its shapes and types.
+    """
+
+    source: Any
+    options: dict[str, Any]
+    env: Environment
+    params: Any
+    observation_space: Box = dataclasses.field(init=False)
+    action_space: Discrete = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        if not _is_discrete(self.env, self.params):
+            raise UsageError(
+                f"{self.env.name} has continuous actions: Q-learning needs discrete ones"
+            )
+        key = jax.random.key(0)
+        state, first = jax.eval_shape(self.reset, key)
+        _, later = jax.eval_shape(self.step, state, jnp.int32(0), key)
+        if first.obs.shape != later.obs.shape:
+            raise UsageError(
+                f"{self.env.name} gives observations of shape {first.obs.shape} after reset, "
+                f"but {later.obs.shape} after step: they must be the same"
+            )
+        box = GymnasiumBox(-np.inf, np.inf, first.obs.shape, np.float32)
+        object.__setattr__(self, "observation_space", Box(box))
+        object.__setattr__(
+            self, "action_space", Discrete(GymnasiumDiscrete(int(self.env.num_actions)))
+        )
+
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, LaneStep]:
+        """Starts an episode in one lane."""
+        obs, state = self.env.reset_env(key, self.params)
+        no = jnp.array(False)
+        return state, LaneStep(self._observe(obs), jnp.array(0.0), no, no)
+
+    def step(
+        self, state: PyTree, action: Int[Array, ""], key: PRNGKeyArray
+    ) -> tuple[PyTree, LaneStep]:
+        """Acts in one lane. Not gymnax's `step`, which resets at once and hides where it did."""
+        obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
+        truncated = self.env.is_truncated(state, self.params)
+        reward = jnp.asarray(reward, jnp.float32)
+        return state, LaneStep(self._observe(obs), reward, terminated, truncated)
+
+    def _observe(self, obs: Any) -> Float[Array, "*obs"]:
+        """As `float32`; one-hot where gymnax gives an index."""
+        if not isinstance(obs, jax.Array):
+            raise UsageError(f"{self.env.name} must observe one array, not a {type(obs).__name__}")
+        space = self.env.observation_space(self.params)
+        if isinstance(space, spaces.Discrete):
+            return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
+        return obs.astype(jnp.float32)
+
+
+class GymnaxEnv(Env):
+    """Lanes of one gymnax environment."""
+
+    game: Game = eqx.field(static=True)
+    num_envs: int = eqx.field(static=True)
+    num_agents: None = eqx.field(static=True, default=None)
+    on_host: bool = eqx.field(static=True, default=False)
+
+    @property
+    def observation_space(self) -> Box:
+        """Of one lane."""
+        return self.game.observation_space
+
+    @property
+    def action_space(self) -> Discrete:
+        """Of one lane."""
+        return self.game.action_space
+
+    @property
+    def max_episode_steps(self) -> int:
+        """The time limit, at which episodes are truncated."""
+        return int(self.game.params.max_steps_in_episode)
+
+    def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
+        return autoreset.reset(self.game.reset, key, self.num_envs)
+
+    def step(
+        self, state: LaneState, action: Int[Array, " N"], key: PRNGKeyArray
+    ) -> tuple[LaneState, TimeStep]:
+        return autoreset.step(self.game.reset, self.game.step, state, action, key)
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "GymnaxEnv":
+        if not options:
+            return GymnaxEnv(self.game, num_envs)
+        return make(self.game.source, num_envs, seed=seed, **(self.game.options | options))
+
+    def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def ids() -> list[str]:
+    """All of gymnax but what has continuous actions, and MNISTBandit, which needs a download."""
+    names = [name for name in registered_envs if name != "MNISTBandit-bsuite"]
+    return [name for name in names if _is_discrete(*_default(name))]
+
+
+def accepts(source: Any) -> bool:
+    """Whether `source` is a gymnax environment, or a pair of one and its parameters."""
+    if isinstance(source, tuple) and len(source) == 2:
+        source = source[0]
+    return isinstance(source, Environment)
+
+
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> GymnaxEnv:
+    """Makes lanes of a gymnax environment.
+
+    **Arguments:**
+
+    - `source`: a name, a gymnax environment, or a pair of one and its parameters.
+    - `num_envs`: lanes.
+    - `seed`: unused: all randomness is that of the keys.
+    - `options`: arguments of the environment's constructor, and fields of its parameters
+        (`max_steps_in_episode` is one of nearly all).
+    """
+    del seed
+    if isinstance(source, str):
+        if source not in registered_envs:
+            raise UnknownNameError("gymnax environment", source, ids())
+        # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
+        return GymnaxEnv(_named_game(source, pickle.dumps(sorted(options.items()))), num_envs)
+    env, params = source if isinstance(source, tuple) else (source, source.default_params)
+    return GymnaxEnv(Game(source, options, env, _replace(params, options)), num_envs)
+
+
+@functools.cache
+def _named_game(name: str, pickled_options: bytes) -> Game:
+    options = dict(pickle.loads(pickled_options))
+    arguments = inspect.signature(type(_default(name)[0])).parameters
+    constructor = {key: options[key] for key in options if key in arguments}
+    rest = {key: options[key] for key in options if key not in arguments}
+    env, params = gymnax.make(name, **constructor) if constructor else _default(name)
+    return Game(name, options, env, _replace(params, rest, tuple(arguments)))
+
+
+@functools.cache
+def _default(name: str) -> tuple[Environment, Any]:
+    return gymnax.make(name)
+
+
+def _is_discrete(env: Environment, params: Any) -> bool:
+    return isinstance(env.action_space(params), spaces.Discrete)
+
+
+def _replace(params: Any, options: dict[str, Any], also_known: tuple[str, ...] = ()) -> Any:
+    fields = [field.name for field in dataclasses.fields(params)]
+    for name in options:
+        if name not in fields:
+            raise UnknownNameError("option", name, [*fields, *also_known])
+    return params.replace(**options)

@@ -1,0 +1,79 @@
+"""Environments by name: `make("suite/name", num_envs)`."""
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ..errors import MissingExtraError, UnknownNameError, UsageError
+from .env import Env
+
+
+class Suite(NamedTuple):
+    """Where a suite lives, the package it needs, and the extra that installs it.
+
+    The module has
+
+    - `ids() -> list[str]`: the names it knows;
+    - `accepts(source) -> bool`: whether it can wrap this object of the caller's own;
+    - `make(source, num_envs, *, seed, **options) -> Env`: from a name or such an object.
+    """
+
+    module: str
+    package: str
+    extra: str | None
+
+
+# To add a suite: one file, and one line here.
+SUITES = {
+    "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
+}
+
+
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
+    """Makes a vectorised environment.
+
+    **Arguments:**
+
+    - `source`: `"suite/name"`, or one's own: a gymnax environment, a pair of it and its
+        parameters, or a function that returns a `gymnasium.Env`.
+    - `num_envs`: lanes.
+    - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
+    - `options`: of the suite.
+
+    **Raises:** `UsageError` for what is unknown or cannot be done, with what would have been right.
+    """
+    if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+        raise UsageError(f"num_envs is {num_envs!r}: give a whole number of lanes, 1 or more")
+    if isinstance(source, str):
+        suite, slash, name = source.partition("/")
+        if not slash:
+            raise UsageError(
+                f"'{source}' names no suite: write 'suite/name', for example 'gymnax/CartPole-v1'"
+            )
+        if suite not in SUITES:
+            raise UnknownNameError("suite", suite, SUITES)
+        return _load(suite).make(name, num_envs, seed=seed, **options)
+    for name, suite in SUITES.items():
+        # Whoever holds an object of a package has imported it: no other need be.
+        if suite.package in sys.modules and _load(name).accepts(source):
+            return _load(name).make(source, num_envs, seed=seed, **options)
+    raise UsageError(
+        f"cannot make an environment of {source!r}: give 'suite/name', a gymnax environment "
+        "(alone or with its parameters), or a function that returns a gymnasium.Env"
+    )
+
+
+def env_ids(suite: str) -> list[str]:
+    """The names that a suite knows, each as `make` takes it."""
+    if suite not in SUITES:
+        raise UnknownNameError("suite", suite, SUITES)
+    return [f"{suite}/{name}" for name in _load(suite).ids()]
+
+
+def _load(name: str) -> ModuleType:
+    suite = SUITES[name]
+    if suite.extra is not None and importlib.util.find_spec(suite.package) is None:
+        raise MissingExtraError(suite.package, suite.extra)
+    return importlib.import_module(suite.module, __package__)
