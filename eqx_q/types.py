@@ -4,6 +4,7 @@ Shapes: `N` lanes (parallel environments), `M` agents of a team, `A` actions, `T
 A leading time axis stands before the lane axis wherever steps are stacked.
 """
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import equinox as eqx
@@ -52,6 +53,34 @@ class TimeStep(eqx.Module):
         """Whether the episode ended here, by the task or by a limit."""
         return self.terminated | self.truncated
 
+    @classmethod
+    def initial(
+        cls, obs: Shaped[AnyArray, "N *obs"], action_mask: Bool[AnyArray, "N A"] | None = None
+    ) -> "TimeStep":
+        """What a loop of somebody's own sees after it has reset every lane."""
+        no, zero = np.zeros(obs.shape[0], bool), np.zeros(obs.shape[0], np.float32)
+        return cls(obs, zero, no, no, ~no, Episode(no, zero, zero.astype(np.int32)), action_mask)
+
+    def then(
+        self,
+        obs: Shaped[AnyArray, "N *obs"],
+        reward: Shaped[AnyArray, " N"],
+        terminated: Bool[AnyArray, " N"],
+        truncated: Bool[AnyArray, " N"],
+        action_mask: Bool[AnyArray, "N A"] | None = None,
+    ) -> "TimeStep":
+        """What such a loop sees a step later, where lanes reset in the step after they ended.
+
+        That is what Gymnasium's vector environments do by default (`AutoresetMode.NEXT_STEP`).
+        """
+        first = self.ended
+        reward, terminated = np.float32(reward) * ~first, terminated & ~first
+        truncated = truncated & ~terminated & ~first
+        returns = (self.episode.returns + reward) * ~first
+        length = (self.episode.length + 1) * ~first
+        episode = Episode(terminated | truncated, returns, length)
+        return TimeStep(obs, reward, terminated, truncated, first, episode, action_mask)
+
 
 class Decision(eqx.Module):
     """What an agent does: the action, the greedy value max_a Q (legal actions only), its memory."""
@@ -77,6 +106,13 @@ class Rollout(eqx.Module):
     actions: Int[AnyArray, "T *lanes"]
     memory: Memory = None
     values: Float[AnyArray, "T *lanes"] | None = None
+
+    @classmethod
+    def stack(
+        cls, timesteps: Sequence[TimeStep], actions: Sequence[AnyArray], memory: Memory = None
+    ) -> "Rollout":
+        """A rollout of `T + 1` timesteps and the `T` actions taken between them."""
+        return cls(jax.tree.map(lambda *x: np.stack(x), *timesteps), np.stack(actions), memory)
 
     @property
     def real(self) -> Bool[AnyArray, "T *lanes"]:

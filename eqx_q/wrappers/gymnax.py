@@ -95,8 +95,14 @@ class GymnaxEnv(Env):
 
     game: Game = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
-    num_agents: None = eqx.field(static=True, default=None)
-    on_host: bool = eqx.field(static=True, default=False)
+    num_agents: None = eqx.field(static=True)
+    on_host: bool = eqx.field(static=True)
+
+    def __init__(self, game: Game, num_envs: int):
+        self.game = game
+        self.num_envs = num_envs
+        self.num_agents = None
+        self.on_host = False
 
     @property
     def observation_space(self) -> Box:
