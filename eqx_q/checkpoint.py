@@ -2,7 +2,7 @@
 
 A file is a line of magic, a JSON header that `head -c 2000` shows, and the arrays' bytes:
 
-    eqx_q-file 0001 0000012345 <SHA-256 of the header>\\n
+    eqx_q-file 0001 0000012345 <SHA-256 of the header>
     {"versions": …, "payload": {"bytes": …, "sha256": …},
      "arrays": [{"path", "kind", "dtype", "shape", "offset"}, …],
      "tree": …}
@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from . import spaces
 from .errors import CorruptFileError, UsageError
 
 _FORMAT = 1
@@ -274,11 +275,13 @@ class _Encoder:
         if isinstance(node, np.dtype):
             return {"dtype": node.name}
         kind = type(node).__name__
-        if kind in _SPACE_ARGUMENTS and type(node) is getattr(gymnasium.spaces, kind):
+        hashable = type(node) in (spaces.Box, spaces.Discrete)
+        if kind in _SPACE_ARGUMENTS and (hashable or type(node) is getattr(gymnasium.spaces, kind)):
             arguments = {name: getattr(node, name) for name in _SPACE_ARGUMENTS[kind]}
             if kind == "Dict":  # which sorts a dict, and keeps the order of pairs
                 arguments = {"spaces": list(node.spaces.items())}
-            return {"space": kind, "arguments": self._fields(arguments, where)}
+            arguments = self._fields(arguments, where)
+            return {"space": kind, "hashable": hashable, "arguments": arguments}
         if isinstance(node, enum.Enum):
             return {"enum": _reference(type(node), where), "name": node.name}
         if isinstance(node, functools.partial):
@@ -346,8 +349,11 @@ class _Decoder:
                 return self._array(self._table[index])
             case {"dtype": name}:
                 return _dtype(name)
-            case {"space": name, "arguments": arguments} if name in _SPACE_ARGUMENTS:
-                return getattr(gymnasium.spaces, name)(**self._fields(arguments))
+            case {"space": kind, "hashable": hashable, "arguments": arguments} if (
+                kind in _SPACE_ARGUMENTS
+            ):
+                space = getattr(gymnasium.spaces, kind)(**self._fields(arguments))
+                return getattr(spaces, kind)(space) if hashable else space
             case {"enum": reference, "name": name}:
                 return self._class(reference, enum.Enum)[name]
             case {"partial": parts}:
