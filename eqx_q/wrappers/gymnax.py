@@ -94,30 +94,21 @@ class GymnaxEnv(Env):
     """Lanes of one gymnax environment."""
 
     game: Game = eqx.field(static=True)
+    observation_space: Box = eqx.field(static=True)
+    action_space: Discrete = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
+    max_episode_steps: int = eqx.field(static=True)
 
     def __init__(self, game: Game, num_envs: int):
         self.game = game
+        self.observation_space = game.observation_space
+        self.action_space = game.action_space
         self.num_envs = num_envs
         self.num_agents = None
         self.on_host = False
-
-    @property
-    def observation_space(self) -> Box:
-        """Of one lane."""
-        return self.game.observation_space
-
-    @property
-    def action_space(self) -> Discrete:
-        """Of one lane."""
-        return self.game.action_space
-
-    @property
-    def max_episode_steps(self) -> int:
-        """The time limit, at which episodes are truncated."""
-        return int(self.game.params.max_steps_in_episode)
+        self.max_episode_steps = int(game.params.max_steps_in_episode)
 
     def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
         return autoreset.reset(self.game.reset, key, self.num_envs)

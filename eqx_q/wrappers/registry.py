@@ -28,6 +28,7 @@ class Suite(NamedTuple):
 # To add a suite: one file, and one line here.
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
+    "envpool": Suite(".envpool", "envpool", "atari"),
 }
 
 
