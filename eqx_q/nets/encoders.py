@@ -1,0 +1,224 @@
+"""Encoders: from observations (channels last) to features `[B, features]`.
+
+Each is a function of the shape of one observation that composes layers. The defaults of `init`
+are those of the published code of each.
+"""
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from ..errors import UsageError
+from .layers import (
+    AbstractLayer,
+    Activation,
+    Conv,
+    Flatten,
+    Linear,
+    MaxPool,
+    Padding,
+    Product,
+    Residual,
+    Sequential,
+    make_norm,
+    output_shape,
+)
+
+Shape = tuple[int, ...]
+
+
+def _image_shape(shape: Shape, smallest: int) -> Shape:
+    if len(shape) != 3 or min(shape[:2]) < smallest:
+        raise UsageError(
+            f"this network needs images of at least {smallest} x {smallest} x channels, got "
+            f"observations of shape {shape} (channels last): use network 'mlp' or 'auto'"
+        )
+    return shape
+
+
+def _dense(
+    layers: list[AbstractLayer],
+    shape: Shape,
+    sizes: tuple[int, ...],
+    *,
+    norm: str,
+    activation: str,
+    init: str,
+    key: PRNGKeyArray,
+) -> Sequential:
+    """`layers`, flattened, then linear layers of `sizes`, each normalised and activated."""
+    layers = [*layers, Flatten()]
+    (inputs,) = output_shape(Sequential(tuple(layers)), shape)
+    for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
+        layers += [
+            Linear(inputs, size, key=k, init=init),
+            make_norm(norm, (size,)),
+            Activation(activation),
+        ]
+        inputs = size
+    return Sequential(tuple(layers))
+
+
+def mlp(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (256, 256),
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "lecun_normal",
+) -> Sequential:
+    """A multilayer perceptron over the flattened observation (purejaxql's `pqn_gymnax`)."""
+    return _dense([], shape, hidden_sizes, norm=norm, activation=activation, init=init, key=key)
+
+
+def _convolutional(
+    shape: Shape,
+    convolutions: tuple[tuple[int, int, int], ...],
+    hidden_sizes: tuple[int, ...],
+    *,
+    key: PRNGKeyArray,
+    padding: Padding,
+    norm: str,
+    activation: str,
+    init: str,
+) -> Sequential:
+    """Convolutions (window, stride, channels), then linear layers."""
+    dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
+    layers: list[AbstractLayer] = []
+    for (window, stride, channels), k in zip(convolutions, keys, strict=True):
+        inputs = output_shape(Sequential(tuple(layers)), shape)[-1]
+        layers.append(Conv(inputs, channels, window, stride, padding, key=k, init=init))
+        layers.append(make_norm(norm, output_shape(Sequential(tuple(layers)), shape)))
+        layers.append(Activation(activation))
+    return _dense(
+        layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
+    )
+
+
+def minatar_cnn(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (128,),
+    channels: int = 16,
+    padding: Padding = "VALID",
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "he_normal",
+) -> Sequential:
+    """One 3 × 3 convolution and a linear layer (Young & Tian 2019; purejaxql's `pqn_minatar`)."""
+    return _convolutional(
+        _image_shape(shape, 3),
+        ((3, 1, channels),),
+        hidden_sizes,
+        key=key,
+        padding=padding,
+        norm=norm,
+        activation=activation,
+        init=init,
+    )
+
+
+def nature_cnn(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (512,),
+    padding: Padding = "VALID",
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "he_normal",
+) -> Sequential:
+    """Three convolutions and a linear layer (Mnih et al. 2015, Methods)."""
+    return _convolutional(
+        _image_shape(shape, 36),
+        ((8, 4, 32), (4, 2, 64), (3, 1, 64)),
+        hidden_sizes,
+        key=key,
+        padding=padding,
+        norm=norm,
+        activation=activation,
+        init=init,
+    )
+
+
+def impala(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (256,),
+    channels: tuple[int, ...] = (16, 32, 32),
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "he_normal",
+) -> Sequential:
+    """The residual network of IMPALA (Espeholt et al. 2018, Figure 3, right).
+
+    The paper has no normalisation (`norm="none"`); here one stands before each activation.
+    """
+    height, width, inputs = _image_shape(shape, 8)
+    dense_key, *keys = jax.random.split(key, 1 + len(channels))
+    layers: list[AbstractLayer] = []
+    for size, section_key in zip(channels, keys, strict=True):
+        first_key, *block_keys = jax.random.split(section_key, 5)
+        height, width = -(-height // 2), -(-width // 2)
+        layers.append(Conv(inputs, size, 3, padding="SAME", key=first_key, init=init))
+        layers.append(MaxPool(3, 2))
+        halves = [
+            (
+                make_norm(norm, (height, width, size)),
+                Activation(activation),
+                Conv(size, size, 3, padding="SAME", key=k, init=init),
+            )
+            for k in block_keys
+        ]
+        for first, second in (halves[:2], halves[2:]):
+            layers.append(Residual(Sequential((*first, *second))))
+        inputs = size
+    layers += [make_norm(norm, (height, width, inputs)), Activation(activation)]
+    return _dense(
+        layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
+    )
+
+
+def hadamax(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (512,),
+    norm: str = "layer_norm",
+    activation: str = "gelu",
+    init: str = "xavier_normal",
+    dense_init: str = "he_normal",
+) -> Sequential:
+    """The Hadamax encoder (Kooi et al. 2025, arXiv 2505.15345, §4 and Appendix B).
+
+    Each of the three blocks multiplies two normalised, activated convolutions of stride 1 and
+    takes the maximum over windows, where the Nature CNN has one convolution with a stride.
+    """
+    height, width, inputs = _image_shape(shape, 8)
+    dense_key, *keys = jax.random.split(key, 4)
+    layers: list[AbstractLayer] = []
+    blocks = ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1))
+    for (window, size, pool, stride), block_key in zip(blocks, keys, strict=True):
+        branches = [
+            Sequential(
+                (
+                    Conv(inputs, size, window, padding="SAME", key=k, init=init),
+                    make_norm(norm, (height, width, size)),
+                    Activation(activation),
+                )
+            )
+            for k in jax.random.split(block_key)
+        ]
+        layers += [Product(*branches), MaxPool(pool, stride)]
+        height, width, inputs = -(-height // stride), -(-width // stride), size
+    return _dense(
+        layers,
+        shape,
+        hidden_sizes,
+        norm=norm,
+        activation=activation,
+        init=dense_init if init == "xavier_normal" else init,
+        key=dense_key,
+    )

@@ -1,0 +1,81 @@
+"""Networks without memory, and people's own modules as networks."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, PyTree, Shaped
+
+from ..errors import UsageError
+from ..types import Memory
+from .layers import AbstractLayer
+from .network import AbstractQNetwork, NetworkOutput
+
+
+class FeedForward(AbstractQNetwork):
+    """Every observation by itself: a layer from observations `[B, ...]` to Q-values `[B, A]`."""
+
+    layer: AbstractLayer
+
+    def initial_statistics(self) -> PyTree:
+        return self.layer.initial_statistics()
+
+    def initial_memory(self, num_lanes: int) -> None:
+        return None
+
+    def __call__(
+        self,
+        obs: Shaped[Array, "T B *obs"],
+        statistics: PyTree,
+        memory: Memory = None,
+        *,
+        first: Bool[Array, "T B"] | None = None,
+        batch_mask: Bool[Array, "T B"] | None = None,
+    ) -> NetworkOutput:
+        rows = obs.reshape(-1, *obs.shape[2:])
+        mask = None if batch_mask is None else batch_mask.reshape(-1)
+        q_values, statistics = self.layer(rows, statistics, mask)
+        return NetworkOutput(q_values.reshape(*obs.shape[:2], -1), None, statistics)
+
+
+class FromModule(AbstractQNetwork):
+    """A module that maps one observation to Q-values `[A]`, `eqx.nn.MLP` for example."""
+
+    module: Callable[[Array], Array]
+
+    def initial_statistics(self) -> None:
+        return None
+
+    def initial_memory(self, num_lanes: int) -> None:
+        return None
+
+    def __call__(
+        self,
+        obs: Shaped[Array, "T B *obs"],
+        statistics: PyTree,
+        memory: Memory = None,
+        *,
+        first: Bool[Array, "T B"] | None = None,
+        batch_mask: Bool[Array, "T B"] | None = None,
+    ) -> NetworkOutput:
+        return NetworkOutput(jax.vmap(jax.vmap(self.module))(obs))
+
+
+def as_network(module: eqx.Module) -> AbstractQNetwork:
+    """The module itself if it is a network, else one that maps it over time and batch.
+
+    **Arguments:**
+
+    - `module`: an `AbstractQNetwork`, or a module that maps *one* observation, as the environment
+        gives it, to Q-values `[A]`.
+
+    **Raises:** `UsageError` where it is neither.
+    """
+    if isinstance(module, AbstractQNetwork):
+        return module
+    if isinstance(module, eqx.Module) and callable(module):
+        return FromModule(module)
+    raise UsageError(
+        f"a network is an Equinox module that maps one observation to Q-values, got {module!r}: "
+        "name a shipped network, or define `__call__` on an eqx.Module"
+    )

@@ -1,0 +1,509 @@
+"""Layers: everything that networks are composed of.
+
+A layer works on a batch, is given its running statistics and gives back new ones:
+`layer(x[B, ...], statistics, batch_mask) -> (y[B, ...], statistics)`. Layers without statistics
+pass `None` along. Fields that are not arrays are plain numbers, strings and tuples of them, so
+that a layer can be written down as data.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+
+from ..errors import UnknownNameError
+
+Padding: TypeAlias = Literal["VALID", "SAME"]
+Batch: TypeAlias = Shaped[Array, "B ..."]
+BatchMask: TypeAlias = Bool[Array, "B"] | None
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+INITIALIZERS: dict[str, Callable[..., Array]] = {
+    "lecun_normal": jax.nn.initializers.lecun_normal(),
+    "he_normal": jax.nn.initializers.he_normal(),
+    "xavier_normal": jax.nn.initializers.xavier_normal(),
+    "orthogonal": jax.nn.initializers.orthogonal(math.sqrt(2)),
+}
+
+
+def _initialize(init: str, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    if init not in INITIALIZERS:
+        raise UnknownNameError("init", init, INITIALIZERS)
+    return INITIALIZERS[init](key, shape, jnp.float32)
+
+
+class AbstractLayer(eqx.Module):
+    """A function of a batch that may keep running statistics."""
+
+    @abc.abstractmethod
+    def initial_statistics(self) -> PyTree:
+        """Statistics before any data; `None` where the layer keeps none."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        """**Arguments:**
+
+        - `x`: `[B, ...]`.
+        - `statistics`: from `initial_statistics`, or from the call before.
+        - `batch_mask`: `[B]`, in training only: the rows that count for batch statistics.
+
+        **Returns:** the output `[B, ...]`, and the statistics to keep.
+        """
+
+
+def output_shape(layer: AbstractLayer, shape: tuple[int, ...], dtype=jnp.float32) -> tuple:
+    """Shape of one row of the layer's output for rows of `shape`. Computes nothing."""
+    x = jax.ShapeDtypeStruct((1, *shape), dtype)
+    y, _ = jax.eval_shape(lambda x: layer(x, layer.initial_statistics()), x)
+    return y.shape[1:]
+
+
+# Composition -----------------------------------------------------------------------------------
+
+
+def _initial(layers: tuple[AbstractLayer, ...]) -> tuple | None:
+    statistics = tuple(layer.initial_statistics() for layer in layers)
+    return None if all(s is None for s in statistics) else statistics
+
+
+class Sequential(AbstractLayer):
+    """One layer after the other."""
+
+    layers: tuple[AbstractLayer, ...]
+
+    def initial_statistics(self) -> PyTree:
+        return _initial(self.layers)
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        updated = []
+        for layer, kept in zip(self.layers, statistics or [None] * len(self.layers), strict=True):
+            x, kept = layer(x, kept, batch_mask)
+            updated.append(kept)
+        return x, None if statistics is None else tuple(updated)
+
+
+class Product(AbstractLayer):
+    """The Hadamard product of what two layers make of the same input."""
+
+    left: AbstractLayer
+    right: AbstractLayer
+
+    def initial_statistics(self) -> PyTree:
+        return _initial((self.left, self.right))
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        kept_left, kept_right = statistics or (None, None)
+        left, kept_left = self.left(x, kept_left, batch_mask)
+        right, kept_right = self.right(x, kept_right, batch_mask)
+        return left * right, None if statistics is None else (kept_left, kept_right)
+
+
+class Residual(AbstractLayer):
+    """`x + layer(x)`."""
+
+    layer: AbstractLayer
+
+    def initial_statistics(self) -> PyTree:
+        return self.layer.initial_statistics()
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        y, statistics = self.layer(x, statistics, batch_mask)
+        return x + y, statistics
+
+
+# Without parameters ----------------------------------------------------------------------------
+
+
+class Identity(AbstractLayer):
+    """`x`."""
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return x, None
+
+
+class Activation(AbstractLayer):
+    """An activation function, by the name that it has in `jax.nn`."""
+
+    name: str = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.name not in ACTIVATIONS:
+            raise UnknownNameError("activation", self.name, ACTIVATIONS)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return ACTIVATIONS[self.name](x), None
+
+
+class Scale(AbstractLayer):
+    """`factor * x`, in single precision."""
+
+    factor: float = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        x = x.astype(jnp.float32)
+        return x if self.factor == 1 else x * self.factor, None
+
+
+class ChannelsLast(AbstractLayer):
+    """Images `[B, C, H, W]` to `[B, H, W, C]`."""
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return jnp.moveaxis(x, 1, -1), None
+
+
+class Flatten(AbstractLayer):
+    """`[B, ...]` to `[B, features]`."""
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return x.reshape(x.shape[0], -1), None
+
+
+class MaxPool(AbstractLayer):
+    """The maximum over square windows of `[B, H, W, C]`, padded like `SAME`."""
+
+    window: int = eqx.field(static=True)
+    stride: int = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        window, strides = (1, self.window, self.window, 1), (1, self.stride, self.stride, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME"), None
+
+
+# Linear maps -----------------------------------------------------------------------------------
+
+
+class Linear(AbstractLayer):
+    """`x @ weight + bias`. The weight lies inputs × outputs, which is what is fast on CPU."""
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, "outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray, init: str = "lecun_normal"):
+        """`init` is one of `INITIALIZERS`; the bias starts at 0."""
+        self.weight = _initialize(init, key, (inputs, outputs))
+        self.bias = jnp.zeros(outputs)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return x @ self.weight + self.bias, None
+
+
+def patches(
+    x: Shaped[Array, "B H W C"], window: tuple[int, ...], stride: int
+) -> Shaped[Array, "B h w features"]:
+    """All windows of an image, each as a vector in the order (row, column, channel).
+
+    `lax.conv_general_dilated_patches` computes the same (in another order) as a convolution,
+    which is what is to be avoided.
+    """
+    height = (x.shape[1] - window[0]) // stride + 1
+    width = (x.shape[2] - window[1]) // stride + 1
+    shifted = [
+        x[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return jnp.concatenate(shifted, axis=-1)
+
+
+class Conv(AbstractLayer):
+    """A convolution of `[B, H, W, C]`, with the same parameters whichever way it is computed.
+
+    On CPU, XLA runs a convolution inside `lax.scan` without its fast kernels, twenty times slower
+    than a matrix product over patches; elsewhere `lax.conv` is the fast one.
+    """
+
+    kernel: Float[Array, "kh kw inputs outputs"]
+    bias: Float[Array, "outputs"]
+    stride: int = eqx.field(static=True)
+    padding: Padding = eqx.field(static=True)
+    lowering: Literal["auto", "patches", "conv"] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        window: int,
+        stride: int = 1,
+        padding: Padding = "VALID",
+        *,
+        key: PRNGKeyArray,
+        init: str = "he_normal",
+        lowering: Literal["auto", "patches", "conv"] = "auto",
+    ):
+        """**Arguments:**
+
+        - `inputs`, `outputs`: channels.
+        - `window`, `stride`: of the square window.
+        - `padding`: `"VALID"` or `"SAME"`.
+        - `init`: one of `INITIALIZERS`; the bias starts at 0.
+        - `lowering`: `"patches"` (a matrix product), `"conv"` (`lax.conv`), or by backend.
+        """
+        self.kernel = _initialize(init, key, (window, window, inputs, outputs))
+        self.bias = jnp.zeros(outputs)
+        self.stride = stride
+        self.padding = padding
+        self.lowering = lowering
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        lowering = self.lowering
+        if lowering == "auto":
+            lowering = "patches" if jax.default_backend() == "cpu" else "conv"
+        return (self._patches(x) if lowering == "patches" else self._conv(x)) + self.bias, None
+
+    def _conv(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w outputs"]:
+        strides = (self.stride, self.stride)
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, self.kernel, strides, self.padding, dimension_numbers=layout
+        )
+
+    def _patches(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w outputs"]:
+        window, strides = self.kernel.shape[:2], (self.stride, self.stride)
+        pads = lax.padtype_to_pads(x.shape[1:3], window, strides, self.padding)
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        return patches(x, window, self.stride) @ self.kernel.reshape(-1, self.kernel.shape[-1])
+
+
+# Normalisation ---------------------------------------------------------------------------------
+
+
+class LayerNorm(AbstractLayer):
+    """Layer normalisation (Ba et al. 2016) over the last axes, as many as `shape` has.
+
+    `shape=(C,)` is Flax's; `shape=(H, W, C)` normalises an image as a whole, as CleanRL does.
+    """
+
+    scale: Float[Array, "*shape"]
+    bias: Float[Array, "*shape"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, shape: tuple[int, ...], epsilon: float = 1e-6):
+        self.scale = jnp.ones(shape)
+        self.bias = jnp.zeros(shape)
+        self.epsilon = epsilon
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        axes = tuple(range(-self.scale.ndim, 0))
+        mean = jnp.mean(x, axes, keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+        return (x - mean) * lax.rsqrt(variance + self.epsilon) * self.scale + self.bias, None
+
+
+class RunningStatistics(eqx.Module):
+    """Moving averages over batches, per feature of the last axis, and how many there were."""
+
+    mean: Float[Array, "features"]
+    variance: Float[Array, "features"]
+    num_batches: Int[Array, ""]
+
+
+def _running_statistics(size: int) -> RunningStatistics:
+    return RunningStatistics(jnp.zeros(size), jnp.ones(size), jnp.zeros((), jnp.int32))
+
+
+def _batch_moments(
+    x: Float[Array, "B *features"], mask: Bool[Array, "B"], running: RunningStatistics
+) -> tuple[Float[Array, "C"], Float[Array, "C"], Bool[Array, ""]]:
+    """Mean and variance over all axes but the last, of the rows in `mask`, and if there is any.
+
+    Without any row, mean and variance are those of `running`, so that nothing is divided by 0.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (x.ndim - 1)), (*x.shape[:-1], 1))
+    count = jnp.sum(mask)
+    weight = mask / jnp.maximum(count, 1)
+    mean = jnp.sum(x * weight, axes)
+    variance = jnp.sum(jnp.square(x - mean) * weight, axes)
+    mean = jnp.where(count > 0, mean, running.mean)
+    variance = jnp.where(count > 0, variance, running.variance)
+    return mean, variance, count > 0
+
+
+def _moving_average(
+    running: RunningStatistics, mean: Array, variance: Array, any_row: Array, momentum: float
+) -> RunningStatistics:
+    # Where there was no row, mean and variance are the running ones, and stay.
+    return lax.stop_gradient(
+        RunningStatistics(
+            momentum * running.mean + (1 - momentum) * mean,
+            momentum * running.variance + (1 - momentum) * variance,
+            running.num_batches + any_row,
+        )
+    )
+
+
+class BatchNorm(AbstractLayer):
+    """Batch normalisation (Ioffe & Szegedy 2015) of each feature of the last axis."""
+
+    scale: Float[Array, "features"] | None
+    bias: Float[Array, "features"] | None
+    size: int = eqx.field(static=True)
+    momentum: float = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(
+        self, size: int, momentum: float = 0.99, epsilon: float = 1e-5, affine: bool = True
+    ):
+        """`momentum` is the weight of what the running statistics were before a batch."""
+        self.scale = jnp.ones(size) if affine else None
+        self.bias = jnp.zeros(size) if affine else None
+        self.size = size
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def initial_statistics(self) -> PyTree:
+        return _running_statistics(self.size)
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        x = x.astype(jnp.float32)
+        if batch_mask is None:
+            mean, variance = statistics.mean, statistics.variance
+        else:
+            mean, variance, any_row = _batch_moments(x, batch_mask, statistics)
+            statistics = _moving_average(statistics, mean, variance, any_row, self.momentum)
+        x = (x - mean) * lax.rsqrt(variance + self.epsilon)
+        return (
+            x if self.scale is None or self.bias is None else x * self.scale + self.bias,
+            statistics,
+        )
+
+
+class BatchRenorm(AbstractLayer):
+    """Batch renormalisation (Ioffe 2017, Algorithm 1) of each feature of the last axis.
+
+    In training the output is corrected by `r` and `d` towards what inference would give. The
+    first `warmup` batches are normalised as in batch normalisation.
+    """
+
+    scale: Float[Array, "features"]
+    bias: Float[Array, "features"]
+    momentum: float = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    r_max: float = eqx.field(static=True)
+    d_max: float = eqx.field(static=True)
+    warmup: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        momentum: float = 0.999,
+        epsilon: float = 1e-3,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup: int = 1000,
+    ):
+        """`r_max`, `d_max`: bounds of the correction; the defaults are the paper's (§4.2)."""
+        self.scale = jnp.ones(size)
+        self.bias = jnp.zeros(size)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.r_max = r_max
+        self.d_max = d_max
+        self.warmup = warmup
+
+    def initial_statistics(self) -> PyTree:
+        return _running_statistics(self.scale.shape[0])
+
+    def __call__(
+        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        running_std = jnp.sqrt(statistics.variance + self.epsilon)
+        if batch_mask is None:
+            x = (x - statistics.mean) / running_std
+        else:
+            running = statistics
+            mean, variance, any_row = _batch_moments(x, batch_mask, running)
+            statistics = _moving_average(running, mean, variance, any_row, self.momentum)
+            std = jnp.sqrt(variance + self.epsilon)
+            warm = running.num_batches >= self.warmup
+            r = jnp.clip(std / running_std, 1 / self.r_max, self.r_max)
+            d = jnp.clip((mean - running.mean) / running_std, -self.d_max, self.d_max)
+            r = lax.stop_gradient(jnp.where(warm, r, 1.0))
+            d = lax.stop_gradient(jnp.where(warm, d, 0.0))
+            x = (x - mean) / std * r + d
+        return x * self.scale + self.bias, statistics
+
+
+NORMS: dict[str, Callable[[tuple[int, ...]], AbstractLayer]] = {
+    "layer_norm": lambda shape: LayerNorm(shape[-1:]),
+    "layer_norm_all": LayerNorm,
+    "batch_norm": lambda shape: BatchNorm(shape[-1]),
+    "batch_renorm": lambda shape: BatchRenorm(shape[-1]),
+    "none": lambda shape: Identity(),
+}
+
+
+def make_norm(name: str, shape: tuple[int, ...]) -> AbstractLayer:
+    """A normalisation of `NORMS`, by name, for rows of `shape`."""
+    if name not in NORMS:
+        raise UnknownNameError("norm", name, NORMS)
+    return NORMS[name](shape)
