@@ -40,6 +40,7 @@ from jaxtyping import PyTree
 
 from . import spaces
 from .errors import CorruptFileError, UsageError
+from .files import write_whole
 
 _FORMAT = 1
 _PREAMBLE = re.compile(rb"eqx_q-file ([0-9]{4}) ([0-9]{10}) ([0-9a-f]{64})\n")
@@ -80,14 +81,7 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
         encoder.table,
         structure,
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, [head, *encoder.payload()])
-    except OSError as error:
-        raise UsageError(
-            f"cannot write '{path}' ({error.strerror or error}): free space on that disk or "
-            "choose a directory that you can write to"
-        ) from error
+    write_whole(path, [head, *encoder.payload()])
 
 
 def load(path: str | os.PathLike) -> PyTree:
@@ -173,21 +167,6 @@ def _head(versions: dict[str, str], payload: dict[str, Any], arrays: list, tree:
     text += b" " * (-(_PREAMBLE_SIZE + len(text) + 1) % _ALIGNMENT) + b"\n"
     digest = hashlib.sha256(text).hexdigest()
     return b"eqx_q-file %04d %010d %s\n" % (_FORMAT, len(text), digest.encode()) + text
-
-
-def _write(path: Path, chunks: list[Any]) -> None:
-    """Writes beside the file and renames, so that `path` is the old file or the new, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path) -> tuple[dict[str, Any], memoryview]:

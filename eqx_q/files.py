@@ -1,0 +1,39 @@
+"""Writing files so that they are there whole or not at all."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import UsageError
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Writes beside `path` and renames: `path` is the old file or the new, never a half of one.
+
+    Makes the directory where it is missing.
+
+    **Raises:** `UsageError` where that fails (a full disk, no permission); what stood there before
+    is then unchanged, and nothing else is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """The one message for everything that keeps us from writing."""
+    return UsageError(
+        f"cannot write '{path}' ({error.strerror or error}): free space on that disk or "
+        "choose a directory that you can write to"
+    )

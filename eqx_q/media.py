@@ -1,0 +1,124 @@
+"""Pictures of an agent at work."""
+
+import io
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree, UInt8
+
+from .agents import Agent
+from .errors import MissingExtraError, UsageError
+from .files import write_whole
+from .types import Memory, TimeStep
+from .wrappers import Env
+
+Frame = UInt8[np.ndarray, "height width 3"]
+
+_COLOURS = 128
+_FEW_FRAMES, _SMALLEST_SIDE = 100, 32  # with less a picture shows nothing
+_SHORTEST_FRAME = 20  # ms: browsers slow down what is shorter
+
+
+def write_gif(
+    path: str | os.PathLike,
+    frames: Sequence[Frame],
+    fps: float = 30.0,
+    *,
+    max_bytes: int = 400_000,
+    max_side: int = 320,
+) -> None:
+    """Writes frames of one size as a looping GIF.
+
+    It is scaled down to `max_side` pixels, and further, with fewer frames, until it has no more
+    than `max_bytes`; its duration stays.
+
+    **Raises:** `UsageError` where there is no frame, or `path` cannot be written.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("pillow", "train") from None
+    if not frames:
+        raise UsageError("there is no frame to draw: record at least one")
+    images = [Image.fromarray(np.asarray(frame)) for frame in frames]
+    scale = min(1.0, max_side / max(images[0].size))
+    while True:
+        size = tuple(max(1, round(side * scale)) for side in images[0].size)
+        data = _encode([image.resize(size, Image.Resampling.BOX) for image in images], len(frames) / fps)
+        if len(data) <= max_bytes or max(size) <= _SMALLEST_SIDE:
+            break
+        if len(images) > _FEW_FRAMES:
+            images = images[::2]
+        else:
+            scale *= max(0.5, min(0.9, (max_bytes / len(data)) ** 0.5))
+    write_whole(Path(path), [data])
+
+
+def _encode(images: list, seconds: float) -> bytes:
+    from PIL import Image
+
+    # One palette for all, from a few frames side by side: less flicker, and smaller differences.
+    samples = images[:: max(1, len(images) // 8)]
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(samples), height))
+    for i, image in enumerate(samples):
+        strip.paste(image, (i * width, 0))
+    palette = strip.quantize(_COLOURS)
+    first, *rest = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    duration = max(_SHORTEST_FRAME, round(1000 * seconds / len(images)))
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    return buffer.getvalue()
+
+
+def record_episode(
+    agent: Agent,
+    env: Env,
+    *,
+    key: PRNGKeyArray,
+    max_steps: int = 1000,
+    max_frames: int = 300,
+) -> tuple[list[Frame], float]:
+    """One greedy episode of the game, in the first lane (which is a population's first member).
+
+    **Arguments:**
+
+    - `env`: for this alone; a lane, or a lane per member of a population.
+    - `max_steps`: where a longer episode is cut.
+    - `max_frames`: of a longer one, every second frame is kept, or every fourth, and so on.
+
+    **Returns:** the frames, none where the environment cannot draw; and the return so far.
+    """
+    frames, stride = [], 1
+    key, reset_key = jax.random.split(key)
+    state, timestep = env.reset(reset_key)
+    memory = agent.initial_memory(env.num_envs)
+    for step in itertools.count():
+        ended = bool(timestep.episode.ended[0])
+        if step % stride == 0 or ended:
+            frame = env.render(state, 0)
+            if frame is not None:
+                frames.append(frame)
+        if len(frames) > max_frames:
+            frames, stride = frames[::2], 2 * stride
+        if ended or step == max_steps:
+            break
+        key, step_key = jax.random.split(key)
+        state, timestep, memory = _step(agent, env, state, timestep, memory, step_key)
+    return frames, float(timestep.episode.returns[0])
+
+
+@eqx.filter_jit
+def _step(
+    agent: Agent, env: Env, state: PyTree, timestep: TimeStep, memory: Memory, key: PRNGKeyArray
+) -> tuple[PyTree, TimeStep, Memory]:
+    decision = agent.act(
+        timestep.obs, memory, first=timestep.first, action_mask=timestep.action_mask
+    )
+    state, timestep = env.step(state, decision.action, key)
+    return state, timestep, decision.memory
