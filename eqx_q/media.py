@@ -8,10 +8,11 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, UInt8
 
-from .agents import Agent
+from .agents.agent import Agent
 from .errors import MissingExtraError, UsageError
 from .files import write_whole
 from .types import Memory, TimeStep
@@ -27,7 +28,7 @@ _SHORTEST_FRAME = 20  # ms: browsers slow down what is shorter
 def write_gif(
     path: str | os.PathLike,
     frames: Sequence[Frame],
-    fps: float = 30.0,
+    fps: int | float = 30,
     *,
     max_bytes: int = 400_000,
     max_side: int = 320,
@@ -48,9 +49,12 @@ def write_gif(
     images = [Image.fromarray(np.asarray(frame)) for frame in frames]
     scale = min(1.0, max_side / max(images[0].size))
     while True:
-        size = tuple(max(1, round(side * scale)) for side in images[0].size)
-        data = _encode([image.resize(size, Image.Resampling.BOX) for image in images], len(frames) / fps)
-        if len(data) <= max_bytes or max(size) <= _SMALLEST_SIDE:
+        width, height = (max(1, round(side * scale)) for side in images[0].size)
+        data = _encode(
+            [image.resize((width, height), Image.Resampling.BOX) for image in images],
+            len(frames) / fps,
+        )
+        if len(data) <= max_bytes or max(width, height) <= _SMALLEST_SIDE:
             break
         if len(images) > _FEW_FRAMES:
             images = images[::2]
@@ -120,5 +124,5 @@ def _step(
     decision = agent.act(
         timestep.obs, memory, first=timestep.first, action_mask=timestep.action_mask
     )
-    state, timestep = env.step(state, decision.action, key)
+    state, timestep = env.step(state, jnp.asarray(decision.action), key)
     return state, timestep, decision.memory

@@ -47,7 +47,7 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "directory").mkdir()
     for path in (tmp_path / "file" / "a", tmp_path / "directory"):
-        with pytest.raises(UsageError, match="cannot write .*choose a directory"):
+        with pytest.raises(UsageError, match=r"cannot write .*choose a directory"):
             write_whole(path, [b"new"])
     assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from eqx_q import spaces
-from eqx_q.agents import Agent
+from eqx_q.agents.agent import Agent
 from eqx_q.errors import MissingExtraError, UsageError
 from eqx_q.media import record_episode, write_gif
 from eqx_q.types import Decision, Episode, TimeStep
