@@ -1,0 +1,133 @@
+"""Many agents as one."""
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ..errors import UsageError
+from ..types import Decision, Memory, Rollout
+from .agent import Agent
+
+
+class Population(Agent):
+    """`S` agents (seeds x hyperparameters) that act and learn side by side, as one `Agent`.
+
+    Lanes are `[S * N]`, member by member; each member sees its own `N`. Since environments are
+    not vmapped, it works where they cannot be: many seeds in one emulator pool.
+
+        keys = jax.random.split(key, 16)
+        members = eqx.filter_vmap(lambda key: PQN.create(obs_space, act_space, key=key))(keys)
+        agent = Population(members)
+
+    **Attributes:** `members`: an agent whose array leaves have a leading axis `S`.
+    """
+
+    members: Agent
+
+    def __check_init__(self):
+        if self.members.num_members is not None or self.members.env_steps.ndim != 1:
+            raise UsageError(
+                "Population takes one agent whose arrays have a leading member axis: make it with "
+                "eqx.filter_vmap over keys or hyperparameters"
+            )
+
+    @property
+    def num_members(self) -> int:
+        """`S`."""
+        return self.members.env_steps.shape[0]
+
+    @property
+    def observation_space(self) -> gymnasium.Space:
+        """That of one lane."""
+        return self.members.observation_space
+
+    @property
+    def action_space(self) -> gymnasium.spaces.Discrete:
+        """That of one lane."""
+        return self.members.action_space
+
+    @property
+    def rollout_length(self) -> int:
+        """That of every member."""
+        return self.members.rollout_length
+
+    @property
+    def env_steps(self) -> Array:
+        """`[S]`."""
+        return self.members.env_steps
+
+    @property
+    def schedule_steps(self) -> Array:
+        """`[S]`."""
+        return self.members.schedule_steps
+
+    def member(self, index: int) -> Agent:
+        """One of the agents, on its own."""
+        return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.members)
+
+    def initial_memory(self, num_envs: int) -> Memory:
+        """See `Agent`; `num_envs` counts the lanes of all members."""
+        memory = self.members.initial_memory(self._lanes(num_envs))
+        return jax.tree.map(lambda x: jnp.tile(x, (self.num_members,) + (1,) * (x.ndim - 1)), memory)
+
+    def act(
+        self, obs, memory=None, *, first=None, action_mask=None, epsilon=None, key=None
+    ) -> Decision:
+        """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
+        self._lanes(obs.shape[0])
+        lanes = self._split((obs, memory, first, action_mask), axis=0)
+        if epsilon is not None:
+            epsilon = jnp.broadcast_to(epsilon, self.num_members)
+        keys = None if key is None else jax.random.split(key, self.num_members)
+
+        def act(member, lanes, epsilon, key):
+            obs, memory, first, action_mask = lanes
+            return member.act(
+                obs, memory, first=first, action_mask=action_mask, epsilon=epsilon, key=key
+            )
+
+        decision = eqx.filter_vmap(act)(self.members, lanes, epsilon, keys)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decision)
+
+    def update(
+        self, rollout: Rollout, *, key: PRNGKeyArray
+    ) -> tuple["Population", dict[str, Float[Array, " S"]]]:
+        """See `Agent`. Member `i` learns from its own lanes with `jax.random.split(key, S)[i]`."""
+        keys = jax.random.split(key, self.num_members)
+        members, metrics = eqx.filter_vmap(
+            lambda member, rollout, key: member.update(rollout, key=key)
+        )(self.members, self._split_rollout(rollout), keys)
+        return Population(members), metrics
+
+    def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
+        """See `Agent`."""
+        return jax.vmap(fn)(self._split_rollout(rollout))
+
+    def _lanes(self, num_envs: int) -> int:
+        if num_envs % self.num_members:
+            raise UsageError(
+                f"{num_envs} lanes do not divide over {self.num_members} members: "
+                "make the environment with num_members x lanes"
+            )
+        return num_envs // self.num_members
+
+    def _split(self, tree: PyTree, axis: int) -> PyTree:
+        """Views the lane axis `S * N` as `S, N`, and puts the member axis first."""
+
+        def split(x):
+            shape = x.shape[:axis] + (self.num_members, -1) + x.shape[axis + 1 :]
+            return jnp.moveaxis(jnp.reshape(x, shape), axis, 0)
+
+        return jax.tree.map(split, tree)
+
+    def _split_rollout(self, rollout: Rollout) -> Rollout:
+        """`[T, S * N, ...]` as `[S, T, N, ...]`."""
+        stacked = self._split(eqx.tree_at(lambda r: r.memory, rollout, None, is_leaf=_is_none), 1)
+        memory = self._split(rollout.memory, 0)
+        return eqx.tree_at(lambda r: r.memory, stacked, memory, is_leaf=_is_none)
+
+
+def _is_none(x) -> bool:
+    return x is None

@@ -1,0 +1,350 @@
+"""PQN: parallelised Q-learning without replay buffer or target network.
+
+Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811).
+"""
+
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
+
+from ..errors import UsageError
+from ..nets import AbstractQNetwork, as_network, make_network
+from ..returns import q_lambda
+from ..spaces import Box, Discrete, action_discrete, observation_box
+from ..types import AnyArray, Decision, Memory, Rollout
+from .agent import Agent
+from .exploration import epsilon_greedy, legal
+from .schedules import linear
+
+
+class Batch(eqx.Module):
+    """Flat transitions with their targets; `real` says which of them happened."""
+
+    obs: Shaped[Array, "B *obs"]
+    action: Int[Array, " B"]
+    target: Float[Array, " B"]
+    real: Bool[Array, " B"]
+
+
+class PQN(Agent):
+    """Parallelised Q-learning with Q(λ) targets.
+
+    Hyperparameters marked *traced* are array leaves: another value compiles nothing, and `vmap`
+    runs over them. The others are static.
+
+    **Attributes:**
+
+    - `rollout_length`: steps per lane in one update.
+    - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps in a pass.
+    - `learning_rate`, `learning_rate_end`: *traced*; the rate falls linearly over the schedule.
+    - `max_grad_norm`: *traced*; gradients are clipped by their global norm.
+    - `discount`, `lambda_`: *traced*; γ and λ.
+    - `epsilon_start`, `epsilon_end`, `epsilon_decay`: *traced*; ε falls linearly from start to end
+        over the fraction `epsilon_decay` of the schedule.
+    - `reward_scale`: *traced*; rewards are multiplied by it before targets are formed.
+    - `schedule_steps`: *traced*; lane-steps of the schedules, infinite where unset: progress then
+        stays at 0. `train` fills it in.
+    - `env_steps`: lane-steps learnt from so far.
+    """
+
+    network: AbstractQNetwork
+    statistics: PyTree[Array]
+    optimizer_state: PyTree[Array]
+    env_steps: UInt[AnyArray, ""]
+
+    learning_rate: Float[AnyArray, ""]
+    learning_rate_end: Float[AnyArray, ""]
+    max_grad_norm: Float[AnyArray, ""]
+    discount: Float[AnyArray, ""]
+    lambda_: Float[AnyArray, ""]
+    epsilon_start: Float[AnyArray, ""]
+    epsilon_end: Float[AnyArray, ""]
+    epsilon_decay: Float[AnyArray, ""]
+    reward_scale: Float[AnyArray, ""]
+    schedule_steps: Float[AnyArray, ""]
+
+    observation_space: Box = eqx.field(static=True)
+    action_space: Discrete = eqx.field(static=True)
+    rollout_length: int = eqx.field(static=True)
+    num_epochs: int = eqx.field(static=True)
+    num_minibatches: int = eqx.field(static=True)
+
+    @classmethod
+    def create(
+        cls,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        *,
+        key: PRNGKeyArray,
+        network: str | eqx.Module = "auto",
+        network_options: dict[str, Any] | None = None,
+        rollout_length: int = 32,
+        num_epochs: int = 2,
+        num_minibatches: int = 32,
+        learning_rate: float = 5e-4,
+        learning_rate_end: float | None = None,
+        max_grad_norm: float = 10.0,
+        discount: float = 0.99,
+        lambda_: float = 0.65,
+        epsilon_start: float = 1.0,
+        epsilon_end: float = 0.05,
+        epsilon_decay: float = 0.1,
+        reward_scale: float = 1.0,
+        schedule_steps: float | None = None,
+    ) -> "PQN":
+        """A fresh agent.
+
+        **Arguments:**
+
+        - `observation_space`, `action_space`: Gymnasium spaces of one lane: `Box`, `Discrete`.
+        - `key`: for the network's parameters.
+        - `network`: the name of a shipped network (`eqx_q.nets.make_network`), or an Equinox
+            module: an `AbstractQNetwork`, or any that maps one observation to Q-values `[A]`.
+        - `network_options`: options of the named network.
+        - `learning_rate_end`: by default the learning rate stays constant.
+
+        Every other argument is an attribute of the class.
+
+        **Raises:** `UsageError` for spaces, names, options or sizes that cannot work.
+        """
+        observation_space = observation_box(observation_space)
+        action_space = action_discrete(action_space)
+        sizes = dict(
+            rollout_length=rollout_length, num_epochs=num_epochs, num_minibatches=num_minibatches
+        )
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise UsageError(f"{name} must be a whole number of at least 1, got {size!r}")
+        if isinstance(network, str):
+            network = make_network(
+                network, observation_space, int(action_space.n), key=key, **(network_options or {})
+            )
+        elif network_options:
+            raise UsageError("network_options are for named networks: drop them, or name a network")
+        network = as_network(network)
+        _check_network(network, observation_space, action_space)
+        parameters = eqx.filter(network, eqx.is_inexact_array)
+
+        def traced(value):
+            return jnp.asarray(value, jnp.float32)
+
+        return cls(
+            network=network,
+            statistics=network.initial_statistics(),
+            optimizer_state=_optimizer(0.0, 0.0).init(parameters),
+            env_steps=jnp.zeros((), jnp.uint32),
+            learning_rate=traced(learning_rate),
+            learning_rate_end=traced(
+                learning_rate if learning_rate_end is None else learning_rate_end
+            ),
+            max_grad_norm=traced(max_grad_norm),
+            discount=traced(discount),
+            lambda_=traced(lambda_),
+            epsilon_start=traced(epsilon_start),
+            epsilon_end=traced(epsilon_end),
+            epsilon_decay=traced(epsilon_decay),
+            reward_scale=traced(reward_scale),
+            schedule_steps=traced(jnp.inf if schedule_steps is None else schedule_steps),
+            observation_space=observation_space,
+            action_space=action_space,
+            **sizes,
+        )
+
+    @property
+    def num_members(self) -> None:
+        """One agent, not a population."""
+        return None
+
+    @property
+    def epsilon(self) -> Float[Array, ""]:
+        """ε where the schedule stands."""
+        progress = self.env_steps / self.schedule_steps
+        return linear(self.epsilon_start, self.epsilon_end, progress, self.epsilon_decay)
+
+    def initial_memory(self, num_envs: int) -> Memory:
+        """See `Agent`."""
+        return self.network.initial_memory(num_envs)
+
+    def act(
+        self,
+        obs: Shaped[AnyArray, "..."],
+        memory: Memory = None,
+        *,
+        first: Bool[AnyArray, "..."] | bool | None = None,
+        action_mask: Bool[AnyArray, "..."] | None = None,
+        epsilon: Float[AnyArray, ""] | float | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Decision:
+        """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
+        shape = self.observation_space.shape
+        if obs.shape[-len(shape) :] != shape or obs.ndim - len(shape) not in (0, 1):
+            raise UsageError(
+                f"obs has shape {tuple(obs.shape)}; the agent expects {shape}, "
+                f"or (lanes, {', '.join(map(str, shape))})"
+            )
+        single = obs.ndim == len(shape)
+        obs = jnp.asarray(obs, self.observation_space.dtype)
+        if single:
+            obs, first, action_mask = jax.tree.map(
+                lambda x: jnp.asarray(x)[None], (obs, first, action_mask)
+            )
+        if first is not None:
+            first = jnp.asarray(first)[None]
+        output = self.network(obs[None], self.statistics, memory, first=first)
+        q_values = legal(output.q_values[0], action_mask)
+        if key is None:
+            action = jnp.argmax(q_values, axis=-1)
+        else:
+            epsilon = self.epsilon if epsilon is None else epsilon
+            action = epsilon_greedy(q_values, epsilon, key, action_mask)
+        decision = Decision(action, jnp.max(q_values, axis=-1), output.memory)
+        if single:
+            decision = eqx.tree_at(
+                lambda d: (d.action, d.value), decision, (decision.action[0], decision.value[0])
+            )
+        return decision
+
+    def measure(self, fn, rollout):
+        """See `Agent`."""
+        return fn(rollout)
+
+    def update(
+        self, rollout: Rollout, *, key: PRNGKeyArray
+    ) -> tuple["PQN", dict[str, Float[Array, ""]]]:
+        """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
+
+        **Raises:** `UsageError` where `num_minibatches` does not divide the transitions.
+        """
+        num_transitions = rollout.actions.size
+        if num_transitions % self.num_minibatches:
+            raise UsageError(
+                f"num_minibatches={self.num_minibatches} does not divide the {num_transitions} "
+                f"transitions of a rollout ({rollout.actions.shape[0]} steps x "
+                f"{rollout.actions.shape[1]} lanes): change num_minibatches, num_envs or "
+                "rollout_length"
+            )
+        targets = self.targets(rollout)
+        transitions = jax.tree.map(
+            lambda x: x.reshape(num_transitions, *x.shape[2:]),
+            Batch(rollout.timesteps.obs[:-1], rollout.actions, targets, rollout.real),
+        )
+        num_gradient_steps = self.num_epochs * self.num_minibatches
+        epochs = jax.random.split(key, self.num_epochs)
+        indices = jax.vmap(lambda key: jax.random.permutation(key, num_transitions))(epochs)
+        indices = indices.reshape(num_gradient_steps, -1)
+        steps = jnp.linspace(0, num_transitions, num_gradient_steps, endpoint=False)
+        learning_rates = linear(
+            self.learning_rate,
+            self.learning_rate_end,
+            (self.env_steps + steps) / self.schedule_steps,
+        )
+        parameters, rest = eqx.partition(self.network, eqx.is_inexact_array)
+
+        def gradient_step(carry, step):
+            parameters, statistics, optimizer_state = carry
+            index, learning_rate = step
+            batch = jax.tree.map(lambda x: x[index], transitions)
+            gradients, (statistics, metrics) = jax.grad(_loss, has_aux=True)(
+                parameters, rest, statistics, batch
+            )
+            updates, optimizer_state = _optimizer(learning_rate, self.max_grad_norm).update(
+                gradients, optimizer_state
+            )
+            parameters = optax.apply_updates(parameters, updates)
+            metrics["grad_norm"] = optax.global_norm(gradients)
+            return (parameters, statistics, optimizer_state), metrics
+
+        (parameters, statistics, optimizer_state), metrics = jax.lax.scan(
+            gradient_step,
+            (parameters, self.statistics, self.optimizer_state),
+            (indices, learning_rates),
+        )
+        agent = eqx.tree_at(
+            lambda agent: (
+                agent.network,
+                agent.statistics,
+                agent.optimizer_state,
+                agent.env_steps,
+            ),
+            self,
+            (
+                eqx.combine(parameters, rest),
+                statistics,
+                optimizer_state,
+                self.env_steps + jnp.uint32(num_transitions),
+            ),
+            is_leaf=lambda x: x is None,
+        )
+        metrics = jax.tree.map(jnp.mean, metrics)
+        metrics |= {"epsilon": self.epsilon, "learning_rate": jnp.mean(learning_rates)}
+        return agent, metrics
+
+    def targets(self, rollout: Rollout) -> Float[Array, "T N"]:
+        """Q(λ) targets of a rollout; those of steps that are not `rollout.real` mean nothing."""
+        timesteps = rollout.timesteps
+
+        def values(obs):
+            return jnp.max(self.network(obs, self.statistics).q_values, axis=-1)
+
+        if rollout.values is None:
+            next_values = values(timesteps.obs)[1:]
+        else:
+            next_values = jnp.concatenate([rollout.values[1:], values(timesteps.obs[-1:])])
+        return q_lambda(
+            timesteps.reward[1:] * self.reward_scale,
+            timesteps.terminated[1:],
+            timesteps.truncated[1:],
+            next_values,
+            discount=self.discount,
+            lambda_=self.lambda_,
+        )
+
+
+def _optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:
+    """Rectified Adam (Liu et al. 2020) behind clipping by global norm, as in the PQN paper.
+
+    Built anew wherever it is needed: its state does not depend on the two numbers.
+    """
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.radam(learning_rate))
+
+
+def _loss(parameters, rest, statistics, batch: Batch):
+    """Half the mean squared TD error over the transitions that happened."""
+    network = eqx.combine(parameters, rest)
+    output = network(batch.obs[None], statistics, batch_mask=batch.real[None])
+    q_values = output.q_values[0]
+    chosen = jnp.take_along_axis(q_values, batch.action[:, None], axis=-1)[:, 0]
+    weight = batch.real / jnp.maximum(jnp.sum(batch.real), 1)
+    td_error = jax.lax.stop_gradient(batch.target) - chosen
+    loss = 0.5 * jnp.sum(weight * td_error**2)
+    metrics = {
+        "loss": loss,
+        "td_error": jnp.sum(weight * jnp.abs(td_error)),
+        "q_value": jnp.sum(weight * chosen),
+        "target": jnp.sum(weight * batch.target),
+    }
+    return loss, (output.statistics, metrics)
+
+
+def _check_network(network, observation_space: Box, action_space: Discrete) -> None:
+    """Refuses a network that does not map one observation to one Q-value per action."""
+    obs = jax.ShapeDtypeStruct((1, 1, *observation_space.shape), observation_space.dtype)
+    try:
+        output = eqx.filter_eval_shape(
+            lambda obs: network(obs, network.initial_statistics(), network.initial_memory(1)), obs
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the network cannot take observations of shape {observation_space.shape}: {error}"
+        ) from error
+    expected = (1, 1, int(action_space.n))
+    if output.q_values.shape != expected:
+        raise UsageError(
+            f"the network gives Q-values of shape {output.q_values.shape[2:]}, but the environment "
+            f"has {expected[-1]} actions: its output size must be {expected[-1]}"
+        )

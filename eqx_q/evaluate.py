@@ -1,0 +1,134 @@
+"""Evaluation: returns of whole episodes."""
+
+import math
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .agents import Agent
+from .errors import UsageError
+from .types import Memory, TimeStep
+from .wrappers import Env
+
+
+class _State(eqx.Module):
+    """Where an evaluation stands: each lane fills its own row of `returns`.
+
+    `length` counts the steps since counting began: at the episode's start, or at the last cut;
+    `offset` is the return that the episode had there.
+    """
+
+    env_state: object
+    timestep: TimeStep
+    memory: Memory
+    key: PRNGKeyArray
+    returns: Float[Array, "lanes episodes"]
+    finished: Int[Array, " lanes"]
+    capped: Bool[Array, "lanes episodes"]
+    length: Int[Array, " lanes"]
+    offset: Float[Array, " lanes"]
+
+
+def evaluate(
+    agent: Agent,
+    env: Env,
+    *,
+    num_episodes: int = 128,
+    key: PRNGKeyArray,
+    epsilon: float = 0.0,
+    max_episode_steps: int | None = None,
+) -> Float[np.ndarray, "*S episodes"]:
+    """Returns of `num_episodes` episodes (per member of a population), unclipped.
+
+    Every lane plays equally many, so that short episodes are not counted more often than long ones.
+
+    **Arguments:**
+
+    - `env`: an environment of its own, since it is reset and stepped.
+    - `num_episodes`: rounded up to a multiple of the lanes (of a member).
+    - `key`: randomness of the environment, and of the actions where `epsilon` is above 0.
+    - `epsilon`: probability of a random action; 0 is greedy.
+    - `max_episode_steps`: an episode still running after that many steps counts with the return it
+        has by then, what follows counts as another, and a warning says so.
+
+    **Raises:** `UsageError` where lanes do not divide over members.
+    """
+    members = agent.num_members or 1
+    if env.num_envs % members or num_episodes < 1:
+        raise UsageError(
+            f"evaluation needs at least one episode and lanes that divide over members, got "
+            f"{num_episodes} episodes, {env.num_envs} lanes, {members} members"
+        )
+    per_lane = math.ceil(num_episodes / (env.num_envs // members))
+    reset_key, key = jax.random.split(key)
+    env_state, timestep = env.reset(reset_key)
+    lanes = env.num_envs
+    state = _State(
+        env_state=env_state,
+        timestep=timestep,
+        memory=agent.initial_memory(lanes),
+        key=key,
+        returns=jnp.zeros((lanes, per_lane)),
+        finished=jnp.zeros(lanes, jnp.int32),
+        capped=jnp.zeros((lanes, per_lane), bool),
+        length=jnp.zeros(lanes, jnp.int32),
+        offset=jnp.zeros(lanes),
+    )
+    cap = jnp.asarray(np.iinfo(np.int32).max if max_episode_steps is None else max_episode_steps)
+    state = _play(env, state, agent, jnp.asarray(epsilon, jnp.float32), cap)
+    num_capped = int(jnp.sum(state.capped))
+    if num_capped:
+        warnings.warn(
+            f"{num_capped} of {state.capped.size} episodes were cut at {max_episode_steps} steps; "
+            "they count with the return they had by then",
+            stacklevel=2,
+        )
+    returns = np.asarray(state.returns)
+    if agent.num_members is None:
+        return returns.reshape(-1)
+    return returns.reshape(members, -1)
+
+
+@eqx.filter_jit
+def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
+    """Plays until every lane has filled its row."""
+    num_lanes, per_lane = state.returns.shape
+    lanes = jnp.arange(num_lanes)
+
+    def running(state):
+        return jnp.any(state.finished < per_lane)
+
+    def step(state):
+        key, act_key, env_key = jax.random.split(state.key, 3)
+        decision = agent.act(
+            state.timestep.obs,
+            state.memory,
+            first=state.timestep.first,
+            action_mask=state.timestep.action_mask,
+            epsilon=epsilon,
+            key=act_key,
+        )
+        env_state, timestep = env.step(state.env_state, decision.action, env_key)
+        length = jnp.where(timestep.first, 0, state.length + 1)
+        offset = jnp.where(timestep.first, 0.0, state.offset)
+        cut = (length == cap) & ~timestep.episode.ended
+        counts = timestep.episode.ended | cut
+        slot = jnp.where(counts, state.finished, per_lane)
+        returns = timestep.episode.returns - offset
+        return _State(
+            env_state=env_state,
+            timestep=timestep,
+            memory=decision.memory,
+            key=key,
+            returns=state.returns.at[lanes, slot].set(returns, mode="drop"),
+            capped=state.capped.at[lanes, slot].set(cut, mode="drop"),
+            finished=state.finished + counts,
+            length=jnp.where(cut, 0, length),
+            offset=jnp.where(cut, timestep.episode.returns, offset),
+        )
+
+    return jax.lax.while_loop(running, step, state)

@@ -1,0 +1,386 @@
+"""The training loop: one compiled program over an agent and an environment."""
+
+import concurrent.futures
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
+
+from .agents import Agent
+from .errors import DivergedError, UsageError
+from .types import Memory, Rollout, TimeStep
+from .wrappers import Env
+
+Metrics = dict[str, Any]
+
+# A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
+_CHUNK_SECONDS = 1.0
+_MIN_CHUNKS = 100
+_MAX_HISTORY = 1000
+
+
+class RunState(eqx.Module):
+    """All of a run: save it and the run can go on, bit for bit.
+
+    **Fields:** the `agent`; the environment's state and last timestep; the agent's `memory` of the
+    running episodes; the `key` of all randomness to come; `num_updates` and real `transitions` (`[S]` in a
+    population) so far.
+    """
+
+    agent: Agent
+    env_state: PyTree
+    timestep: TimeStep
+    memory: Memory
+    key: PRNGKeyArray
+    num_updates: Int[Array, ""]
+    transitions: UInt[Array, "*S"]
+
+
+class StopTraining(Exception):
+    """Raised by a callback to end the run at this boundary; `train` then returns normally."""
+
+
+class Callback(Protocol):
+    """Called at boundaries between chunks, with host values of what happened since the last one.
+
+    A plain function will do. Objects may have two more attributes:
+
+    - `every`: lane-steps (per member) between calls; chunks are cut at its multiples.
+    - `overlap`: `True` for a callback that only observes. It then runs while the next chunk does,
+        on a snapshot, and what it returns is ignored.
+
+    It may add entries to `metrics` for the callbacks after it, return another run state to go on
+    with, or raise `StopTraining`.
+    """
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> RunState | None: ...
+
+
+def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
+    """A run's first state: environments reset, memory empty.
+
+    **Raises:** `UsageError` where the spaces of agent and environment differ.
+    """
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(agent, name), getattr(env, name)
+        if ours != theirs:
+            raise UsageError(
+                f"the agent's {name} is {ours}, the environment's {theirs}: "
+                f"create the agent with env.{name}"
+            )
+    reset_key, key = jax.random.split(key)
+    env_state, timestep = env.reset(reset_key)
+    memory = agent.initial_memory(env.num_envs)
+    return RunState(
+        agent=agent,
+        env_state=env_state,
+        timestep=timestep,
+        memory=memory,
+        key=key,
+        num_updates=jnp.zeros((), jnp.int32),
+        transitions=jnp.zeros(agent.env_steps.shape, jnp.uint32),
+    )
+
+
+def advance(
+    run_state: RunState, env: Env, num_updates: int | Int[Array, ""]
+) -> tuple[RunState, dict[str, Array]]:
+    """The pure core of `train`: `num_updates` times act for a rollout, then learn from it.
+
+    **Arguments:** `num_updates` may be traced: one compiled program serves every length.
+
+    **Returns:** the new state, and metrics: the agent's, averaged over updates; `episodes` that
+    ended, their mean `episode_return` and `episode_length` (NaN where none ended) and the suite's
+    own `episode_*`; `q_values`, the greedy values over lanes at the last step.
+    """
+
+    @jax.jit  # traced once for the shapes below and for the loop
+    def update(run_state):
+        return _update(run_state, env)
+
+    _, shapes = jax.eval_shape(update, run_state)
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(_, carry):
+        run_state, totals = carry
+        run_state, new = update(run_state)
+        return run_state, _accumulate(totals, new)
+
+    run_state, totals = jax.lax.fori_loop(0, num_updates, body, (run_state, totals))
+    return run_state, _average(totals, num_updates)
+
+
+def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str, Array]]]:
+    """One rollout and one update."""
+    agent = run_state.agent
+    key, act_key, update_key = jax.random.split(run_state.key, 3)
+
+    def step(carry, key):
+        env_state, timestep, memory = carry
+        act_key, env_key = jax.random.split(key)
+        decision = agent.act(
+            timestep.obs,
+            memory,
+            first=timestep.first,
+            action_mask=timestep.action_mask,
+            key=act_key,
+        )
+        env_state, next_timestep = env.step(env_state, decision.action, env_key)
+        carry = (env_state, next_timestep, decision.memory)
+        return carry, (timestep, decision.action, decision.value)
+
+    (env_state, timestep, memory), (timesteps, actions, values) = jax.lax.scan(
+        step,
+        (run_state.env_state, run_state.timestep, run_state.memory),
+        jax.random.split(act_key, agent.rollout_length),
+    )
+    timesteps = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), timesteps, timestep)
+    rollout = Rollout(timesteps, actions, run_state.memory, values)
+    agent, learnt = agent.update(rollout, key=update_key)
+    metrics = {"means": learnt, **agent.measure(_measure, rollout)}
+    transitions = agent.measure(lambda r: jnp.sum(r.real, dtype=jnp.uint32), rollout)
+    run_state = RunState(
+        agent=agent,
+        env_state=env_state,
+        timestep=timestep,
+        memory=memory,
+        key=key,
+        num_updates=run_state.num_updates + 1,
+        transitions=run_state.transitions + transitions,
+    )
+    return run_state, metrics
+
+
+def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
+    """What a rollout says of the environment: `sums` to add up, `samples` of which to keep the last."""
+    episode = jax.tree.map(lambda x: x[1:], rollout.timesteps.episode)
+
+    def over_ended(x):
+        return jnp.sum(jnp.where(episode.ended, x, 0), dtype=jnp.float32)
+
+    sums = {
+        "episodes": over_ended(1),
+        "episode_return": over_ended(episode.returns),
+        "episode_length": over_ended(episode.length),
+    }
+    sums |= {f"episode_{name}": over_ended(x) for name, x in episode.metrics.items()}
+    return {"sums": sums, "samples": {"q_values": rollout.values[-1]}}
+
+
+def _accumulate(totals, new):
+    return {
+        "means": jax.tree.map(jnp.add, totals["means"], new["means"]),
+        "sums": jax.tree.map(jnp.add, totals["sums"], new["sums"]),
+        "samples": new["samples"],
+    }
+
+
+def _average(totals, num_updates) -> dict[str, Array]:
+    count = jnp.maximum(num_updates, 1)
+    metrics = {name: total / count for name, total in totals["means"].items()}
+    for name, total in totals["sums"].items():
+        per_episode = name.startswith("episode_")
+        metrics[name] = total / totals["sums"]["episodes"] if per_episode else total
+    return metrics | totals["samples"]
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _advance_chunk(env, run_state, num_updates):
+    return advance(run_state, env, num_updates)
+
+
+@eqx.filter_jit
+def _copy(tree):
+    return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+
+def train(
+    agent: Agent,
+    env: Env,
+    *,
+    total_steps: float,
+    key: PRNGKeyArray,
+    callbacks: Iterable[Callback] = (),
+    run_state: RunState | None = None,
+    log_every: int | None = None,
+) -> tuple[Agent, list[Metrics]]:
+    """Trains `agent` in `env`.
+
+    **Arguments:**
+
+    - `total_steps`: lane-steps, per member of a population; rounded up to whole updates.
+    - `key`: of all randomness. The caller's `agent` stays usable: the run works on a copy.
+    - `callbacks`: see `Callback`.
+    - `run_state`: go on from there (`agent` and `key` are then ignored) until `total_steps` in all.
+    - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
+        cut into chunks changes nothing in its result.
+
+    **Returns:** the trained agent, and `history`: the metrics of each boundary (thinned out evenly
+    beyond 1000 of them).
+
+    **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
+    member's loss is no longer finite.
+    """
+    members = agent.num_members or 1
+    if env.num_envs % members:
+        raise UsageError(f"{env.num_envs} lanes do not divide over {members} members")
+    if not total_steps > 0:
+        raise UsageError(f"total_steps must be positive, got {total_steps}")
+    steps_per_update = agent.rollout_length * (env.num_envs // members)
+    num_updates = math.ceil(total_steps / steps_per_update)
+    if run_state is None:
+        run_state = start(agent, env, key=key)
+    agent = _with_schedule(run_state.agent, num_updates * steps_per_update)
+    run_state = _copy(eqx.tree_at(lambda s: s.agent, run_state, agent))
+    begin = int(run_state.num_updates)
+    schedule = _Boundaries(begin, num_updates, steps_per_update, list(callbacks), log_every)
+    history = _History()
+    with concurrent.futures.ThreadPoolExecutor(1) as waiter:
+        started = time.perf_counter()
+        run_state, _ = jax.block_until_ready(_advance_chunk(env, run_state, jnp.asarray(0)))
+        compile_seconds = time.perf_counter() - started
+        train_seconds = 0.0
+        observe = None  # what overlapping callbacks still have to do for the boundary before
+        stopped = False
+        while not (stopped or schedule.finished):
+            length = schedule.next_length()
+            dispatched = time.perf_counter()
+            run_state, on_device = _advance_chunk(env, run_state, jnp.asarray(length))
+            ready = waiter.submit(_time_when_ready, on_device)
+            stopped = observe is not None and observe()
+            chunk_seconds = ready.result() - dispatched
+            train_seconds += chunk_seconds
+            due = schedule.advance(length, chunk_seconds)
+            metrics = _to_host(on_device) | {
+                "env_steps": schedule.env_steps,
+                "total_steps": num_updates * steps_per_update,
+                "transitions": _number(np.asarray(run_state.transitions)),
+                "steps_per_second": members * length * steps_per_update / chunk_seconds,
+                "train_seconds": train_seconds,
+                "compile_seconds": compile_seconds,
+                "wall_seconds": time.perf_counter() - started,
+                "done": stopped or schedule.finished,
+            }
+            _check_finite(metrics)
+            history.append(metrics)
+            blocking = [c for c in due if not getattr(c, "overlap", False)]
+            run_state, stopped_here = _call(blocking, run_state, metrics)
+            stopped |= stopped_here
+            metrics["done"] |= stopped_here
+            if metrics["done"] and not schedule.finished:
+                due = schedule.callbacks
+            observers = [c for c in due if getattr(c, "overlap", False)]
+            snapshot = _copy(run_state) if observers else None
+            observe = functools.partial(_observe, observers, snapshot, metrics)
+        if observe is not None:
+            observe()
+    return run_state.agent, history.rows
+
+
+def _observe(callbacks, run_state, metrics) -> bool:
+    return _call(callbacks, run_state, metrics)[1]
+
+
+def _call(callbacks, run_state, metrics) -> tuple[RunState, bool]:
+    """Calls callbacks in turn; tells whether one of them stopped the run."""
+    stopped = False
+    for callback in callbacks:
+        try:
+            replaced = callback(run_state, metrics)
+        except StopTraining:
+            stopped = True
+            continue
+        if replaced is not None:
+            # A copy, since the next chunk is given this memory to reuse.
+            run_state = _copy(replaced)
+    return run_state, stopped
+
+
+def _time_when_ready(tree) -> float:
+    jax.block_until_ready(tree)
+    return time.perf_counter()
+
+
+def _number(x: np.ndarray) -> float | np.ndarray:
+    return x.item() if x.ndim == 0 else x
+
+
+def _to_host(metrics) -> Metrics:
+    return {name: _number(x) for name, x in jax.device_get(metrics).items()}
+
+
+def _check_finite(metrics: Metrics) -> None:
+    finite = np.isfinite(metrics.get("loss", 0.0))
+    if not np.any(finite):
+        raise DivergedError(
+            f"the loss is not finite after {metrics['env_steps']} steps: lower learning_rate or "
+            "max_grad_norm, or scale rewards down (reward_scale)"
+        )
+
+
+class _Boundaries:
+    """Cuts a run into chunks, and knows which callbacks are due at each cut."""
+
+    def __init__(self, begin, end, steps_per_update, callbacks, log_every):
+        self.done, self.end = begin, end
+        self.steps_per_update = steps_per_update
+        self.callbacks = callbacks
+        self.log_every = log_every
+        self._periods = [
+            math.ceil(c.every / steps_per_update) for c in callbacks if getattr(c, "every", None)
+        ]
+        self._target = 1.0
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.end
+
+    @property
+    def env_steps(self) -> int:
+        return self.done * self.steps_per_update
+
+    def next_length(self) -> int:
+        """Updates in the next chunk."""
+        length = self.log_every or min(int(self._target), max(1, self.end // _MIN_CHUNKS))
+        nearest = [period - self.done % period for period in self._periods]
+        return max(1, min([length, self.end - self.done, *nearest]))
+
+    def advance(self, length: int, seconds: float) -> list[Callback]:
+        """Counts a finished chunk; returns the callbacks that are due."""
+        self.done += length
+        self._target = _CHUNK_SECONDS * length / max(seconds, 1e-9)
+        return [c for c in self.callbacks if self._due(c)]
+
+    def _due(self, callback) -> bool:
+        every = getattr(callback, "every", None)
+        return not every or self.finished or not self.done % math.ceil(every / self.steps_per_update)
+
+
+class _History:
+    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one."""
+
+    def __init__(self):
+        self.rows: list[Metrics] = []
+        self._stride, self._seen = 1, 0
+
+    def append(self, row: Metrics) -> None:
+        if self._seen % self._stride == 0:
+            self.rows.append(row)
+        self._seen += 1
+        if len(self.rows) >= _MAX_HISTORY:
+            self.rows = self.rows[::2]
+            self._stride *= 2
+
+
+def _with_schedule(agent: Agent, total_steps: int) -> Agent:
+    """Fills in `schedule_steps` where it is unset."""
+    steps = agent.schedule_steps
+    filled = jnp.where(jnp.isfinite(steps), steps, jnp.float32(total_steps))
+    return eqx.tree_at(lambda agent: agent.schedule_steps, agent, filled)
