@@ -1,0 +1,79 @@
+"""Q(λ) against its definition: a λ-weighted sum of n-step returns, written as loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_q.returns import q_lambda
+
+
+def n_step(reward, terminated, next_value, t, n, discount):
+    rewards = sum(discount**i * reward[t + i] for i in range(n))
+    last = t + n - 1
+    return rewards + discount**n * next_value[last] * (not terminated[last])
+
+
+def by_definition(reward, terminated, truncated, next_value, discount, lambda_):
+    """One lane. G_t = (1 - λ) Σ_{n<N} λ^{n-1} G^(n)_t + λ^{N-1} G^(N)_t, N steps to the cut."""
+    length = len(reward)
+    targets = np.zeros(length)
+    for t in range(length):
+        ends = [k for k in range(t, length) if terminated[k] or truncated[k] or k == length - 1]
+        longest = ends[0] - t + 1
+        returns = [
+            n_step(reward, terminated, next_value, t, n, discount) for n in range(1, longest + 1)
+        ]
+        targets[t] = lambda_ ** (longest - 1) * returns[-1] + (1 - lambda_) * sum(
+            lambda_**i * g for i, g in enumerate(returns[:-1])
+        )
+    return targets
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.65, 1.0])
+@pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 13])
+def test_equals_the_definition(length, discount, lambda_):
+    rng = np.random.default_rng(length)
+    lanes = 7
+    reward, next_value = rng.normal(size=(2, length, lanes)).astype(np.float32)
+    ending = rng.choice(3, p=[0.6, 0.2, 0.2], size=(length, lanes))
+    terminated, truncated = ending == 1, ending == 2
+    targets = q_lambda(
+        *map(jnp.asarray, (reward, terminated, truncated, next_value)),
+        discount=discount,
+        lambda_=lambda_,
+    )
+    expected = np.stack(
+        [
+            by_definition(*(x[:, lane] for x in (reward, terminated, truncated, next_value)),
+                          discount, lambda_)
+            for lane in range(lanes)
+        ],
+        axis=1,
+    )  # fmt: skip
+    np.testing.assert_allclose(targets, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_step_that_resets_a_lane_reaches_no_other_target():
+    """What the reset step carries is never seen by the targets of real transitions."""
+    reward = jnp.array([1.0, 1.0, 100.0, 1.0])[:, None]
+    value = jnp.array([5.0, 7.0, 1000.0, 2.0])[:, None]
+    truncated = jnp.array([False, True, False, False])[:, None]
+    targets = q_lambda(
+        reward, jnp.zeros_like(truncated), truncated, value, discount=0.5, lambda_=0.9
+    )
+    second = 1 + 0.5 * 7  # bootstrapped from the true final observation, not cut to 1
+    first = 1 + 0.5 * (0.1 * 5 + 0.9 * second)
+    np.testing.assert_allclose(targets[:2, 0], [first, second], rtol=1e-6)
+    np.testing.assert_allclose(targets[3, 0], 1 + 0.5 * 2, rtol=1e-6)
+
+
+def test_trailing_axes_are_independent():
+    rng = np.random.default_rng(0)
+    reward, value = jnp.asarray(rng.normal(size=(2, 5, 3, 2)), jnp.float32)
+    no = jnp.zeros(reward.shape, bool)
+    together = q_lambda(reward, no, no, value, discount=0.9, lambda_=0.5)
+    alone = q_lambda(
+        reward[:, 1, 0], no[:, 1, 0], no[:, 1, 0], value[:, 1, 0], discount=0.9, lambda_=0.5
+    )
+    np.testing.assert_allclose(together[:, 1, 0], alone, rtol=1e-6)
