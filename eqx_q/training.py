@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -47,6 +47,7 @@ class StopTraining(Exception):
     """Raised by a callback to end the run at this boundary; `train` then returns normally."""
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Called at boundaries between chunks, with host values of what happened since the last one.
 

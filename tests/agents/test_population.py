@@ -1,0 +1,111 @@
+"""A population learns what its members learn alone."""
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_q
+from eqx_q.errors import UsageError
+from eqx_q.types import Episode, Rollout, TimeStep
+
+OBS = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+ACT = gymnasium.spaces.Discrete(3)
+S, T, N = 3, 4, 2
+
+
+def make_member(key, learning_rate, norm="layer_norm"):
+    return eqx_q.PQN.create(
+        OBS,
+        ACT,
+        key=key,
+        network="mlp",
+        network_options={"hidden_sizes": [8], "norm": norm},
+        rollout_length=T,
+        num_minibatches=2,
+        learning_rate=learning_rate,
+        schedule_steps=100.0,
+    )
+
+
+def make_rollout(seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (T + 1, S * N)
+    ended = rng.random(shape) < 0.2
+    first = np.concatenate([rng.random((1, S * N)) < 0.5, ended[:-1]])
+    reward = rng.normal(size=shape).astype(np.float32)
+    timesteps = TimeStep(
+        obs=rng.normal(size=(*shape, 4)).astype(np.float32),
+        reward=reward,
+        terminated=ended & ~first,
+        truncated=np.zeros(shape, bool),
+        first=first,
+        episode=Episode(ended & ~first, reward, np.ones(shape, np.int32)),
+    )
+    actions = rng.integers(0, 3, size=(T, S * N)).astype(np.int32)
+    return jax.tree.map(jnp.asarray, Rollout(timesteps, actions))
+
+
+def lanes_of(rollout, i):
+    return jax.tree.map(lambda x: x[:, i * N : (i + 1) * N], rollout)
+
+
+def assert_close(a, b, **tolerance):
+    for x, y in zip(
+        jax.tree.leaves(eqx.filter(a, eqx.is_array)),
+        jax.tree.leaves(eqx.filter(b, eqx.is_array)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+def test_update_equals_each_members_own(norm):
+    keys = jax.random.split(jax.random.key(0), S)
+    rates = jnp.array([1e-3, 1e-2, 1e-1])
+    population = eqx_q.Population(
+        eqx.filter_vmap(lambda key, rate: make_member(key, rate, norm))(keys, rates)
+    )
+    alone = [make_member(key, rate, norm) for key, rate in zip(keys, rates, strict=True)]
+    for i in range(2):
+        rollout, key = make_rollout(i), jax.random.key(i)
+        population, metrics = population.update(rollout, key=key)
+        for s, member_key in enumerate(jax.random.split(key, S)):
+            alone[s], own = alone[s].update(lanes_of(rollout, s), key=member_key)
+            np.testing.assert_allclose(metrics["loss"][s], own["loss"], rtol=1e-4)
+    for s in range(S):
+        assert_close(population.member(s), alone[s], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(metrics["loss"][0], metrics["loss"][1])
+
+
+def test_members_act_on_their_own_lanes():
+    keys = jax.random.split(jax.random.key(0), S)
+    population = eqx_q.Population(eqx.filter_vmap(lambda key: make_member(key, 1e-3))(keys))
+    obs = np.random.default_rng(0).normal(size=(S * N, 4)).astype(np.float32)
+    decision = population.act(obs)
+    for s in range(S):
+        own = population.member(s).act(obs[s * N : (s + 1) * N])
+        np.testing.assert_array_equal(decision.action[s * N : (s + 1) * N], own.action)
+        np.testing.assert_allclose(decision.value[s * N : (s + 1) * N], own.value, rtol=1e-5)
+
+
+def test_epsilon_may_be_one_for_each_member():
+    keys = jax.random.split(jax.random.key(0), S)
+    population = eqx_q.Population(eqx.filter_vmap(lambda key: make_member(key, 1e-3))(keys))
+    obs = np.zeros((S * 500, 4), np.float32)
+    actions = population.act(
+        obs, epsilon=jnp.array([0.0, 1.0, 0.0]), key=jax.random.key(0)
+    ).action.reshape(S, 500)
+    assert [len(np.unique(a)) for a in actions] == [1, 3, 1]
+
+
+def test_bad_input():
+    member = make_member(jax.random.key(0), 1e-3)
+    with pytest.raises(UsageError, match="filter_vmap"):
+        eqx_q.Population(member)
+    keys = jax.random.split(jax.random.key(0), S)
+    population = eqx_q.Population(eqx.filter_vmap(lambda key: make_member(key, 1e-3))(keys))
+    with pytest.raises(UsageError, match="4 lanes do not divide over 3 members"):
+        population.act(np.zeros((4, 4), np.float32))

@@ -1,0 +1,46 @@
+"""Evaluation counts whole episodes, equally many from every lane."""
+
+import jax
+import numpy as np
+import pytest
+from environments import Clock, Guess
+
+import eqx_q
+from eqx_q.errors import UsageError
+
+
+def make_agent(env):
+    return eqx_q.PQN.create(
+        env.observation_space, env.action_space, key=jax.random.key(0), network="mlp"
+    )
+
+
+def test_every_lane_counts_equally():
+    env = Clock(4)  # lane i ends after i + 1 steps, with that return
+    returns = eqx_q.evaluate(make_agent(env), env, num_episodes=10, key=jax.random.key(0))
+    np.testing.assert_array_equal(returns, np.repeat([1, 2, 3, 4], 3))
+
+
+def test_long_episodes_are_cut_and_it_says_so():
+    env = Clock(4)
+    with pytest.warns(UserWarning, match="2 of 8 episodes were cut at 2 steps"):
+        returns = eqx_q.evaluate(
+            make_agent(env), env, num_episodes=8, key=jax.random.key(0), max_episode_steps=2
+        )
+    # Lane 2 plays 3 steps: 2, then the one left; lane 3 plays 4: 2, then the two left.
+    np.testing.assert_array_equal(returns, [1, 1, 2, 2, 2, 1, 2, 2])
+
+
+def test_epsilon_one_acts_at_random():
+    env = Guess(64)
+    agent = make_agent(env)
+    returns = eqx_q.evaluate(
+        agent, env, num_episodes=2000, key=jax.random.key(0), epsilon=1.0
+    )
+    np.testing.assert_allclose(returns.mean(), -1 / 3, atol=0.1)
+
+
+def test_bad_input():
+    env = Clock(4)
+    with pytest.raises(UsageError, match="at least one episode"):
+        eqx_q.evaluate(make_agent(env), env, num_episodes=0, key=jax.random.key(0))

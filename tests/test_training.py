@@ -1,0 +1,249 @@
+"""The loop: what it computes, what it compiles, what it keeps, what it tells."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from environments import Clock, Guess
+
+import eqx_q
+from eqx_q import training as loop
+from eqx_q.errors import DivergedError, UsageError
+
+
+def make_agent(env, key=0, **options):
+    defaults = dict(
+        network="mlp",
+        network_options={"hidden_sizes": [16]},
+        rollout_length=8,
+        num_minibatches=4,
+        learning_rate=1e-2,
+        epsilon_end=0.1,
+    )
+    return eqx_q.PQN.create(
+        env.observation_space, env.action_space, key=jax.random.key(key), **(defaults | options)
+    )
+
+
+def parameters(agent):
+    return [np.asarray(x) for x in jax.tree.leaves(eqx.filter(agent, eqx.is_array))]
+
+
+def assert_same(a, b):
+    for x, y in zip(parameters(a), parameters(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def run(total_steps=64 * 12, key=1, **options):
+    env = Guess(8)
+    return eqx_q.train(
+        make_agent(env), env, total_steps=total_steps, key=jax.random.key(key), **options
+    )
+
+
+def test_learns_to_guess():
+    env = Guess(16)
+    agent, history = eqx_q.train(
+        make_agent(env), env, total_steps=20_000, key=jax.random.key(0)
+    )
+    returns = eqx_q.evaluate(agent, env.replicate(32), num_episodes=64, key=jax.random.key(1))
+    np.testing.assert_array_equal(returns, np.ones(64))
+    assert history[0]["episode_return"] < 0.2 < history[-1]["episode_return"]
+
+
+def test_where_chunks_are_cut_changes_nothing():
+    whole, _ = run(log_every=12)
+    cut, _ = run(log_every=5)
+    adaptive, _ = run()
+    assert_same(whole, cut)
+    assert_same(whole, adaptive)
+
+
+def test_going_on_from_a_run_state_changes_nothing():
+    whole, _ = run()
+    kept = []
+    run(callbacks=[lambda state, metrics: kept.append(jax.tree.map(np.asarray, state.key))])
+    states = []
+
+    def keep(state, metrics):
+        if metrics["env_steps"] == 64 * 5:
+            states.append(jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state))
+
+    keep.every = 64 * 5
+    run(callbacks=[keep])
+    continued, _ = run(key=99, run_state=states[0])
+    assert_same(whole, continued)
+
+
+def test_the_callers_agent_stays_usable():
+    env = Guess(8)
+    agent = make_agent(env)
+    before = [x.copy() for x in parameters(agent)]
+    eqx_q.train(agent, env, total_steps=640, key=jax.random.key(0))
+    for x, y in zip(before, parameters(agent), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_other_lengths_seeds_and_hyperparameters_compile_nothing():
+    env = Guess(8)
+    traces = []
+    update = loop._update
+
+    def counted(*args):
+        traces.append(None)
+        return update(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_update", counted)
+        for seed, total, options in (
+            (0, 640, {}),
+            (1, 640, {}),
+            (0, 1280, {}),
+            (0, 640, {"discount": 0.5}),
+            (0, 640, {"lambda_": 0.1}),
+            (0, 640, {"epsilon_start": 0.5, "epsilon_end": 0.0, "epsilon_decay": 0.7}),
+            (0, 640, {"learning_rate": 1e-5, "learning_rate_end": 1e-6}),
+        ):
+            agent = make_agent(env, seed, **options)
+            eqx_q.train(agent, env, total_steps=total, key=jax.random.key(seed))
+    assert len(traces) <= 1
+
+
+def test_schedule_is_stretched_to_the_run_unless_it_is_set():
+    env = Guess(8)
+    agent, _ = eqx_q.train(make_agent(env), env, total_steps=640, key=jax.random.key(0))
+    assert float(agent.schedule_steps) == 640
+    agent = make_agent(env, schedule_steps=5_000.0)
+    agent, _ = eqx_q.train(agent, env, total_steps=640, key=jax.random.key(0))
+    assert float(agent.schedule_steps) == 5_000
+
+
+def test_metrics_count_what_happened():
+    """Lanes end after 1 and 2 steps, plus one reset step each: 2 and 3 steps a cycle."""
+    env = Clock(2)
+    agent = make_agent(env, rollout_length=12)
+    _, history = eqx_q.train(
+        agent, env, total_steps=24, key=jax.random.key(0)
+    )
+    (row,) = history
+    assert row["env_steps"] == 24
+    assert row["episodes"] == 6 + 4
+    assert row["transitions"] == 6 * 1 + 4 * 2
+    assert row["episode_return"] == pytest.approx((6 * 1 + 4 * 2) / 10)
+    assert row["episode_length"] == pytest.approx((6 * 1 + 4 * 2) / 10)
+    assert row["q_values"].shape == (2,)
+    assert row["done"]
+
+
+def test_population_counts_per_member():
+    env = Clock(4)
+    keys = jax.random.split(jax.random.key(0), 2)
+    probe = Clock(2)
+    agent = eqx_q.Population(
+        eqx.filter_vmap(lambda key: eqx_q.PQN.create(
+            probe.observation_space, probe.action_space, key=key, network="mlp",
+            rollout_length=60, num_minibatches=4))(keys)
+    )  # fmt: skip
+    agent, (row,) = eqx_q.train(agent, env, total_steps=120, key=jax.random.key(0))
+    assert row["env_steps"] == 120
+    np.testing.assert_array_equal(row["episodes"], [30 + 20, 15 + 12])
+    assert row["q_values"].shape == (2, 2)
+    returns = eqx_q.evaluate(agent, env, num_episodes=6, key=jax.random.key(0))
+    np.testing.assert_array_equal(returns, [[1] * 3 + [2] * 3, [3] * 3 + [4] * 3])
+
+
+class Recorder:
+    def __init__(self, every=None, overlap=False, stop_at=None):
+        self.every, self.overlap, self.stop_at = every, overlap, stop_at
+        self.steps, self.rows = [], []
+
+    def __call__(self, run_state, metrics):
+        assert int(run_state.num_updates) * 64 == metrics["env_steps"]
+        self.steps.append(metrics["env_steps"])
+        self.rows.append(metrics)
+        if self.stop_at is not None and metrics["env_steps"] >= self.stop_at:
+            raise eqx_q.StopTraining
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_callbacks_are_called_at_their_multiples_and_at_the_end(overlap):
+    often, seldom = Recorder(64 * 3, overlap), Recorder(64 * 4, overlap)
+    run(64 * 14, callbacks=[often, seldom], log_every=100)
+    assert often.steps == [64 * i for i in (3, 6, 9, 12, 14)]
+    assert seldom.steps == [64 * i for i in (4, 8, 12, 14)]
+    assert [row["done"] for row in seldom.rows] == [False, False, False, True]
+
+
+def test_stopping_ends_the_run_and_tells_everybody():
+    observer = Recorder(every=10**9, overlap=True)
+    stopper = Recorder(stop_at=64 * 4)
+    _, history = run(64 * 14, callbacks=[stopper, observer], log_every=2)
+    assert observer.steps == [64 * 4]
+    assert observer.rows[0]["done"]
+    assert history[-1]["env_steps"] == 64 * 4
+
+
+def test_a_callback_may_replace_the_run_state():
+    def halve(state, metrics):
+        return eqx.tree_at(
+            lambda s: s.agent.learning_rate, state, state.agent.learning_rate / 2
+        )
+
+    halve.every = 64 * 4
+    agent, _ = run(64 * 8, callbacks=[halve])
+    np.testing.assert_allclose(agent.learning_rate, 1e-2 / 4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    env = Guess(8)
+    seen = Recorder()
+    with pytest.raises(DivergedError, match="lower learning_rate"):
+        eqx_q.train(
+            make_agent(env, reward_scale=float("nan")),
+            env,
+            total_steps=640,
+            key=jax.random.key(0),
+            callbacks=[seen],
+        )
+    assert seen.steps == []
+
+
+def test_history_is_bounded():
+    history = loop._History()
+    for i in range(100_000):
+        history.append({"env_steps": i})
+    steps = [row["env_steps"] for row in history.rows]
+    assert len(steps) < 1000
+    assert len(set(np.diff(steps))) == 1
+
+
+def test_advance_can_be_vmapped():
+    env = Guess(8)
+    states = [
+        eqx_q.start(make_agent(env, i, schedule_steps=640.0), env, key=jax.random.key(i))
+        for i in range(2)
+    ]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *states)
+    together, metrics = eqx.filter_jit(
+        eqx.filter_vmap(lambda state: eqx_q.advance(state, env, 3))
+    )(stacked)
+    for i, state in enumerate(states):
+        alone, own = eqx.filter_jit(eqx_q.advance)(state, env, 3)
+        np.testing.assert_allclose(metrics["loss"][i], own["loss"], rtol=1e-4)
+        np.testing.assert_array_equal(
+            jax.random.key_data(together.key[i]), jax.random.key_data(alone.key)
+        )
+
+
+def test_bad_input():
+    env = Guess(8)
+    agent = make_agent(env)
+    with pytest.raises(UsageError, match="observation_space"):
+        eqx_q.train(agent, Clock(8), total_steps=64, key=jax.random.key(0))
+    with pytest.raises(UsageError, match="total_steps must be positive"):
+        eqx_q.train(agent, env, total_steps=0, key=jax.random.key(0))
+    with pytest.raises(UsageError, match="num_minibatches"):
+        eqx_q.train(
+            make_agent(env, num_minibatches=7), env, total_steps=64, key=jax.random.key(0)
+        )
