@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .agents import Agent
 from .errors import UsageError
-from .types import Memory, TimeStep
+from .types import Memory, Scalar, TimeStep
 from .wrappers import Env
 
 
@@ -39,7 +39,7 @@ def evaluate(
     *,
     num_episodes: int = 128,
     key: PRNGKeyArray,
-    epsilon: float = 0.0,
+    epsilon: Scalar = 0.0,
     max_episode_steps: int | None = None,
 ) -> Float[np.ndarray, "*S episodes"]:
     """Returns of `num_episodes` episodes (per member of a population), unclipped.

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .types import Scalar
+
 
 def q_lambda(
     reward: Float[Array, "T *lanes"],
@@ -11,8 +13,8 @@ def q_lambda(
     truncated: Bool[Array, "T *lanes"],
     next_value: Float[Array, "T *lanes"],
     *,
-    discount: Float[Array, ""] | float,
-    lambda_: Float[Array, ""] | float,
+    discount: Scalar,
+    lambda_: Scalar,
 ) -> Float[Array, "T *lanes"]:
     """Q(λ) targets (Peng & Williams 1996; PQN, Gallici et al. 2024, §3).
 

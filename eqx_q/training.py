@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
 from .agents import Agent
 from .errors import DivergedError, UsageError
-from .types import Memory, Rollout, TimeStep
+from .types import Memory, Rollout, Scalar, TimeStep
 from .wrappers import Env
 
 Metrics = dict[str, Any]
@@ -206,7 +206,7 @@ def train(
     agent: Agent,
     env: Env,
     *,
-    total_steps: float,
+    total_steps: Scalar,
     key: PRNGKeyArray,
     callbacks: Iterable[Callback] = (),
     run_state: RunState | None = None,
@@ -238,7 +238,7 @@ def train(
     num_updates = math.ceil(total_steps / steps_per_update)
     if run_state is None:
         run_state = start(agent, env, key=key)
-    agent = _with_schedule(run_state.agent, num_updates * steps_per_update)
+    agent = run_state.agent.with_schedule(total_steps)
     run_state = _copy(eqx.tree_at(lambda s: s.agent, run_state, agent))
     begin = int(run_state.num_updates)
     schedule = _Boundaries(begin, num_updates, steps_per_update, list(callbacks), log_every)
@@ -378,10 +378,3 @@ class _History:
         if len(self.rows) >= _MAX_HISTORY:
             self.rows = self.rows[::2]
             self._stride *= 2
-
-
-def _with_schedule(agent: Agent, total_steps: int) -> Agent:
-    """Fills in `schedule_steps` where it is unset."""
-    steps = agent.schedule_steps
-    filled = jnp.where(jnp.isfinite(steps), steps, jnp.float32(total_steps))
-    return eqx.tree_at(lambda agent: agent.schedule_steps, agent, filled)

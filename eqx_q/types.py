@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
+Scalar: TypeAlias = float | int | Shaped[AnyArray, ""]
 Memory: TypeAlias = PyTree[AnyArray] | None
 
 

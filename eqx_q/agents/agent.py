@@ -8,7 +8,7 @@ import gymnasium
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..types import AnyArray, Decision, Memory, Rollout
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar
 
 
 class Agent(eqx.Module):
@@ -42,7 +42,7 @@ class Agent(eqx.Module):
         *,
         first: Bool[AnyArray, "..."] | None = None,
         action_mask: Bool[AnyArray, "..."] | None = None,
-        epsilon: Float[AnyArray, "..."] | float | None = None,
+        epsilon: Float[AnyArray, "..."] | Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
         """Chooses an action for one observation, or for one per lane.
@@ -65,6 +65,10 @@ class Agent(eqx.Module):
 
         **Returns:** the new agent, and named scalars (one per member in a population).
         """
+
+    @abc.abstractmethod
+    def with_schedule(self, steps: Scalar) -> "Agent":
+        """The same agent with `schedule_steps` set to `steps` where it is unset."""
 
     @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:

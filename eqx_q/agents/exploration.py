@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ..types import Scalar
+
 
 def legal(
     q_values: Float[Array, "*lanes A"], action_mask: Bool[Array, "*lanes A"] | None
@@ -14,7 +16,7 @@ def legal(
 
 def epsilon_greedy(
     q_values: Float[Array, "*lanes A"],
-    epsilon: Float[Array, ""] | float,
+    epsilon: Scalar,
     key: PRNGKeyArray,
     action_mask: Bool[Array, "*lanes A"] | None = None,
 ) -> Int[Array, "*lanes"]:

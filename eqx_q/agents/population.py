@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
-from ..types import Decision, Memory, Rollout
+from ..types import Decision, Memory, Rollout, Scalar
 from .agent import Agent
 
 
@@ -100,6 +100,10 @@ class Population(Agent):
             lambda member, rollout, key: member.update(rollout, key=key)
         )(self.members, self._split_rollout(rollout), keys)
         return Population(members), metrics
+
+    def with_schedule(self, steps: Scalar) -> "Population":
+        """See `Agent`."""
+        return Population(self.members.with_schedule(steps))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
         """See `Agent`."""

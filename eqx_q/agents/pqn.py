@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..nets import AbstractQNetwork, as_network, make_network
 from ..returns import q_lambda
 from ..spaces import Box, Discrete, action_discrete, observation_box
-from ..types import AnyArray, Decision, Memory, Rollout
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar
 from .agent import Agent
 from .exploration import epsilon_greedy, legal
 from .schedules import linear
@@ -86,16 +86,16 @@ class PQN(Agent):
         rollout_length: int = 32,
         num_epochs: int = 2,
         num_minibatches: int = 32,
-        learning_rate: float = 5e-4,
-        learning_rate_end: float | None = None,
-        max_grad_norm: float = 10.0,
-        discount: float = 0.99,
-        lambda_: float = 0.65,
-        epsilon_start: float = 1.0,
-        epsilon_end: float = 0.05,
-        epsilon_decay: float = 0.1,
-        reward_scale: float = 1.0,
-        schedule_steps: float | None = None,
+        learning_rate: Scalar = 5e-4,
+        learning_rate_end: Scalar | None = None,
+        max_grad_norm: Scalar = 10.0,
+        discount: Scalar = 0.99,
+        lambda_: Scalar = 0.65,
+        epsilon_start: Scalar = 1.0,
+        epsilon_end: Scalar = 0.05,
+        epsilon_decay: Scalar = 0.1,
+        reward_scale: Scalar = 1.0,
+        schedule_steps: Scalar | None = None,
     ) -> "PQN":
         """A fresh agent.
 
@@ -177,7 +177,7 @@ class PQN(Agent):
         *,
         first: Bool[AnyArray, "..."] | bool | None = None,
         action_mask: Bool[AnyArray, "..."] | None = None,
-        epsilon: Float[AnyArray, ""] | float | None = None,
+        epsilon: Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
         """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
@@ -193,8 +193,8 @@ class PQN(Agent):
             obs, first, action_mask = jax.tree.map(
                 lambda x: jnp.asarray(x)[None], (obs, first, action_mask)
             )
-        if first is not None:
-            first = jnp.asarray(first)[None]
+        first, action_mask = jax.tree.map(jnp.asarray, (first, action_mask))
+        first = None if first is None else first[None]
         output = self.network(obs[None], self.statistics, memory, first=first)
         q_values = legal(output.q_values[0], action_mask)
         if key is None:
@@ -208,6 +208,12 @@ class PQN(Agent):
                 lambda d: (d.action, d.value), decision, (decision.action[0], decision.value[0])
             )
         return decision
+
+    def with_schedule(self, steps: Scalar) -> "PQN":
+        """See `Agent`."""
+        unset = ~jnp.isfinite(self.schedule_steps)
+        filled = jnp.where(unset, jnp.float32(steps), self.schedule_steps)
+        return eqx.tree_at(lambda agent: agent.schedule_steps, self, filled)
 
     def measure(self, fn, rollout):
         """See `Agent`."""
@@ -228,11 +234,9 @@ class PQN(Agent):
                 f"{rollout.actions.shape[1]} lanes): change num_minibatches, num_envs or "
                 "rollout_length"
             )
-        targets = self.targets(rollout)
-        transitions = jax.tree.map(
-            lambda x: x.reshape(num_transitions, *x.shape[2:]),
-            Batch(rollout.timesteps.obs[:-1], rollout.actions, targets, rollout.real),
-        )
+        rollout = jax.tree.map(jnp.asarray, rollout)
+        columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
+        transitions = Batch(*(x.reshape(num_transitions, *x.shape[2:]) for x in columns))
         num_gradient_steps = self.num_epochs * self.num_minibatches
         epochs = jax.random.split(key, self.num_epochs)
         indices = jax.vmap(lambda key: jax.random.permutation(key, num_transitions))(epochs)
@@ -256,7 +260,7 @@ class PQN(Agent):
                 gradients, optimizer_state
             )
             parameters = optax.apply_updates(parameters, updates)
-            metrics["grad_norm"] = optax.global_norm(gradients)
+            metrics["grad_norm"] = optax.tree.norm(gradients)
             return (parameters, statistics, optimizer_state), metrics
 
         (parameters, statistics, optimizer_state), metrics = jax.lax.scan(
