@@ -278,8 +278,10 @@ def train(
             if metrics["done"] and not schedule.finished:
                 due = schedule.callbacks
             observers = [c for c in due if getattr(c, "overlap", False)]
-            snapshot = _copy(run_state) if observers else None
-            observe = functools.partial(_observe, observers, snapshot, metrics)
+            if observers:
+                observe = functools.partial(_observe, observers, _copy(run_state), metrics)
+            else:
+                observe = None
         if observe is not None:
             observe()
     return run_state.agent, history.rows
@@ -309,7 +311,7 @@ def _time_when_ready(tree) -> float:
     return time.perf_counter()
 
 
-def _number(x: np.ndarray) -> float | np.ndarray:
+def _number(x: np.ndarray) -> float | int | np.ndarray:
     return x.item() if x.ndim == 0 else x
 
 

@@ -62,8 +62,6 @@ def test_where_chunks_are_cut_changes_nothing():
 
 def test_going_on_from_a_run_state_changes_nothing():
     whole, _ = run()
-    kept = []
-    run(callbacks=[lambda state, metrics: kept.append(jax.tree.map(np.asarray, state.key))])
     states = []
 
     def keep(state, metrics):
