@@ -363,7 +363,9 @@ class _Boundaries:
 
     def _due(self, callback) -> bool:
         every = getattr(callback, "every", None)
-        return not every or self.finished or not self.done % math.ceil(every / self.steps_per_update)
+        return (
+            not every or self.finished or not self.done % math.ceil(every / self.steps_per_update)
+        )
 
 
 class _History:

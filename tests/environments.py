@@ -97,9 +97,7 @@ class Guess(Env):
         return jax.random.randint(key, (self.num_envs,), 0, 3)
 
     def reset(self, key):
-        return self._emit(
-            self._draw(key), jnp.ones(self.num_envs, bool), jnp.zeros(self.num_envs)
-        )
+        return self._emit(self._draw(key), jnp.ones(self.num_envs, bool), jnp.zeros(self.num_envs))
 
     def step(self, state, action, key):
         sign, ended = state

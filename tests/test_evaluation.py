@@ -34,9 +34,7 @@ def test_long_episodes_are_cut_and_it_says_so():
 def test_epsilon_one_acts_at_random():
     env = Guess(64)
     agent = make_agent(env)
-    returns = eqx_q.evaluate(
-        agent, env, num_episodes=2000, key=jax.random.key(0), epsilon=1.0
-    )
+    returns = eqx_q.evaluate(agent, env, num_episodes=2000, key=jax.random.key(0), epsilon=1.0)
     np.testing.assert_allclose(returns.mean(), -1 / 3, atol=0.1)
 
 

@@ -44,9 +44,7 @@ def run(total_steps=64 * 12, key=1, **options):
 
 def test_learns_to_guess():
     env = Guess(16)
-    agent, history = eqx_q.train(
-        make_agent(env), env, total_steps=20_000, key=jax.random.key(0)
-    )
+    agent, history = eqx_q.train(make_agent(env), env, total_steps=20_000, key=jax.random.key(0))
     returns = eqx_q.evaluate(agent, env.replicate(32), num_episodes=64, key=jax.random.key(1))
     np.testing.assert_array_equal(returns, np.ones(64))
     assert history[0]["episode_return"] < 0.2 < history[-1]["episode_return"]
@@ -121,9 +119,7 @@ def test_metrics_count_what_happened():
     """Lanes end after 1 and 2 steps, plus one reset step each: 2 and 3 steps a cycle."""
     env = Clock(2)
     agent = make_agent(env, rollout_length=12)
-    _, history = eqx_q.train(
-        agent, env, total_steps=24, key=jax.random.key(0)
-    )
+    _, history = eqx_q.train(agent, env, total_steps=24, key=jax.random.key(0))
     (row,) = history
     assert row["env_steps"] == 24
     assert row["episodes"] == 6 + 4
@@ -184,9 +180,7 @@ def test_stopping_ends_the_run_and_tells_everybody():
 
 def test_a_callback_may_replace_the_run_state():
     def halve(state, metrics):
-        return eqx.tree_at(
-            lambda s: s.agent.learning_rate, state, state.agent.learning_rate / 2
-        )
+        return eqx.tree_at(lambda s: s.agent.learning_rate, state, state.agent.learning_rate / 2)
 
     halve.every = 64 * 4
     agent, _ = run(64 * 8, callbacks=[halve])
@@ -223,9 +217,9 @@ def test_advance_can_be_vmapped():
         for i in range(2)
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *states)
-    together, metrics = eqx.filter_jit(
-        eqx.filter_vmap(lambda state: eqx_q.advance(state, env, 3))
-    )(stacked)
+    together, metrics = eqx.filter_jit(eqx.filter_vmap(lambda state: eqx_q.advance(state, env, 3)))(
+        stacked
+    )
     for i, state in enumerate(states):
         alone, own = eqx.filter_jit(eqx_q.advance)(state, env, 3)
         np.testing.assert_allclose(metrics["loss"][i], own["loss"], rtol=1e-4)
@@ -242,6 +236,4 @@ def test_bad_input():
     with pytest.raises(UsageError, match="total_steps must be positive"):
         eqx_q.train(agent, env, total_steps=0, key=jax.random.key(0))
     with pytest.raises(UsageError, match="num_minibatches"):
-        eqx_q.train(
-            make_agent(env, num_minibatches=7), env, total_steps=64, key=jax.random.key(0)
-        )
+        eqx_q.train(make_agent(env, num_minibatches=7), env, total_steps=64, key=jax.random.key(0))

@@ -70,7 +70,9 @@ class Population(Agent):
     def initial_memory(self, num_envs: int) -> Memory:
         """See `Agent`; `num_envs` counts the lanes of all members."""
         memory = self.members.initial_memory(self._lanes(num_envs))
-        return jax.tree.map(lambda x: jnp.tile(x, (self.num_members,) + (1,) * (x.ndim - 1)), memory)
+        return jax.tree.map(
+            lambda x: jnp.tile(x, (self.num_members,) + (1,) * (x.ndim - 1)), memory
+        )
 
     def act(
         self, obs, memory=None, *, first=None, action_mask=None, epsilon=None, key=None

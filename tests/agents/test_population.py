@@ -52,13 +52,8 @@ def lanes_of(rollout, i):
     return jax.tree.map(lambda x: x[:, i * N : (i + 1) * N], rollout)
 
 
-def assert_close(a, b, **tolerance):
-    for x, y in zip(
-        jax.tree.leaves(eqx.filter(a, eqx.is_array)),
-        jax.tree.leaves(eqx.filter(b, eqx.is_array)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(x, y, **tolerance)
+def q_values(agent, obs):
+    return agent.network(obs[None], agent.statistics).q_values[0]
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
@@ -75,8 +70,13 @@ def test_update_equals_each_members_own(norm):
         for s, member_key in enumerate(jax.random.split(key, S)):
             alone[s], own = alone[s].update(lanes_of(rollout, s), key=member_key)
             np.testing.assert_allclose(metrics["loss"][s], own["loss"], rtol=1e-4)
+    # Q-values, not parameters: the gradient of a bias before batch norm is 0 but for rounding, and
+    # Adam's steps have the size of the learning rate however small the gradient.
+    obs = make_rollout(7).timesteps.obs[0]
     for s in range(S):
-        assert_close(population.member(s), alone[s], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            q_values(population.member(s), obs), q_values(alone[s], obs), rtol=1e-4, atol=1e-4
+        )
     assert not np.allclose(metrics["loss"][0], metrics["loss"][1])
 
 
