@@ -1,4 +1,4 @@
-"""Next-step reset for environments that are pure functions of one lane."""
+"""The boundary rule, next-step reset, in one place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,39 +8,80 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..types import Episode, TimeStep
+from ..types import AnyArray, Episode, TimeStep
 
 
-class LaneStep(eqx.Module):
-    """What a suite reports of one lane. After a reset the reward is 0 and both flags are down."""
+class Report(eqx.Module):
+    """What a suite reports of a step or a reset, of one lane or of all. `None`: has no such thing.
 
-    obs: Shaped[Array, "*obs"]
-    reward: Float[Array, ""]
-    terminated: Bool[Array, ""]
-    truncated: Bool[Array, ""]
-    metrics: dict[str, Shaped[Array, ""]] = eqx.field(default_factory=dict)
-    action_mask: Bool[Array, "*actions"] | None = None
-    agent_mask: Bool[Array, " M"] | None = None
-    agent_reward: Float[Array, " M"] | None = None
+    After a reset, reward and flags are ignored.
+    """
+
+    obs: Shaped[Array, "*lanes_and_obs"]
+    reward: Float[Array, "*lanes"]
+    terminated: Bool[Array, "*lanes"]
+    truncated: Bool[Array, "*lanes"]
+    metrics: dict[str, Shaped[AnyArray, "*lanes"]] = eqx.field(default_factory=dict)
+    action_mask: Bool[Array, "*lanes_and_actions"] | None = None
+    agent_mask: Bool[Array, "*lanes M"] | None = None
+    agent_reward: Float[Array, "*lanes M"] | None = None
 
 
-class LaneState(eqx.Module):
-    """The suite's own state of every lane, and the running episode."""
+class Running(eqx.Module):
+    """What must be remembered of a timestep to make the next one."""
 
-    inner: PyTree
     ended: Bool[Array, " N"]
     returns: Float[Array, " N"]
     length: Int[Array, " N"]
 
+    @classmethod
+    def start(cls, num_envs: int) -> "Running":
+        """As if every lane had just ended."""
+        return cls(jnp.ones(num_envs, bool), jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
 
-ResetLane = Callable[[PRNGKeyArray], tuple[PyTree, LaneStep]]
-StepLane = Callable[[PyTree, Int[Array, "*M"], PRNGKeyArray], tuple[PyTree, LaneStep]]
+    def follow(self, report: Report) -> tuple["Running", TimeStep]:
+        """The timestep that a report of all lanes makes, under the boundary rule.
+
+        `first` is where the timestep before ended, whatever the suite says; nothing else can
+        happen there. Termination wins over truncation.
+        """
+        first = self.ended
+        reward = jnp.where(first, 0.0, report.reward)
+        terminated = report.terminated & ~first
+        truncated = report.truncated & ~report.terminated & ~first
+        ended = terminated | truncated
+        returns = jnp.where(first, 0.0, self.returns + reward)
+        length = jnp.where(first, 0, self.length + 1)
+        timestep = TimeStep(
+            report.obs,
+            reward,
+            terminated,
+            truncated,
+            first,
+            Episode(ended, returns, length, report.metrics),
+            report.action_mask,
+            report.agent_mask,
+            report.agent_reward,
+        )
+        return Running(ended, returns, length), timestep
+
+
+ResetLane = Callable[[PRNGKeyArray], tuple[PyTree, Report]]
+StepLane = Callable[[PyTree, Int[Array, "*M"], PRNGKeyArray], tuple[PyTree, Report]]
+
+
+class LaneState(eqx.Module):
+    """The state of every lane of a JAX-native suite."""
+
+    inner: PyTree
+    running: Running
 
 
 def reset(reset_lane: ResetLane, key: PRNGKeyArray, num_envs: int) -> tuple[LaneState, TimeStep]:
-    """Starts an episode in every lane."""
-    inner, lanes = _strong(jax.vmap(reset_lane)(jax.random.split(key, num_envs)))
-    return _emit(inner, lanes, jnp.ones(num_envs, bool), jnp.zeros(num_envs), 0)
+    """Starts an episode in every lane, given how to start one."""
+    inner, report = _strong(jax.vmap(reset_lane)(jax.random.split(key, num_envs)))
+    running, timestep = Running.start(num_envs).follow(report)
+    return LaneState(inner, running), timestep
 
 
 def step(
@@ -61,34 +102,11 @@ def step(
         fresh, stepped = reset_lane(key), step_lane(inner, action, key)
         return jax.tree.map(lambda a, b: jnp.where(ended, a, b), fresh, stepped)
 
-    keys = jax.random.split(key, state.ended.shape[0])
-    inner, lanes = _strong(jax.vmap(lane)(state.ended, state.inner, action, keys))
-    return _emit(inner, lanes, state.ended, state.returns, state.length)
-
-
-def _emit(
-    inner: PyTree,
-    lanes: Any,
-    first: Bool[Array, " N"],
-    returns: Float[Array, " N"],
-    length: Int[Array, " N"] | int,
-) -> tuple[LaneState, TimeStep]:
-    truncated = lanes.truncated & ~lanes.terminated
-    ended = lanes.terminated | truncated
-    returns = jnp.where(first, 0.0, returns + lanes.reward)
-    length = jnp.where(first, 0, length + 1)
-    timestep = TimeStep(
-        lanes.obs,
-        lanes.reward,
-        lanes.terminated,
-        truncated,
-        first,
-        Episode(ended, returns, length, lanes.metrics),
-        lanes.action_mask,
-        lanes.agent_mask,
-        lanes.agent_reward,
-    )
-    return LaneState(inner, ended, returns, length), timestep
+    ended = state.running.ended
+    keys = jax.random.split(key, ended.shape[0])
+    inner, report = _strong(jax.vmap(lane)(ended, state.inner, action, keys))
+    running, timestep = state.running.follow(report)
+    return LaneState(inner, running), timestep
 
 
 def _strong(tree: PyTree[Array]) -> PyTree[Array]:

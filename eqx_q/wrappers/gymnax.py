@@ -21,7 +21,7 @@ from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
 from ..types import TimeStep
 from . import autoreset
-from .autoreset import LaneState, LaneStep
+from .autoreset import LaneState, Report
 from .env import Env
 
 
@@ -65,20 +65,20 @@ class Game:
             self, "action_space", Discrete(GymnasiumDiscrete(int(self.env.num_actions)))
         )
 
-    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, LaneStep]:
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, Report]:
         """Starts an episode in one lane."""
         obs, state = self.env.reset_env(key, self.params)
         no = jnp.array(False)
-        return state, LaneStep(self._observe(obs), jnp.array(0.0), no, no)
+        return state, Report(self._observe(obs), jnp.array(0.0), no, no)
 
     def step(
         self, state: PyTree, action: Int[Array, ""], key: PRNGKeyArray
-    ) -> tuple[PyTree, LaneStep]:
+    ) -> tuple[PyTree, Report]:
         """Acts in one lane. Not gymnax's `step`, which resets at once and hides where it did."""
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         truncated = self.env.is_truncated(state, self.params)
         reward = jnp.asarray(reward, jnp.float32)
-        return state, LaneStep(self._observe(obs), reward, terminated, truncated)
+        return state, Report(self._observe(obs), reward, terminated, truncated)
 
     def _observe(self, obs: Any) -> Float[Array, "*obs"]:
         """As `float32`; one-hot where gymnax gives an index."""

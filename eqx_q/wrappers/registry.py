@@ -29,6 +29,7 @@ class Suite(NamedTuple):
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
+    "gymnasium": Suite(".gymnasium", "gymnasium", None),
 }
 
 
