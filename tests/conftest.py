@@ -6,7 +6,7 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-install_import_hook("eqx_q", "beartype.beartype")
+install_import_hook("eqx_q", "typechecker.typechecked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
