@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .types import Scalar
+from .types import AnyArray, Scalar
 
 
 def q_lambda(
-    reward: Float[Array, "T *lanes"],
-    terminated: Bool[Array, "T *lanes"],
-    truncated: Bool[Array, "T *lanes"],
-    next_value: Float[Array, "T *lanes"],
+    reward: Float[AnyArray, "T *lanes"],
+    terminated: Bool[AnyArray, "T *lanes"],
+    truncated: Bool[AnyArray, "T *lanes"],
+    next_value: Float[AnyArray, "T *lanes"],
     *,
     discount: Scalar,
     lambda_: Scalar,
@@ -33,8 +33,9 @@ def q_lambda(
     A step that resets a lane is no transition: its own target means nothing and must be masked,
     but no other target depends on it, since the step before it has c = 0.
     """
-    continues = ~(terminated | truncated)
-    trace = lambda_ * continues.astype(reward.dtype).at[-1].set(0)
+    reward, terminated, truncated = map(jnp.asarray, (reward, terminated, truncated))
+    continues = ~(terminated | truncated).at[-1].set(True)  # the last step has no trace either
+    trace = lambda_ * continues
     bootstrap = discount * ~terminated
     # G_t = offset_t + factor_t G_{t+1}: all but the recurrence is done outside the scan.
     offset = reward + bootstrap * (1 - trace) * next_value

@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -30,8 +30,8 @@ class RunState(eqx.Module):
     """All of a run: save it and the run can go on, bit for bit.
 
     **Fields:** the `agent`; the environment's state and last timestep; the agent's `memory` of the
-    running episodes; the `key` of all randomness to come; `num_updates` and real `transitions` (`[S]` in a
-    population) so far.
+    running episodes; the `key` of all randomness to come; `num_updates` so far, and how many
+    `transitions` really happened (`[S]` in a population).
     """
 
     agent: Agent
@@ -160,7 +160,7 @@ def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str
 
 
 def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
-    """What a rollout says of the environment: `sums` to add up, `samples` of which to keep the last."""
+    """What a rollout says of the environment: `sums` to add, `samples` to keep the last of."""
     episode = jax.tree.map(lambda x: x[1:], rollout.timesteps.episode)
 
     def over_ended(x):
@@ -172,7 +172,8 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
         "episode_length": over_ended(episode.length),
     }
     sums |= {f"episode_{name}": over_ended(x) for name, x in episode.metrics.items()}
-    return {"sums": sums, "samples": {"q_values": rollout.values[-1]}}
+    samples = {} if rollout.values is None else {"q_values": rollout.values[-1]}
+    return {"sums": sums, "samples": samples}
 
 
 def _accumulate(totals, new):
@@ -234,57 +235,62 @@ def train(
         raise UsageError(f"{env.num_envs} lanes do not divide over {members} members")
     if not total_steps > 0:
         raise UsageError(f"total_steps must be positive, got {total_steps}")
+    state = start(agent, env, key=key) if run_state is None else run_state
+    agent = state.agent.with_schedule(total_steps)
+    state = _copy(eqx.tree_at(lambda s: s.agent, state, agent))
     steps_per_update = agent.rollout_length * (env.num_envs // members)
-    num_updates = math.ceil(total_steps / steps_per_update)
-    if run_state is None:
-        run_state = start(agent, env, key=key)
-    agent = run_state.agent.with_schedule(total_steps)
-    run_state = _copy(eqx.tree_at(lambda s: s.agent, run_state, agent))
-    begin = int(run_state.num_updates)
-    schedule = _Boundaries(begin, num_updates, steps_per_update, list(callbacks), log_every)
+    boundaries = _Boundaries(
+        done=int(state.num_updates),
+        end=math.ceil(total_steps / steps_per_update),
+        steps_per_update=steps_per_update,
+        callbacks=list(callbacks),
+        log_every=log_every,
+    )
+    return _run(state, env, boundaries, members)
+
+
+def _run(
+    run_state: RunState, env: Env, boundaries: "_Boundaries", members: int
+) -> tuple[Agent, list[Metrics]]:
+    """Chunk after chunk, with the host's work on one done while the next is running."""
     history = _History()
+    started = time.perf_counter()
+    run_state, _ = jax.block_until_ready(_advance_chunk(env, run_state, jnp.asarray(0)))
+    times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
+    observe = None  # what observers still have to do for the boundary before
+    stopped = False
     with concurrent.futures.ThreadPoolExecutor(1) as waiter:
-        started = time.perf_counter()
-        run_state, _ = jax.block_until_ready(_advance_chunk(env, run_state, jnp.asarray(0)))
-        compile_seconds = time.perf_counter() - started
-        train_seconds = 0.0
-        observe = None  # what overlapping callbacks still have to do for the boundary before
-        stopped = False
-        while not (stopped or schedule.finished):
-            length = schedule.next_length()
+        while not (stopped or boundaries.finished):
+            length = boundaries.next_length()
             dispatched = time.perf_counter()
             run_state, on_device = _advance_chunk(env, run_state, jnp.asarray(length))
             ready = waiter.submit(_time_when_ready, on_device)
             stopped = observe is not None and observe()
-            chunk_seconds = ready.result() - dispatched
-            train_seconds += chunk_seconds
-            due = schedule.advance(length, chunk_seconds)
-            metrics = _to_host(on_device) | {
-                "env_steps": schedule.env_steps,
-                "total_steps": num_updates * steps_per_update,
-                "transitions": _number(np.asarray(run_state.transitions)),
-                "steps_per_second": members * length * steps_per_update / chunk_seconds,
-                "train_seconds": train_seconds,
-                "compile_seconds": compile_seconds,
-                "wall_seconds": time.perf_counter() - started,
-                "done": stopped or schedule.finished,
-            }
+            seconds = ready.result() - dispatched
+            times["train_seconds"] += seconds
+            times["wall_seconds"] = time.perf_counter() - started
+            due = boundaries.advance(length, seconds)
+            metrics = _to_host(on_device) | times
+            metrics |= boundaries.metrics(run_state, members * length / seconds)
+            metrics["done"] = stopped or boundaries.finished
             _check_finite(metrics)
             history.append(metrics)
-            blocking = [c for c in due if not getattr(c, "overlap", False)]
-            run_state, stopped_here = _call(blocking, run_state, metrics)
+            run_state, stopped_here = _call(_blocking(due), run_state, metrics)
             stopped |= stopped_here
-            metrics["done"] |= stopped_here
-            if metrics["done"] and not schedule.finished:
-                due = schedule.callbacks
-            observers = [c for c in due if getattr(c, "overlap", False)]
-            if observers:
-                observe = functools.partial(_observe, observers, _copy(run_state), metrics)
-            else:
-                observe = None
-        if observe is not None:
-            observe()
+            metrics["done"] = stopped or boundaries.finished
+            observers = _observers(boundaries.callbacks if stopped else due)
+            observe = functools.partial(_observe, observers, _copy(run_state), metrics)
+    if observe is not None:
+        observe()
     return run_state.agent, history.rows
+
+
+def _blocking(callbacks: list[Callback]) -> list[Callback]:
+    return [c for c in callbacks if not getattr(c, "overlap", False)]
+
+
+def _observers(callbacks: list[Callback]) -> list[Callback]:
+    return [c for c in callbacks if getattr(c, "overlap", False)]
 
 
 def _observe(callbacks, run_state, metrics) -> bool:
@@ -331,8 +337,8 @@ def _check_finite(metrics: Metrics) -> None:
 class _Boundaries:
     """Cuts a run into chunks, and knows which callbacks are due at each cut."""
 
-    def __init__(self, begin, end, steps_per_update, callbacks, log_every):
-        self.done, self.end = begin, end
+    def __init__(self, *, done, end, steps_per_update, callbacks, log_every):
+        self.done, self.end = done, end
         self.steps_per_update = steps_per_update
         self.callbacks = callbacks
         self.log_every = log_every
@@ -345,9 +351,14 @@ class _Boundaries:
     def finished(self) -> bool:
         return self.done >= self.end
 
-    @property
-    def env_steps(self) -> int:
-        return self.done * self.steps_per_update
+    def metrics(self, run_state: RunState, updates_per_second: float) -> Metrics:
+        """Where the run stands. Steps per second are those of all members together."""
+        return {
+            "env_steps": self.done * self.steps_per_update,
+            "total_steps": self.end * self.steps_per_update,
+            "transitions": _number(np.asarray(run_state.transitions)),
+            "steps_per_second": updates_per_second * self.steps_per_update,
+        }
 
     def next_length(self) -> int:
         """Updates in the next chunk."""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
 Scalar: TypeAlias = float | int | Shaped[AnyArray, ""]
@@ -86,8 +86,8 @@ class TimeStep(eqx.Module):
 class Decision(eqx.Module):
     """What an agent does: the action, the greedy value max_a Q (legal actions only), its memory."""
 
-    action: Int[AnyArray, "*lanes"]
-    value: Float[AnyArray, "*lanes"]
+    action: Int[Array, "*lanes"]
+    value: Float[Array, "*lanes"]
     memory: Memory = None
 
 

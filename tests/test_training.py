@@ -13,14 +13,14 @@ from eqx_q.errors import DivergedError, UsageError
 
 
 def make_agent(env, key=0, **options):
-    defaults = dict(
-        network="mlp",
-        network_options={"hidden_sizes": [16]},
-        rollout_length=8,
-        num_minibatches=4,
-        learning_rate=1e-2,
-        epsilon_end=0.1,
-    )
+    defaults = {
+        "network": "mlp",
+        "network_options": {"hidden_sizes": [16]},
+        "rollout_length": 8,
+        "num_minibatches": 4,
+        "learning_rate": 1e-2,
+        "epsilon_end": 0.1,
+    }
     return eqx_q.PQN.create(
         env.observation_space, env.action_space, key=jax.random.key(key), **(defaults | options)
     )

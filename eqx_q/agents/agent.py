@@ -27,8 +27,8 @@ class Agent(eqx.Module):
     action_space: AbstractVar[gymnasium.spaces.Discrete]
     rollout_length: AbstractVar[int]
     num_members: AbstractVar[int | None]
-    env_steps: AbstractVar[Shaped[AnyArray, "*S"]]
-    schedule_steps: AbstractVar[Float[AnyArray, "*S"]]
+    env_steps: AbstractVar[Shaped[Array, "*S"]]
+    schedule_steps: AbstractVar[Float[Array, "*S"]]
 
     @abc.abstractmethod
     def initial_memory(self, num_envs: int) -> Memory:

@@ -26,8 +26,10 @@ class Population(Agent):
 
     members: Agent
 
-    def __check_init__(self):
-        if self.members.num_members is not None or self.members.env_steps.ndim != 1:
+    def __init__(self, members: Agent):
+        """Raises `UsageError` where `members` is not one agent with a leading member axis."""
+        self.members = members
+        if members.num_members is not None or members.env_steps.ndim != 1:
             raise UsageError(
                 "Population takes one agent whose arrays have a leading member axis: make it with "
                 "eqx.filter_vmap over keys or hyperparameters"
@@ -70,9 +72,7 @@ class Population(Agent):
     def initial_memory(self, num_envs: int) -> Memory:
         """See `Agent`; `num_envs` counts the lanes of all members."""
         memory = self.members.initial_memory(self._lanes(num_envs))
-        return jax.tree.map(
-            lambda x: jnp.tile(x, (self.num_members,) + (1,) * (x.ndim - 1)), memory
-        )
+        return jax.tree.map(lambda x: jnp.tile(x, (self.num_members, *[1] * (x.ndim - 1))), memory)
 
     def act(
         self, obs, memory=None, *, first=None, action_mask=None, epsilon=None, key=None
@@ -123,7 +123,7 @@ class Population(Agent):
         """Views the lane axis `S * N` as `S, N`, and puts the member axis first."""
 
         def split(x):
-            shape = x.shape[:axis] + (self.num_members, -1) + x.shape[axis + 1 :]
+            shape = (*x.shape[:axis], self.num_members, -1, *x.shape[axis + 1 :])
             return jnp.moveaxis(jnp.reshape(x, shape), axis, 0)
 
         return jax.tree.map(split, tree)

@@ -55,18 +55,18 @@ class PQN(Agent):
     network: AbstractQNetwork
     statistics: PyTree[Array]
     optimizer_state: PyTree[Array]
-    env_steps: UInt[AnyArray, ""]
+    env_steps: UInt[Array, ""]
 
-    learning_rate: Float[AnyArray, ""]
-    learning_rate_end: Float[AnyArray, ""]
-    max_grad_norm: Float[AnyArray, ""]
-    discount: Float[AnyArray, ""]
-    lambda_: Float[AnyArray, ""]
-    epsilon_start: Float[AnyArray, ""]
-    epsilon_end: Float[AnyArray, ""]
-    epsilon_decay: Float[AnyArray, ""]
-    reward_scale: Float[AnyArray, ""]
-    schedule_steps: Float[AnyArray, ""]
+    learning_rate: Float[Array, ""]
+    learning_rate_end: Float[Array, ""]
+    max_grad_norm: Float[Array, ""]
+    discount: Float[Array, ""]
+    lambda_: Float[Array, ""]
+    epsilon_start: Float[Array, ""]
+    epsilon_end: Float[Array, ""]
+    epsilon_decay: Float[Array, ""]
+    reward_scale: Float[Array, ""]
+    schedule_steps: Float[Array, ""]
 
     observation_space: Box = eqx.field(static=True)
     action_space: Discrete = eqx.field(static=True)
@@ -114,9 +114,11 @@ class PQN(Agent):
         """
         observation_space = observation_box(observation_space)
         action_space = action_discrete(action_space)
-        sizes = dict(
-            rollout_length=rollout_length, num_epochs=num_epochs, num_minibatches=num_minibatches
-        )
+        sizes = {
+            "rollout_length": rollout_length,
+            "num_epochs": num_epochs,
+            "num_minibatches": num_minibatches,
+        }
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise UsageError(f"{name} must be a whole number of at least 1, got {size!r}")
@@ -175,7 +177,7 @@ class PQN(Agent):
         obs: Shaped[AnyArray, "..."],
         memory: Memory = None,
         *,
-        first: Bool[AnyArray, "..."] | bool | None = None,
+        first: Bool[AnyArray, "..."] | None = None,
         action_mask: Bool[AnyArray, "..."] | None = None,
         epsilon: Scalar | None = None,
         key: PRNGKeyArray | None = None,
@@ -189,19 +191,18 @@ class PQN(Agent):
             )
         single = obs.ndim == len(shape)
         obs = jnp.asarray(obs, self.observation_space.dtype)
+        start = None if first is None else jnp.asarray(first)
+        mask = None if action_mask is None else jnp.asarray(action_mask)
         if single:
-            obs, first, action_mask = jax.tree.map(
-                lambda x: jnp.asarray(x)[None], (obs, first, action_mask)
-            )
-        first, action_mask = jax.tree.map(jnp.asarray, (first, action_mask))
-        first = None if first is None else first[None]
-        output = self.network(obs[None], self.statistics, memory, first=first)
-        q_values = legal(output.q_values[0], action_mask)
+            obs, start, mask = jax.tree.map(lambda x: x[None], (obs, start, mask))
+        sequence, start = jax.tree.map(lambda x: x[None], (obs, start))
+        output = self.network(sequence, self.statistics, memory, first=start)
+        q_values = legal(output.q_values[0], mask)
         if key is None:
             action = jnp.argmax(q_values, axis=-1)
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
-            action = epsilon_greedy(q_values, epsilon, key, action_mask)
+            action = epsilon_greedy(q_values, epsilon, key, mask)
         decision = Decision(action, jnp.max(q_values, axis=-1), output.memory)
         if single:
             decision = eqx.tree_at(
@@ -236,7 +237,7 @@ class PQN(Agent):
             )
         rollout = jax.tree.map(jnp.asarray, rollout)
         columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
-        transitions = Batch(*(x.reshape(num_transitions, *x.shape[2:]) for x in columns))
+        transitions = Batch(*(jnp.reshape(x, (num_transitions, *x.shape[2:])) for x in columns))
         num_gradient_steps = self.num_epochs * self.num_minibatches
         epochs = jax.random.split(key, self.num_epochs)
         indices = jax.vmap(lambda key: jax.random.permutation(key, num_transitions))(epochs)

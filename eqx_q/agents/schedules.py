@@ -3,14 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..types import Scalar
+from ..types import AnyArray, Scalar
 
 
 def linear(
     start: Scalar,
     end: Scalar,
-    progress: Float[Array, "*P"],
+    progress: Float[AnyArray, "*P"],
     duration: Scalar = 1.0,
 ) -> Float[Array, "*P"]:
     """From `start` to `end` over the first `duration` (a fraction) of `progress`, then constant."""
-    return start + (end - start) * jnp.clip(progress / jnp.maximum(duration, 1e-9), 0.0, 1.0)
+    fraction = jnp.clip(progress / jnp.maximum(duration, 1e-9), 0.0, 1.0)
+    return jnp.asarray(start + (end - start) * fraction)

@@ -59,7 +59,7 @@ def q_values(agent, obs):
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_update_equals_each_members_own(norm):
     keys = jax.random.split(jax.random.key(0), S)
-    rates = jnp.array([1e-3, 1e-2, 1e-1])
+    rates = jnp.array([1e-4, 3e-4, 1e-3])
     population = eqx_q.Population(
         eqx.filter_vmap(lambda key, rate: make_member(key, rate, norm))(keys, rates)
     )

@@ -42,18 +42,18 @@ def make_rollout(seed=0):
 
 def make_agent(key=0, **options):
     network = eqx.nn.Linear(3, 2, key=jax.random.key(key))
-    defaults = dict(
-        rollout_length=T,
-        num_epochs=2,
-        num_minibatches=3,
-        learning_rate=0.03,
-        learning_rate_end=0.01,
-        schedule_steps=100.0,
-        lambda_=0.7,
-        discount=0.9,
-        reward_scale=0.5,
-        max_grad_norm=0.5,
-    )
+    defaults = {
+        "rollout_length": T,
+        "num_epochs": 2,
+        "num_minibatches": 3,
+        "learning_rate": 0.03,
+        "learning_rate_end": 0.01,
+        "schedule_steps": 100.0,
+        "lambda_": 0.7,
+        "discount": 0.9,
+        "reward_scale": 0.5,
+        "max_grad_norm": 0.5,
+    }
     return eqx_q.PQN.create(
         OBS, ACT, key=jax.random.key(0), network=network, **(defaults | options)
     )
@@ -215,7 +215,7 @@ def test_schedules_follow_progress():
     epsilons = []
     for i in range(4):
         epsilons.append(float(agent.epsilon))
-        agent, metrics = agent.update(make_rollout(i), key=jax.random.key(i))
+        agent, _ = agent.update(make_rollout(i), key=jax.random.key(i))
     np.testing.assert_allclose(epsilons, [1.0, 0.6, 0.2, 0.2], rtol=1e-5)
     np.testing.assert_allclose(float(make_agent(schedule_steps=None).epsilon), 1.0)
 
