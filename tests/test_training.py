@@ -237,3 +237,14 @@ def test_bad_input():
         eqx_q.train(agent, env, total_steps=0, key=jax.random.key(0))
     with pytest.raises(UsageError, match="num_minibatches"):
         eqx_q.train(make_agent(env, num_minibatches=7), env, total_steps=64, key=jax.random.key(0))
+
+
+def test_a_long_run_holds_no_more_than_a_short_one():
+    held = []
+
+    def count(state, metrics):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+
+    run(64 * 300, callbacks=[count], log_every=1)
+    # The first two boundaries still fill the pipeline of snapshots.
+    assert len(set(held[2:])) == 1
