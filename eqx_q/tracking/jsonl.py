@@ -1,0 +1,105 @@
+"""Metrics as lines of JSON."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import cannot_write, write_whole
+from .tracker import Tracker
+
+_logger = logging.getLogger(__name__)
+
+
+class JsonlTracker(Tracker):
+    """Appends one JSON object per call of `log` to a file, which is complete at any moment.
+
+    What is not finite becomes `null`; samples become a few statistics. A half line that a killed
+    run left is dropped. Where the disk is full, lines are lost, and the run goes on.
+
+    **Arguments:**
+
+    - `path`: of the file; its directory is made.
+    - `num_members`: of a population.
+    - `resume_step`: where the run is taken up: later lines are dropped. By default all are kept.
+
+    **Raises:** `UsageError` where the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        num_members: int | None = None,
+        resume_step: int | None = None,
+    ):
+        self._path = Path(path)
+        self._value_axes = 0 if num_members is None else 1
+        self._warned = False
+        write_whole(self._path, _good_lines(self._path, resume_step))
+        try:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Appends a line."""
+        values = {name: self._plain(value) for name, value in metrics.items()}
+        line = json.dumps({"env_steps": step, **values}, default=str).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._file.truncate(end)  # or the next line would follow on half of this one
+            if not self._warned:
+                self._warned = True
+                _logger.warning(
+                    "%s; metrics are lost, the run goes on", cannot_write(self._path, error)
+                )
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Does nothing: a run directory has its configuration in a file."""
+
+    def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
+        """Does nothing: the picture is in a file."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _plain(self, value: Any) -> Any:
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            return value
+        if array.ndim > self._value_axes:
+            samples = array.reshape(*array.shape[: self._value_axes], -1)
+            quartiles = np.percentile(samples, [0, 25, 50, 75, 100], axis=-1)
+            names = ("min", "q25", "median", "q75", "max")
+            statistics = dict(zip(names, quartiles, strict=True), mean=samples.mean(-1))
+            return {name: _finite(x) for name, x in statistics.items()}
+        return _finite(array)
+
+
+def _finite(array: Any) -> Any:
+    if np.isfinite(array).all():
+        return np.asarray(array).tolist()
+    return np.where(np.isfinite(array), array, None).tolist()
+
+
+def _good_lines(path: Path, resume_step: int | None) -> Iterator[bytes]:
+    """The lines of a file that are whole, and not later than `resume_step`."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                step = json.loads(line)["env_steps"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if line.endswith(b"\n") and (resume_step is None or step <= resume_step):
+                yield line
