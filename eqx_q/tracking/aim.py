@@ -1,6 +1,6 @@
 """Tracking with Aim, which a run never depends on."""
 
-import contextlib
+import collections
 import importlib.util
 import json
 import logging
@@ -11,12 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from ..errors import UsageError
 from ..files import write_whole
@@ -24,6 +23,7 @@ from .tracker import Tracker
 
 _logger = logging.getLogger(__name__)
 
+_WORKER = Path(__file__).with_name("aim_worker.py")
 _MOST_RUNS = 32  # Aim is slow with very many runs: a larger population is summed up in one
 _BINS = 64
 _WAITING = 1024  # messages in the queue
@@ -61,7 +61,6 @@ class AimTracker(Tracker):
     ):
         self._repo = str(Path(repo).absolute())
         self._num_members = num_members
-        self._aggregated = (num_members or 1) > _MOST_RUNS
         self._note = None if directory is None else Path(directory) / "aim.json"
         self._open_timeout, self._close_timeout = open_timeout, close_timeout
         self._queue: queue.Queue[str | None] = queue.Queue(_WAITING)
@@ -75,7 +74,7 @@ class AimTracker(Tracker):
             return
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("aim_worker.py"))],
+                [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -88,32 +87,19 @@ class AimTracker(Tracker):
         self._feeder = threading.Thread(target=self._feed, args=(self._process,), daemon=True)
         self._feeder.start()
         name = "run" if directory is None else Path(directory).absolute().name
-        members = 1 if num_members is None or self._aggregated else num_members
+        members = 1 if num_members is None or _is_summed_up(num_members) else num_members
         self._send(
             repo=self._repo,
             experiment=experiment,
             names=[name] if members == 1 else [f"{name} #{i}" for i in range(members)],
             hashes=self._remembered(members),
             process=os.getpid(),
+            patience=open_timeout / 3,
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Queues numbers and distributions. Never blocks."""
-        numbers, histograms = [], []
-        for subset in ("train", "eval"):
-            context = {"subset": subset}
-            values, samples = self._by_member(metrics, subset)
-            for i, over, row in self._rows(values):
-                row = {name: float(x) for name, x in row.items() if np.isfinite(x)}
-                if row:
-                    numbers.append([i, row, context | over])
-            for name, rows in samples.items():
-                for i, row in enumerate(rows):
-                    row = row[np.isfinite(row)]
-                    if row.size:
-                        counts, edges = np.histogram(row, _BINS)
-                        ends = [float(edges[0]), float(edges[-1])]
-                        histograms.append([i, name, counts.tolist(), ends, context])
+        numbers, histograms = _records(metrics, self._num_members)
         self._send(kind="metrics", step=step, records=numbers)
         if histograms:
             self._send(kind="histograms", step=step, records=histograms)
@@ -138,43 +124,6 @@ class AimTracker(Tracker):
         if self._feeder.is_alive():
             self._give_up(f"it did not finish within {self._close_timeout:g} s")
 
-    # ---- what is logged
-
-    def _by_member(
-        self, metrics: Mapping[str, Any], subset: str
-    ) -> tuple[dict[str, Float[np.ndarray, " S"]], dict[str, Float[np.ndarray, "S n"]]]:
-        """Numbers and samples of a subset, by name, with a leading axis of members."""
-        members = self._num_members or 1
-        values, samples = {}, {}
-        for name, value in metrics.items():
-            array = np.asarray(value)
-            if name.startswith("eval/") != (subset == "eval") or array.dtype.kind not in "biuf":
-                continue
-            array = array.astype(float)
-            if self._num_members is None or array.shape[:1] != (members,):
-                array = np.broadcast_to(array, (members, *array.shape))  # the same for all
-            name = name.removeprefix("eval/")
-            if array.ndim == 1:
-                values[name] = array
-            elif self._aggregated:
-                samples[name] = array.reshape(1, -1)
-            else:
-                samples[name] = array.reshape(members, -1)
-        return values, samples
-
-    def _rows(
-        self, values: dict[str, Float[np.ndarray, " S"]]
-    ) -> Iterator[tuple[int, dict[str, str], dict[str, float]]]:
-        """Which Aim run gets which numbers, with what to add to the context."""
-        if not self._aggregated:
-            for i in range(self._num_members or 1):
-                yield i, {}, {name: x[i] for name, x in values.items()}
-            return
-        values = {name: x[np.isfinite(x)] for name, x in values.items()}
-        for statistic in (np.mean, np.std, np.min, np.max):
-            row = {name: statistic(x) for name, x in values.items() if x.size}
-            yield 0, {"over_members": statistic.__name__.removeprefix("a")}, row
-
     # ---- how it gets there
 
     def _send(self, **message: Any) -> None:
@@ -193,28 +142,35 @@ class AimTracker(Tracker):
 
     def _feed(self, process: subprocess.Popen[str]) -> None:
         """Hands the queue to Aim's process, in a thread that may block without harm."""
+        try:
+            with process:
+                answer = self._converse(process)
+                if process.wait() != 0:
+                    self._give_up(answer.get("error", "its process died"))
+        except Exception as error:  # leaving `process` may break its pipe once more
+            self._give_up(str(error))
+
+    def _converse(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """**Returns:** the last that it said."""
         stdin, stdout = process.stdin, process.stdout
         assert stdin is not None and stdout is not None
-        answers = map(json.loads, stdout)
-        answer = {}
-        with process:
-            with contextlib.suppress(BrokenPipeError):  # it has died, and said why
-                stdin.write(self._queue.get() or "")
+        try:
+            stdin.write(self._queue.get() or "")
+            stdin.flush()
+            if not select.select([stdout], [], [], self._open_timeout)[0]:
+                self._give_up(f"it did not open within {self._open_timeout:g} s")
+            answer = _answer(stdout.readline())
+            if "runs" not in answer:
+                return answer
+            self._remember(answer["runs"])
+            for line in iter(self._queue.get, None):
+                stdin.write(line)
                 stdin.flush()
-                if not select.select([stdout], [], [], self._open_timeout)[0]:
-                    self._give_up(f"it did not open within {self._open_timeout:g} s")
-                    return
-                answer = next(answers, {})
-                if "runs" in answer:
-                    self._remember(answer["runs"])
-                    for line in iter(self._queue.get, None):
-                        stdin.write(line)
-                        stdin.flush()
-                        self._fed_at = time.monotonic()
-                stdin.close()
-            answer |= next(answers, {})
-            if process.wait() != 0:
-                self._give_up(answer.get("error", "its process died"))
+                self._fed_at = time.monotonic()
+            stdin.close()
+        except BrokenPipeError:
+            pass  # it has died, and may have said why
+        return _answer(stdout.readline())
 
     def _give_up(self, reason: str, mend: str | None = None) -> None:
         """The one warning; from here on nothing is logged."""
@@ -258,6 +214,55 @@ class AimTracker(Tracker):
             return []
         runs = note.get("runs", [])
         return runs if note.get("repo") == self._repo and len(runs) == members else []
+
+
+def _is_summed_up(num_members: int | None) -> bool:
+    return num_members is not None and num_members > _MOST_RUNS
+
+
+def _records(metrics: Mapping[str, Any], num_members: int | None) -> tuple[list, list]:
+    """**Returns:** what is finite of the metrics, as Aim's process takes it:
+
+    - numbers: `[run, {name: value}, context]`.
+    - histograms: `[run, name, counts, [start, end], context]`.
+    """
+    members = num_members or 1
+    numbers = collections.defaultdict(dict)
+    histograms = []
+    for name, value in metrics.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            continue
+        array = array.astype(float)
+        if num_members is None or array.shape[:1] != (members,):
+            array = np.broadcast_to(array, (members, *array.shape))  # the same for all members
+        subset, name = ("eval", name[5:]) if name.startswith("eval/") else ("train", name)
+        if array.ndim > 1:
+            rows = array.reshape(1 if _is_summed_up(num_members) else members, -1)
+            for i, row in enumerate(rows):
+                if (row := row[np.isfinite(row)]).size:
+                    counts, edges = np.histogram(row, _BINS)
+                    ends = [float(edges[0]), float(edges[-1])]
+                    histograms.append([i, name, counts.tolist(), ends, {"subset": subset}])
+        elif not _is_summed_up(num_members):
+            for i, x in enumerate(array):
+                if np.isfinite(x):
+                    numbers[i, subset, None][name] = float(x)
+        elif (finite := array[np.isfinite(array)]).size:
+            for statistic in ("mean", "std", "min", "max"):
+                numbers[0, subset, statistic][name] = float(getattr(finite, statistic)())
+    return [
+        [i, row, {"subset": subset} | ({"over_members": statistic} if statistic else {})]
+        for (i, subset, statistic), row in numbers.items()
+    ], histograms
+
+
+def _answer(line: str) -> dict[str, Any]:
+    """What Aim's process says in a line; nothing where it died before it could."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 def _plain(value: Any) -> Any:

@@ -12,37 +12,46 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = 20.0  # seconds for another process to make the repository
-_GRACE = 60.0  # and for this one to finish when the run has died
+_GRACE = 60.0  # seconds to finish when the run has died
 
 
 class _Session:
     """Aim runs that are open, one for each member of a population."""
 
     def __init__(
-        self, repo: str, experiment: str | None, names: list[str], hashes: list[str], process: int
+        self,
+        repo: str,
+        experiment: str | None,
+        names: list[str],
+        hashes: list[str],
+        process: int,
+        patience: float,
     ):
         import aim
-        import aim.ext.resource.tracker
         import psutil
+        from aim.ext.resource import tracker
 
         self._aim = aim
         # What Aim samples should be the training process, not this one.
-        aim.ext.resource.tracker.Process = functools.partial(psutil.Process, process)
-        repository = _repository(repo)
+        setattr(tracker, "Process", functools.partial(psutil.Process, process))  # noqa: B010
+        repository = _repository(repo, patience)
         known = [h if repository.run_exists(h) else None for h in hashes] or [None] * len(names)
         self.runs = []
         for name, run_hash in zip(names, known, strict=True):
-            run = aim.Run(
+            open_run = functools.partial(
+                aim.Run,
                 run_hash,
                 repo=repository,
                 experiment=experiment,
                 capture_terminal_logs=False,
                 system_tracking_interval=None if self.runs else 10,  # one of them is enough
             )
+            # A run that was killed and is resumed at once may not have let go of it yet.
+            run = _patiently(open_run, patience)
             run.name = name
             run["git_commit"] = _git_commit()
             self.runs.append(run)
@@ -66,16 +75,28 @@ class _Session:
             self.runs[0].track(image, name=message["name"], step=step, context=message["context"])
 
 
-def _repository(path: str) -> Any:
+def _patiently(action: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def _repository(path: str, patience: float) -> Any:
     """Opens a repository; where several runs start at once in a new one, the first makes it."""
     import aim
+    from aim.sdk.configs import get_aim_repo_name
 
-    directory = Path(path) / aim.sdk.configs.get_aim_repo_name()
+    directory = Path(path) / get_aim_repo_name()
     made = directory / "VERSION"  # the last thing that making it writes
     try:
         directory.mkdir(parents=True)
     except FileExistsError:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + patience
         while not made.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
     return aim.Repo.from_path(path, init=not made.exists())

@@ -86,9 +86,10 @@ class JsonlTracker(Tracker):
 
 
 def _finite(array: Any) -> Any:
-    if np.isfinite(array).all():
-        return np.asarray(array).tolist()
-    return np.where(np.isfinite(array), array, None).tolist()
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
+        array = np.where(np.isfinite(array), array.astype(object), None)
+    return array.tolist()
 
 
 def _good_lines(path: Path, resume_step: int | None) -> Iterator[bytes]:

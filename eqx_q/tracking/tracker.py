@@ -12,9 +12,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Tracker(abc.ABC):
-    """Takes what a run reports. It never stops the run: what goes wrong is said once, and passed over.
+    """Takes what a run reports; a callback of `eqx_q.train` too.
 
-    A tracker is a callback of `eqx_q.train` too.
+    It never stops the run: what goes wrong is said once, and passed over.
     """
 
     @abc.abstractmethod
