@@ -87,6 +87,9 @@ class Counter(Agent):
     def update(self, rollout, *, key):
         return self, {}
 
+    def with_schedule(self, steps):
+        return self
+
     def measure(self, fn, rollout):
         return fn(rollout)
 
