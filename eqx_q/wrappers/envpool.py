@@ -21,8 +21,13 @@ _FIXED = ("num_envs", "batch_size", "seed", "base_path", "task", "max_num_player
 _FIXED += ("gym_reset_return_info",)
 
 
+@jax.tree_util.register_pytree_node_class
 class Pool:
-    """The emulators. Hashed by identity, since compiled code is bound to the pool it came from."""
+    """The emulators. Hashed by identity, since compiled code is bound to the pool it came from.
+
+    A node without leaves rather than a static field, so that `jit` sees when it is closed, and
+    compiled code never writes to memory that has been freed.
+    """
 
     def __init__(self, name: str, num_envs: int, seed: int, options: dict[str, Any]):
         known = [
@@ -33,6 +38,7 @@ class Pool:
                 raise UnknownNameError("option", option, known)
         self.name, self.options = name, options
         try:
+            _check(options)
             self.envpool: Any = envpool.make(
                 name,
                 env_type="gymnasium",
@@ -42,16 +48,38 @@ class Pool:
                 **options,
             )
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"EnvPool refuses the options {options}: {error}") from error
+            raise UsageError(f"{name} cannot be made with {options}: {error}") from error
+        self.step: Any
         self.handle, _, _, self.step = self.envpool.xla()
 
-    def __hash__(self) -> int:
-        if self.envpool is None:  # compiled code would write to memory that has been freed
+    def open(self) -> "Pool":
+        """Itself. Raises `UsageError` after `close`."""
+        if self.envpool is None:
             raise UsageError(f"this environment is closed: make 'envpool/{self.name}' anew")
-        return id(self)
+        return self
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def close(self) -> None:
+        """Frees the emulators."""
+        jax.effects_barrier()  # no step may be under way
+        self.envpool = self.step = None
+
+    def tree_flatten(self) -> tuple[tuple[()], tuple["Pool", bool]]:
+        """No leaves. Once it is closed nothing compiled before matches, and `open` is asked."""
+        return (), (self, self.envpool is None)
+
+    @classmethod
+    def tree_unflatten(cls, pool: tuple["Pool", bool], leaves: tuple[()]) -> "Pool":
+        """Itself."""
+        return pool[0]
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuses what EnvPool lets pass, to do something senseless later."""
+    for option in ("frame_skip", "stack_num", "img_height", "img_width", "max_episode_steps"):
+        if options.get(option, 1) < 1:
+            raise ValueError(f"{option} is {options[option]}: give 1 or more")
+    if not 0 <= options.get("repeat_action_probability", 0) <= 1:
+        raise ValueError("repeat_action_probability must lie between 0 and 1")
 
 
 class PoolState(eqx.Module):
@@ -73,7 +101,7 @@ class EnvpoolEnv(Env):
     outside `jit`.
     """
 
-    pool: Pool = eqx.field(static=True)
+    pool: Pool
     observation_space: Box = eqx.field(static=True)
     action_space: Discrete = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
@@ -91,24 +119,24 @@ class EnvpoolEnv(Env):
         self.max_episode_steps = pool.envpool.config["max_episode_steps"]
 
     def reset(self, key: PRNGKeyArray) -> tuple[PoolState, TimeStep]:
-        hash(self.pool)
+        pool = self.pool.open()
         if isinstance(jnp.zeros(()), Tracer):
             raise UsageError(
                 "EnvPool resets on the host: call env.reset outside jit, scan and vmap"
             )
         jax.effects_barrier()  # no step may be under way
-        obs, _ = self.pool.envpool.reset()
+        obs, _ = pool.envpool.reset()
         no, zero = jnp.zeros(self.num_envs, bool), jnp.zeros(self.num_envs)
         episode = Episode(no, zero, jnp.zeros(self.num_envs, jnp.int32))
         timestep = TimeStep(jnp.asarray(obs), zero, no, no, ~no, episode)
-        return PoolState(jnp.asarray(self.pool.handle), no, episode), timestep
+        return PoolState(jnp.asarray(pool.handle), no, episode), timestep
 
     def step(
         self, state: PoolState, action: Int[Array, " N"], key: PRNGKeyArray
     ) -> tuple[PoolState, TimeStep]:
         # EnvPool resets in the step after an episode ended. With `episodic_life`, after a lost
         # life, that step changes nothing in the game.
-        token, (obs, reward, terminated, truncated, info) = self.pool.step(
+        token, (obs, reward, terminated, truncated, info) = self.pool.open().step(
             state.token, action.astype(jnp.int32)
         )
         first = state.ended
@@ -128,11 +156,10 @@ class EnvpoolEnv(Env):
         return make(self.pool.name, num_envs, seed=seed, **(self.pool.options | options))
 
     def render(self, state: PoolState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"]:
-        hash(self.pool)
-        return self.pool.envpool.render(env_ids=lane)[0]
+        return self.pool.open().envpool.render(env_ids=lane)[0]
 
     def close(self) -> None:
-        self.pool.envpool = None
+        self.pool.close()
 
 
 def ids() -> list[str]:

@@ -20,6 +20,7 @@ from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
 from ..types import TimeStep
 from .autoreset import Report, Running
+from .drawing import quiet_pygame
 from .env import Env
 
 VECTORIZATIONS = ("auto", "sync", "async")
@@ -135,6 +136,7 @@ class GymnasiumEnv(Env):
         if vector is None or vector.render_mode != "rgb_array":
             return None
         jax.effects_barrier()  # no step may be under way
+        quiet_pygame()
         if isinstance(vector, SyncVectorEnv):
             return np.asarray(vector.envs[lane].render())
         frames = vector.render()

@@ -7,14 +7,15 @@ import pickle
 from typing import Any
 
 import equinox as eqx
+import gymnasium
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnasium.spaces import Box as GymnasiumBox, Discrete as GymnasiumDiscrete
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from gymnax.registration import registered_envs
+from gymnax.visualize import vis_gym
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UnknownNameError, UsageError
@@ -22,6 +23,7 @@ from ..spaces import Box, Discrete
 from ..types import TimeStep
 from . import autoreset
 from .autoreset import LaneState, Report
+from .drawing import draw_grid, quiet_pygame
 from .env import Env
 
 
@@ -59,10 +61,10 @@ class Game:
                 f"{self.env.name} gives observations of shape {first.obs.shape} after reset, "
                 f"but {later.obs.shape} after step: they must be the same"
             )
-        box = GymnasiumBox(-np.inf, np.inf, first.obs.shape, np.float32)
+        box = gymnasium.spaces.Box(-np.inf, np.inf, first.obs.shape, np.float32)
         object.__setattr__(self, "observation_space", Box(box))
         object.__setattr__(
-            self, "action_space", Discrete(GymnasiumDiscrete(int(self.env.num_actions)))
+            self, "action_space", Discrete(gymnasium.spaces.Discrete(int(self.env.num_actions)))
         )
 
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, Report]:
@@ -79,6 +81,18 @@ class Game:
         truncated = self.env.is_truncated(state, self.params)
         reward = jnp.asarray(reward, jnp.float32)
         return state, Report(self._observe(obs), reward, terminated, truncated)
+
+    def render(self, state: PyTree) -> UInt8[np.ndarray, "height width 3"] | None:
+        """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here."""
+        name = self.env.name
+        if name in vis_gym.SUPPORTED_GYM_ENVS:
+            renderer = _classic_renderer(name)
+            vis_gym.set_gym_params(renderer, name, self.params)
+            renderer.state = vis_gym.get_gym_state(state, name)
+            return renderer.render()
+        if len(self.observation_space.shape) in (2, 3):
+            return draw_grid(np.asarray(_look(self, state)))
+        return None
 
     def _observe(self, obs: Any) -> Float[Array, "*obs"]:
         """As `float32`; one-hot where gymnax gives an index."""
@@ -124,7 +138,7 @@ class GymnaxEnv(Env):
         return make(self.game.source, num_envs, seed=seed, **(self.game.options | options))
 
     def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
-        return None
+        return self.game.render(jax.tree.map(lambda x: np.asarray(x[lane]), state.inner))
 
     def close(self) -> None:
         pass
@@ -172,6 +186,20 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
     rest = {key: options[key] for key in options if key not in arguments}
     env, params = gymnax.make(name, **constructor) if constructor else _default(name)
     return Game(name, options, env, _replace(params, rest, tuple(arguments)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(game: Game, state: PyTree) -> Array:
+    # The key decides nothing of what is drawn.
+    return game.env.observe(jax.random.key(0), state, None, game.params)
+
+
+@functools.cache
+def _classic_renderer(name: str) -> Any:
+    quiet_pygame()
+    renderer = gymnasium.make(name, render_mode="rgb_array").unwrapped
+    renderer.reset()
+    return renderer
 
 
 @functools.cache
