@@ -1,0 +1,325 @@
+"""Callbacks for `eqx_q.train`: evaluation, checkpoints, tracking, progress, GIFs, Ctrl-C.
+
+Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
+`eqx_q.train.Callback`. Put those that add metrics (`Evaluation`) before those that log them.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from .checkpoint import load_latest, save_checkpoint
+from .evaluate import evaluate
+from .media import record_episode, write_gif
+from .train import Metrics, RunState, StopTraining, start
+from .wrappers import Env
+
+logger = logging.getLogger(__name__)
+
+
+class TimeBudget:
+    """The share of a run's wall-clock time that side work may take.
+
+    What has cost `cost` the last time is affordable while the sum stays within the share. The first
+    time is always affordable and is not charged: most of it is compilation, which the final
+    evaluation needs in any case.
+    """
+
+    def __init__(self, fraction: float):
+        self.fraction = fraction
+        self._started = time.perf_counter()
+        self._spent = 0.0
+        self._last: dict[str, float] = {}
+        self._warned = False
+
+    def affords(self, work: str) -> bool:
+        """Whether another round of `work` fits; says so once where it does not."""
+        elapsed = time.perf_counter() - self._started
+        fits = self._spent + self._last.get(work, 0.0) <= self.fraction * elapsed
+        if not fits and not self._warned:
+            self._warned = True
+            logger.info(
+                "%s would take more than %g %% of the time: some rounds are left out "
+                "(eval.time_fraction allows more)",
+                work,
+                100 * self.fraction,
+            )
+        return fits or work not in self._last
+
+    def charge(self, work: str, seconds: float) -> None:
+        """Notes that a round of `work` took so long."""
+        if work in self._last:
+            self._spent += seconds
+            self._last[work] = seconds
+        else:
+            self._last[work] = 0.0
+
+
+class Evaluation:
+    """Adds `eval/return` and its kin to the metrics, from an environment of its own.
+
+    Randomness is folded from the step counter, so that evaluating changes nothing in the run.
+
+    **Arguments:**
+
+    - `env`: for evaluation alone (`env.replicate(...)`).
+    - `every`: lane-steps (per member) between evaluations; the final one always takes place.
+    - `num_episodes`: per member. `epsilon`: 0 is greedy.
+    - `max_episode_steps`: where longer episodes are cut.
+    - `budget`: evaluations beyond it are skipped.
+
+    **Attributes:** `returns`: of the last evaluation, `[episodes]` or `[S, episodes]`.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        *,
+        every: int,
+        num_episodes: int,
+        seed: int = 0,
+        epsilon: float = 0.0,
+        max_episode_steps: int | None = None,
+        budget: TimeBudget | None = None,
+    ):
+        self.every = every
+        self.returns: Float[np.ndarray, "*S episodes"] | None = None
+        self._env = env
+        self._options = {
+            "num_episodes": num_episodes,
+            "epsilon": epsilon,
+            "max_episode_steps": max_episode_steps,
+        }
+        self._key = jax.random.key(seed)
+        self._budget = budget or TimeBudget(math.inf)
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Evaluates, unless it is over budget."""
+        if not (metrics["done"] or self._budget.affords("evaluation")):
+            return
+        started = time.perf_counter()
+        key = jax.random.fold_in(self._key, int(run_state.num_updates))
+        returns = np.asarray(evaluate(run_state.agent, self._env, key=key, **self._options))
+        seconds = time.perf_counter() - started
+        self._budget.charge("evaluation", seconds)
+        self.returns = returns
+        metrics["eval/return"] = returns.mean(-1)
+        metrics["eval/return_std"] = returns.std(-1)
+        metrics["eval/seconds"] = seconds
+
+
+class Checkpoint:
+    """Writes the run state every so many lane-steps or seconds, whichever is sooner, and at the end.
+
+    **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
+    time. `keep`: the newest files that stay. `with_env`: `False` where the environment lives
+    outside JAX, so that its state cannot be saved. **Attributes:** `last`: the newest file.
+    """
+
+    overlap = True
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        every: int,
+        seconds: float = 600.0,
+        keep: int = 2,
+        with_env: bool = True,
+    ):
+        self.last: Path | None = None
+        self._directory, self._with_env = directory, with_env
+        self._every, self._seconds, self._keep = every, seconds, keep
+        self._next_step = every
+        self._saved_at = time.perf_counter()
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Saves where it is time to."""
+        waited = time.perf_counter() - self._saved_at
+        if metrics["done"] or metrics["env_steps"] >= self._next_step or waited > self._seconds:
+            self.save(run_state, int(metrics["env_steps"]))
+
+    def save(self, run_state: RunState, env_steps: int) -> Path:
+        """Saves now."""
+        if not self._with_env:
+            run_state = eqx.tree_at(_outside_parts, run_state, replace=(None, None, None))
+        self.last = save_checkpoint(self._directory, run_state, env_steps, keep=self._keep)
+        self._next_step = (env_steps // self._every + 1) * self._every
+        self._saved_at = time.perf_counter()
+        return self.last
+
+
+def restore(directory: Path, env: Env) -> RunState:
+    """The run state of the newest good checkpoint, to hand to `train` with the same `env`.
+
+    Episodes of an environment that lives outside JAX start anew, and the log says so.
+
+    **Raises:** `UsageError` where there is no good checkpoint.
+    """
+    run_state, path = load_latest(directory)
+    if run_state.timestep is None:
+        fresh = start(run_state.agent, env, key=run_state.key)
+        run_state = eqx.tree_at(
+            _outside_parts, run_state, replace=_outside_parts(fresh), is_leaf=lambda x: x is None
+        )
+        logger.info("the emulators cannot be restored: their episodes start anew")
+    logger.info("resuming from %s", path)
+    return run_state
+
+
+def _outside_parts(run_state: RunState) -> tuple[Any, Any, Any]:
+    return run_state.env_state, run_state.timestep, run_state.memory
+
+
+class Log:
+    """Hands every boundary's metrics to a tracker."""
+
+    overlap = True
+
+    def __init__(self, tracker: Any):
+        self._tracker = tracker
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Logs."""
+        self._tracker.log(metrics, step=int(metrics["env_steps"]))
+
+
+class Video:
+    """Records a GIF of a greedy episode, where the environment can draw.
+
+    **Arguments:** `env`: for this alone, as many lanes as members. `directory`: for the files.
+    `tracker`: gets the pictures too. `every`: lane-steps between them; one more at the end.
+    """
+
+    overlap = True
+
+    def __init__(
+        self,
+        env: Env,
+        directory: Path,
+        *,
+        every: int,
+        tracker: Any = None,
+        max_steps: int = 1000,
+        budget: TimeBudget | None = None,
+    ):
+        self.every = every
+        self._env, self._directory, self._tracker = env, directory, tracker
+        self._max_steps = max_steps
+        self._budget = budget or TimeBudget(math.inf)
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Records, unless it is over budget."""
+        if not (metrics["done"] or self._budget.affords("recording")):
+            return
+        started = time.perf_counter()
+        env_steps = int(metrics["env_steps"])
+        key = jax.random.key(env_steps)
+        frames = record_episode(run_state.agent, self._env, key=key, max_steps=self._max_steps)
+        if frames is not None:
+            path = self._directory / f"{env_steps:012d}.gif"
+            write_gif(path, frames)
+            if self._tracker is not None:
+                self._tracker.log_gif(path, step=env_steps)
+        self._budget.charge("recording", time.perf_counter() - started)
+
+
+class Progress:
+    """A bar with steps/s, return and time left; a line every ten seconds where there is no terminal."""
+
+    overlap = True
+
+    def __init__(self, stream: TextIO | None = None, seconds_between_lines: float = 10.0):
+        self._stream = stream or sys.stderr
+        self._seconds = seconds_between_lines
+        self._bar: Any = None
+        self._printed_at = -math.inf
+        self._eval_return: float | None = None
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Shows where the run stands."""
+        if "eval/return" in metrics:
+            self._eval_return = float(np.mean(metrics["eval/return"]))
+        if self._stream.isatty():
+            self._draw(metrics)
+        elif metrics["done"] or time.perf_counter() - self._printed_at >= self._seconds:
+            self._printed_at = time.perf_counter()
+            print(self._line(metrics), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _draw(self, metrics: Metrics) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            total = int(metrics["total_steps"])
+            self._bar = tqdm(total=total, unit="step", unit_scale=True, file=self._stream)
+        self._bar.set_postfix_str(self._returns(metrics), refresh=False)
+        self._bar.update(int(metrics["env_steps"]) - self._bar.n)
+
+    def _line(self, metrics: Metrics) -> str:
+        done, total = int(metrics["env_steps"]), int(metrics["total_steps"])
+        speed = float(np.sum(metrics["steps_per_second"]))
+        left = (total - done) / max(speed, 1e-9)
+        parts = [
+            f"{done:,}/{total:,} steps ({done / total:.0%})",
+            f"{speed:,.0f} steps/s",
+            self._returns(metrics),
+            f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _returns(self, metrics: Metrics) -> str:
+        values = np.asarray(metrics["episode_return"], float)
+        parts = [] if np.isnan(values).all() else [f"return {np.nanmean(values):.4g}"]
+        if self._eval_return is not None:
+            parts.append(f"eval {self._eval_return:.4g}")
+        return "  ".join(parts)
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a clean end at the next boundary; the second ends at once.
+
+    Use it as a context manager around `train`, and as one of its callbacks.
+
+    **Attributes:** `received`: whether a signal has come.
+    """
+
+    def __init__(self):
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        """Takes over the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        """Ends the run where a signal has come."""
+        if self.received:
+            raise StopTraining
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = True
+        print("\nstopping at the next boundary (once more to quit at once)", file=sys.stderr)

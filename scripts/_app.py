@@ -1,0 +1,168 @@
+"""What the scripts share: Hydra's edges, and one line on stderr for what a user can mend."""
+
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eqx_q.errors import UnknownNameError, UsageError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+logger = logging.getLogger("eqx_q")
+
+# A run in progress cannot change these.
+_FIXED = {"agent", "env", "tuned", "num_envs", "seed", "num_seeds"}
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
+    OmegaConf.register_new_resolver("run_directory", _new_run_directory, use_cache=True)
+    try:
+        main()
+    except _TaskError as failure:
+        raise failure.args[0] from None  # a defect of ours: it keeps its traceback
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error))
+    except OSError as error:
+        _fail(_unwritable(error.filename, error))
+
+
+def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Decorates what `hydra.main` calls: a `UsageError` ends the process with its one line."""
+
+    @functools.wraps(function)
+    def wrapped(config: DictConfig) -> Any:
+        try:
+            return function(config)
+        except UsageError as error:
+            _fail(str(error))
+        except Exception as error:
+            raise _TaskError(error) from error
+
+    return wrapped
+
+
+def run_directory(config: DictConfig) -> Path:
+    """The directory that Hydra made for this run, checked to be writable and not in use.
+
+    **Raises:** `UsageError` where it cannot be written to, or holds another run.
+    """
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        probe = directory / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(_unwritable(str(directory), error)) from None
+    if not config.resume and (directory / "config.yaml").exists():
+        raise UsageError(
+            f"'{directory}' already holds a run: continue it with resume={directory}, "
+            "or choose another directory with hydra.run.dir=DIR"
+        )
+    return directory
+
+
+def log_tuned_values() -> None:
+    """Says which tuned file is in use; one that was asked for by name must exist."""
+    choices = HydraConfig.get().runtime.choices
+    shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
+    asked_for = any(o.startswith("tuned=") for o in HydraConfig.get().overrides.task)
+    if choices.tuned in shipped:
+        logger.info("tuned values: conf/tuned/%s.yaml", choices.tuned)
+    elif asked_for and choices.tuned is not None:
+        raise UnknownNameError("tuned", choices.tuned, shipped)
+    else:
+        logger.info("tuned values: none for agent=%s env=%s", choices.agent, choices.env)
+
+
+def stored_config(directory: Path) -> DictConfig:
+    """The configuration of a run. Raises `UsageError` where the directory holds none."""
+    path = Path(directory) / "config.yaml"
+    if not path.exists():
+        raise UsageError(f"'{directory}' is not a run directory: there is no config.yaml in it")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def resumed(config: DictConfig) -> DictConfig:
+    """The configuration of the run that `resume` names, with what the command line changes.
+
+    **Raises:** `UsageError` where there is no such run, or it cannot be changed so.
+    """
+    stored = stored_config(config.resume)
+    for override in HydraConfig.get().overrides.task:
+        key = override.split("=")[0].lstrip("+~")
+        if key.split(".")[0] in _FIXED:
+            raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
+        OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+    return stored
+
+
+def settings(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries, which is all that the library knows of it."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+class _TaskError(Exception):
+    """Tells what went wrong inside the task from what went wrong before it."""
+
+
+def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> str:
+    if resume:
+        return resume
+    name = re.sub(r"[^\w.-]+", "-", f"{agent}_{env}_{seed}")
+    return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _unwritable(path: str | None, error: OSError) -> str:
+    reason = (error.strerror or type(error).__name__).lower()
+    return (
+        f"cannot write to the run directory '{path}' ({reason}): "
+        "choose another with hydra.run.dir=DIR"
+    )
+
+
+def _explain(error: Exception) -> str:
+    """What Hydra and OmegaConf say, with the nearest names where one is unknown."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return str(UnknownNameError(group, name, error.options or []))
+    key = getattr(error.__cause__ or error.__context__, "full_key", None)
+    if key:
+        return str(UnknownNameError("option", key, _known_keys()))
+    return str(error)
+
+
+def _known_keys() -> set[str]:
+    """Every key of the configuration that the group choices on the command line make."""
+    choices = [a for a in sys.argv[1:] if (CONF / a.split("=")[0]).is_dir() and "," not in a]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(Path(sys.argv[0]).stem.replace("train", "config"), choices)
+    return set(_leaves(OmegaConf.to_container(config), ""))
+
+
+def _leaves(node: Any, prefix: str):
+    for name, value in node.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")

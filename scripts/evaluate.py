@@ -1,0 +1,53 @@
+"""Evaluates a trained agent: `python scripts/evaluate.py --help`."""
+
+import logging
+from pathlib import Path
+
+import hydra
+from _app import launch, settings, stored_config, task
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from eqx_q.errors import UsageError
+from eqx_q.run import evaluate_run, whole, write_json
+
+logger = logging.getLogger("eqx_q")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@task
+def main(config: DictConfig) -> float:
+    """Evaluates; returns the mean return."""
+    if OmegaConf.is_missing(config, "run"):
+        raise UsageError("there is no run to evaluate: give run=DIR")
+    directory = Path(config.run)
+    given = settings(config)
+    result = evaluate_run(
+        settings(stored_config(directory)),
+        directory,
+        episodes=whole(given, "episodes", least=1),
+        num_envs=given["num_envs"],
+        seed=whole(given, "seed"),
+        epsilon=given["epsilon"],
+        max_episode_steps=given["max_episode_steps"],
+        protocol=given.get("protocol"),
+        video=given["video"],
+    )
+    protocol = HydraConfig.get().runtime.choices.get("protocol") or "as_trained"
+    path = directory / f"evaluation_{protocol}.json"
+    write_json(path, {"protocol": protocol, **result})
+    print(_table(result))
+    logger.info("written to %s", path)
+    return result["return_mean"]
+
+
+def _table(result: dict) -> str:
+    rows = [f"{'member':>8}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}"]
+    for member, returns in enumerate(result["returns"]):
+        mean, std = result["return_per_seed"][member], result["return_std_per_seed"][member]
+        rows.append(f"{member:>8}{mean:>12.2f}{std:>12.2f}{min(returns):>12.2f}{max(returns):>12.2f}")
+    return "\n".join([*rows, f"{'all':>8}{result['return_mean']:>12.2f}"])
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,37 @@
+"""Trains an agent: `python scripts/train.py --help`."""
+
+import logging
+import os
+
+import hydra
+from _app import launch, log_tuned_values, resumed, run_directory, settings, task
+from omegaconf import DictConfig, OmegaConf
+
+from eqx_q.run import train_run
+
+logger = logging.getLogger("eqx_q")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@task
+def main(config: DictConfig) -> float | None:
+    """Trains; returns the mean return of the last evaluation, for sweepers."""
+    directory = run_directory(config)
+    resume = bool(config.resume)
+    if resume:
+        config = resumed(config)
+    else:
+        log_tuned_values()
+    if config.deterministic:  # read when JAX first touches a device, which is later
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    OmegaConf.save(config, directory / "config.yaml", resolve=True)
+    logger.info("run directory: %s", directory)
+    summary = train_run(settings(config), directory, resume=resume)
+    if summary["status"] == "stopped":
+        logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
+    return summary["eval_return_mean"]
+
+
+if __name__ == "__main__":
+    launch(main)
