@@ -1,7 +1,7 @@
 """Callbacks for `eqx_q.train`: evaluation, checkpoints, tracking, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
-`eqx_q.train.Callback`. Put those that add metrics (`Evaluation`) before those that log them.
+`eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them.
 """
 
 import logging
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,9 +20,9 @@ import numpy as np
 from jaxtyping import Float
 
 from .checkpoint import load_latest, save_checkpoint
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .media import record_episode, write_gif
-from .train import Metrics, RunState, StopTraining, start
+from .training import Metrics, RunState, StopTraining, start
 from .wrappers import Env
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Evaluation:
 
 
 class Checkpoint:
-    """Writes the run state every so many lane-steps or seconds, whichever is sooner, and at the end.
+    """Writes the run state after so many steps or seconds, whichever is sooner, and at the end.
 
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
     time. `keep`: the newest files that stay. `with_env`: `False` where the environment lives
@@ -157,6 +158,10 @@ class Checkpoint:
         self._next_step = (env_steps // self._every + 1) * self._every
         self._saved_at = time.perf_counter()
         return self.last
+
+    def last_in_words(self) -> str:
+        """Where the newest checkpoint is, for a message."""
+        return f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was due"
 
 
 def restore(directory: Path, env: Env) -> RunState:
@@ -198,7 +203,7 @@ class Video:
     """Records a GIF of a greedy episode, where the environment can draw.
 
     **Arguments:** `env`: for this alone, as many lanes as members. `directory`: for the files.
-    `tracker`: gets the pictures too. `every`: lane-steps between them; one more at the end.
+    `trackers`: get the pictures too. `every`: lane-steps between them; one more at the end.
     """
 
     overlap = True
@@ -209,33 +214,41 @@ class Video:
         directory: Path,
         *,
         every: int,
-        tracker: Any = None,
+        trackers: Sequence[Any] = (),
         max_steps: int = 1000,
         budget: TimeBudget | None = None,
     ):
         self.every = every
-        self._env, self._directory, self._tracker = env, directory, tracker
+        self._env, self._directory, self._trackers = env, directory, trackers
         self._max_steps = max_steps
+        self._failed = False
         self._budget = budget or TimeBudget(math.inf)
 
     def __call__(self, run_state: RunState, metrics: Metrics) -> None:
         """Records, unless it is over budget."""
-        if not (metrics["done"] or self._budget.affords("recording")):
+        if self._failed or not (metrics["done"] or self._budget.affords("recording")):
             return
         started = time.perf_counter()
-        env_steps = int(metrics["env_steps"])
-        key = jax.random.key(env_steps)
-        frames = record_episode(run_state.agent, self._env, key=key, max_steps=self._max_steps)
-        if frames is not None:
+        try:
+            self._record(run_state, int(metrics["env_steps"]))
+        except Exception:  # somebody's renderer must not cost anybody a run
+            logger.exception("recording an episode failed: the run goes on without pictures")
+            self._failed = True
+        self._budget.charge("recording", time.perf_counter() - started)
+
+    def _record(self, run_state: RunState, env_steps: int) -> None:
+        frames, _ = record_episode(
+            run_state.agent, self._env, key=jax.random.key(env_steps), max_steps=self._max_steps
+        )
+        if frames:
             path = self._directory / f"{env_steps:012d}.gif"
             write_gif(path, frames)
-            if self._tracker is not None:
-                self._tracker.log_gif(path, step=env_steps)
-        self._budget.charge("recording", time.perf_counter() - started)
+            for tracker in self._trackers:
+                tracker.log_gif(path, step=env_steps)
 
 
 class Progress:
-    """A bar with steps/s, return and time left; a line every ten seconds where there is no terminal."""
+    """A bar with steps/s, return and time left; without a terminal, a line every ten seconds."""
 
     overlap = True
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,8 +25,10 @@ from .agents import Agent, Population
 from .callbacks import Checkpoint, Evaluation, Interrupt, Log, Progress, TimeBudget, Video, restore
 from .checkpoint import load, save
 from .errors import DivergedError, UnknownNameError, UsageError
-from .evaluate import evaluate
-from .train import Metrics, RunState, train
+from .evaluation import evaluate
+from .media import record_episode, write_gif
+from .tracking import JsonlTracker
+from .training import Metrics, RunState, train
 from .wrappers import Env, make
 
 logger = logging.getLogger(__name__)
@@ -34,14 +36,15 @@ logger = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 
 _LANES_IN_JAX, _LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
+_SUITE_PACKAGES = ("gymnasium", "gymnax", "envpool")
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
 def make_env(config: Config, num_envs: int) -> Env:
     """The environment that `config["env"]` describes; options that are null keep their default."""
     options = _given(config["env"])
-    name = f"{options.pop('suite')}/{options.pop('name')}"
-    return make(name, num_envs, seed=whole(config, "seed"), **options)
+    suite, name = options.pop("suite"), options.pop("name")
+    return make(f"{suite}/{name}", num_envs, seed=whole(config, "seed"), **options)
 
 
 def make_agent(config: Config, env: Env) -> Agent:
@@ -75,48 +78,99 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
     **Returns:** the summary, which is in `summary.json` too.
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
-    total_steps, seed = whole(config, "total_steps", least=1), whole(config, "seed")
+    started = time.perf_counter()
     if config["devices"] != 1:
         raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
-    started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         env = _closing(stack, make_env(config, _lanes(config, whole(config, "num_envs"))))
         agent = make_agent(config, env)
-        run_state = restore(directory / "checkpoints", env) if resume else None
-        budget = TimeBudget(config["eval"]["time_fraction"])
-        tracker = _closing(stack, _make_tracker(config, directory))
-        interrupt = stack.enter_context(Interrupt())
-        evaluation = _evaluation(config, env, budget, stack)
-        checkpoint = _checkpoint(config, env, directory)
-        last: Metrics = {}
-        callbacks = [
-            interrupt,
-            evaluation,
-            lambda run_state, metrics: last.update(metrics),
-            checkpoint,
-            Log(tracker),
-            _closing(stack, Progress()),
-            _video(config, env, directory, tracker, budget, stack),
-        ]
+        run_state = _restored(config, directory, env) if resume else None
+        crew = _crew(config, directory, env, run_state, stack)
         try:
             agent, _ = train(
                 agent,
                 env,
-                total_steps=total_steps,
-                key=jax.random.fold_in(jax.random.key(seed), 1),
-                callbacks=[callback for callback in callbacks if callback is not None],
+                total_steps=whole(config, "total_steps", least=1),
+                key=jax.random.fold_in(jax.random.key(whole(config, "seed")), 1),
+                callbacks=crew.callbacks,
                 run_state=run_state,
                 log_every=config["log_every"],
             )
         except DivergedError as error:
-            kept = f"the last good checkpoint is {checkpoint.last}" if checkpoint.last else ""
-            raise DivergedError(f"{error} {kept or '(there was no checkpoint yet)'}") from None
+            raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
     save(directory / "agent.eqx", agent)
-    summary = _summary(config, last, evaluation)
-    summary["status"] = "stopped" if interrupt.received and last["env_steps"] < total_steps else "done"
-    summary["wall_seconds"] = time.perf_counter() - started
+    summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _restored(config: Config, directory: Path, env: Env) -> RunState:
+    run_state = restore(directory / "checkpoints", env)
+    done, total = _env_steps(run_state.agent), whole(config, "total_steps")
+    if done >= total:
+        raise UsageError(
+            f"this run has made its {done:,} steps: give a larger total_steps to go on"
+        )
+    return run_state
+
+
+class _Crew(NamedTuple):
+    """The callbacks of a run; those that are asked something afterwards, by name."""
+
+    callbacks: list[Any]
+    interrupt: Interrupt
+    evaluation: Evaluation | None
+    checkpoint: Checkpoint
+    recorder: "_Recorder"
+
+
+def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
+    """What a run needs beside learning. Those that add metrics come before those that log them."""
+    budget = TimeBudget(config["eval"]["time_fraction"])
+    trackers = _trackers(config, directory, stack)
+    interrupt = stack.enter_context(Interrupt())
+    evaluation = _evaluation(config, env, budget, stack)
+    recorder = _Recorder(begin=0 if run_state is None else _env_steps(run_state.agent))
+    checkpoint = _checkpoint(config, env, directory)
+    callbacks = [
+        interrupt,
+        evaluation,
+        recorder,
+        checkpoint,
+        *(Log(tracker) for tracker in trackers),
+        _closing(stack, Progress()),
+        _video(config, env, directory, trackers, budget, stack),
+    ]
+    present = [callback for callback in callbacks if callback is not None]
+    return _Crew(present, interrupt, evaluation, checkpoint, recorder)
+
+
+class _Recorder:
+    """Remembers what a summary tells: the last metrics, and returns in the last tenth of a run."""
+
+    def __init__(self, begin: int):
+        self.last: Metrics = {}
+        self._begin = begin
+        self._episodes, self._returns = 0.0, 0.0
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        self.last = metrics
+        if metrics["env_steps"] > 0.9 * metrics["total_steps"]:
+            episodes = np.atleast_1d(metrics["episodes"])
+            returns = np.nan_to_num(np.atleast_1d(metrics["episode_return"]))
+            self._episodes = self._episodes + episodes
+            self._returns = self._returns + episodes * returns
+
+    @property
+    def steps_per_second(self) -> float:
+        """Of one member."""
+        return (self.last["env_steps"] - self._begin) / self.last["train_seconds"]
+
+    @property
+    def returns(self) -> list[float | None]:
+        """Mean training return per member, over the episodes that ended in the last tenth."""
+        episodes, returns = np.atleast_1d(self._episodes), np.atleast_1d(self._returns)
+        return [r / n if n else None for r, n in zip(returns, episodes, strict=True)]
 
 
 def evaluate_run(
@@ -152,15 +206,14 @@ def evaluate_run(
         )
         if video:
             scene = _closing(stack, one.replicate(members, seed=seed, **options))
-            frames = record_episode(agent, scene, key=key)
-            path = directory / "media" / "evaluation.gif"
-            if frames is not None:
-                write_gif(path, frames)
+            frames, _ = record_episode(agent, scene, key=key)
+            if frames:
+                write_gif(directory / "media" / "evaluation.gif", frames)
     returns = np.atleast_2d(returns)
     return {
-        "env": f"{config['env']['suite']}/{config['env']['name']}",
+        "env": _env_name(config),
         "env_options": options,
-        "env_steps": int(np.max(agent.env_steps)),
+        "env_steps": _env_steps(agent),
         "episodes": returns.shape[1],
         "epsilon": epsilon,
         "seed": seed,
@@ -218,7 +271,7 @@ def _checkpoint(config, env, directory) -> Checkpoint:
     )
 
 
-def _video(config, env, directory, tracker, budget, stack) -> Video | None:
+def _video(config, env, directory, trackers, budget, stack) -> Video | None:
     if config["video"]["every"] == 0:
         return None
     env = env.replicate(_lanes(config, 1), seed=whole(config, "seed") + 2)
@@ -226,18 +279,35 @@ def _video(config, env, directory, tracker, budget, stack) -> Video | None:
         _closing(stack, env),
         directory / "media",
         every=_every(config, "video", parts=4),
-        tracker=tracker,
+        trackers=trackers,
         max_steps=config["video"]["max_steps"],
         budget=budget,
     )
 
 
+def _trackers(config: Config, directory: Path, stack: contextlib.ExitStack) -> list[Any]:
+    """`metrics.jsonl` always, and on top what `config["tracker"]` says."""
+    trackers = [JsonlTracker(directory / "metrics.jsonl")]
+    options = _given(config["tracker"])
+    if "_target_" in options:
+        trackers.append(pkgutil.resolve_name(options.pop("_target_"))(**options))
+    for tracker in trackers:
+        _closing(stack, tracker).log_params({**config, **_provenance()})
+    return trackers
+
+
 def _every(config: Config, section: str, *, parts: int) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
     every = config[section]["every"]
-    return whole(config[section], "every", least=1) if every else max(
-        1, whole(config, "total_steps") // parts
+    return (
+        whole(config[section], "every", least=1)
+        if every
+        else max(1, whole(config, "total_steps") // parts)
     )
+
+
+def _env_steps(agent: Agent) -> int:
+    return int(np.max(agent.env_steps))
 
 
 def _lanes(config: Config, per_seed: int) -> int:
@@ -249,20 +319,29 @@ def _episode_cap(env: Env) -> int | None:
     return None if env.max_episode_steps else _LONGEST_EPISODE
 
 
-def _summary(config: Config, last: Metrics, evaluation: Evaluation | None) -> dict[str, Any]:
-    returns = None if evaluation is None else evaluation.returns
-    per_seed = None if returns is None else np.atleast_2d(returns).mean(1).tolist()
-    lane_steps = last["env_steps"] 
+def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
+    last, returns = crew.recorder.last, crew.evaluation and crew.evaluation.returns
+    eval_returns = None if returns is None else np.atleast_2d(returns).mean(1)
     return {
+        "status": "done" if last["env_steps"] >= last["total_steps"] else "stopped",
         "agent": config["agent"]["_target_"],
-        "env": f"{config['env']['suite']}/{config['env']['name']}",
+        "env": _env_name(config),
         "seed": config["seed"],
         "num_seeds": config["num_seeds"],
-        **{name: last[name] for name in ("env_steps", "transitions")},
-        "eval_return_mean": None if per_seed is None else float(np.mean(per_seed)),
-        "eval_return_per_seed": per_seed,
+        "env_steps": last["env_steps"],
+        "transitions": last["transitions"],
+        "train_return_per_seed": crew.recorder.returns,
+        "eval_return_mean": None if eval_returns is None else eval_returns.mean(),
+        "eval_return_per_seed": eval_returns,
+        "steps_per_second": crew.recorder.steps_per_second * config["num_seeds"],
+        "compile_seconds": last["compile_seconds"],
+        "train_seconds": last["train_seconds"],
         **_provenance(),
     }
+
+
+def _env_name(config: Config) -> str:
+    return f"{config['env']['suite']}/{config['env']['name']}"
 
 
 def _provenance() -> dict[str, Any]:

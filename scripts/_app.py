@@ -29,7 +29,9 @@ _FIXED = {"agent", "env", "tuned", "num_envs", "seed", "num_seeds"}
 def launch(main: Callable[[], Any]) -> None:
     """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
-    OmegaConf.register_new_resolver("run_directory", _new_run_directory, use_cache=True)
+    OmegaConf.register_new_resolver(
+        "run_directory", _new_run_directory, use_cache=True, replace=True
+    )
     try:
         main()
     except _TaskError as failure:
@@ -67,7 +69,8 @@ def run_directory(config: DictConfig) -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
-    if not config.resume and (directory / "config.yaml").exists():
+    metrics = directory / "metrics.jsonl"
+    if not config.resume and metrics.exists() and metrics.stat().st_size:
         raise UsageError(
             f"'{directory}' already holds a run: continue it with resume={directory}, "
             "or choose another directory with hydra.run.dir=DIR"

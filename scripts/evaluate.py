@@ -45,7 +45,9 @@ def _table(result: dict) -> str:
     rows = [f"{'member':>8}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}"]
     for member, returns in enumerate(result["returns"]):
         mean, std = result["return_per_seed"][member], result["return_std_per_seed"][member]
-        rows.append(f"{member:>8}{mean:>12.2f}{std:>12.2f}{min(returns):>12.2f}{max(returns):>12.2f}")
+        rows.append(
+            f"{member:>8}{mean:>12.2f}{std:>12.2f}{min(returns):>12.2f}{max(returns):>12.2f}"
+        )
     return "\n".join([*rows, f"{'all':>8}{result['return_mean']:>12.2f}"])
 
 

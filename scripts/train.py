@@ -28,9 +28,19 @@ def main(config: DictConfig) -> float | None:
     OmegaConf.save(config, directory / "config.yaml", resolve=True)
     logger.info("run directory: %s", directory)
     summary = train_run(settings(config), directory, resume=resume)
+    logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
     return summary["eval_return_mean"]
+
+
+def _in_words(summary: dict) -> str:
+    returns = summary["eval_return_per_seed"]
+    shown = "none" if returns is None else "  ".join(f"{value:.4g}" for value in returns)
+    return (
+        f"{summary['status']}: {summary['env_steps']:,} steps at "
+        f"{summary['steps_per_second']:,.0f} steps/s; evaluation returns: {shown}"
+    )
 
 
 if __name__ == "__main__":
