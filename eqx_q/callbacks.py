@@ -1,7 +1,8 @@
-"""Callbacks for `eqx_q.train`: evaluation, checkpoints, tracking, progress, GIFs, Ctrl-C.
+"""Callbacks for `eqx_q.train`: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
-`eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them.
+`eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them
+(`eqx_q.tracking`).
 """
 
 import logging
@@ -10,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from .checkpoint import load_latest, save_checkpoint
 from .evaluation import evaluate
 from .media import record_episode, write_gif
+from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
 from .wrappers import Env
 
@@ -186,24 +187,11 @@ def _outside_parts(run_state: RunState) -> tuple[Any, Any, Any]:
     return run_state.env_state, run_state.timestep, run_state.memory
 
 
-class Log:
-    """Hands every boundary's metrics to a tracker."""
-
-    overlap = True
-
-    def __init__(self, tracker: Any):
-        self._tracker = tracker
-
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
-        """Logs."""
-        self._tracker.log(metrics, step=int(metrics["env_steps"]))
-
-
 class Video:
     """Records a GIF of a greedy episode, where the environment can draw.
 
     **Arguments:** `env`: for this alone, as many lanes as members. `directory`: for the files.
-    `trackers`: get the pictures too. `every`: lane-steps between them; one more at the end.
+    `tracker`: gets the pictures too. `every`: lane-steps between them; one more at the end.
     """
 
     overlap = True
@@ -214,12 +202,12 @@ class Video:
         directory: Path,
         *,
         every: int,
-        trackers: Sequence[Any] = (),
+        tracker: Tracker | None = None,
         max_steps: int = 1000,
         budget: TimeBudget | None = None,
     ):
         self.every = every
-        self._env, self._directory, self._trackers = env, directory, trackers
+        self._env, self._directory, self._tracker = env, directory, tracker
         self._max_steps = max_steps
         self._failed = False
         self._budget = budget or TimeBudget(math.inf)
@@ -243,8 +231,8 @@ class Video:
         if frames:
             path = self._directory / f"{env_steps:012d}.gif"
             write_gif(path, frames)
-            for tracker in self._trackers:
-                tracker.log_gif(path, step=env_steps)
+            if self._tracker is not None:
+                self._tracker.log_gif(path, step=env_steps)
 
 
 class Progress:

@@ -22,12 +22,12 @@ import jax
 import numpy as np
 
 from .agents import Agent, Population
-from .callbacks import Checkpoint, Evaluation, Interrupt, Log, Progress, TimeBudget, Video, restore
+from .callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from .checkpoint import load, save
 from .errors import DivergedError, UnknownNameError, UsageError
 from .evaluation import evaluate
 from .media import record_episode, write_gif
-from .tracking import JsonlTracker
+from .tracking import JsonlTracker, Tracker, Trackers
 from .training import Metrics, RunState, train
 from .wrappers import Env, make
 
@@ -127,19 +127,20 @@ class _Crew(NamedTuple):
 def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
     budget = TimeBudget(config["eval"]["time_fraction"])
-    trackers = _trackers(config, directory, stack)
+    begin = 0 if run_state is None else _env_steps(run_state.agent)
+    tracker = _closing(stack, _tracker(config, directory, begin))
     interrupt = stack.enter_context(Interrupt())
     evaluation = _evaluation(config, env, budget, stack)
-    recorder = _Recorder(begin=0 if run_state is None else _env_steps(run_state.agent))
+    recorder = _Recorder(begin)
     checkpoint = _checkpoint(config, env, directory)
     callbacks = [
         interrupt,
         evaluation,
         recorder,
         checkpoint,
-        *(Log(tracker) for tracker in trackers),
+        tracker,
         _closing(stack, Progress()),
-        _video(config, env, directory, trackers, budget, stack),
+        _video(config, env, directory, tracker, budget, stack),
     ]
     present = [callback for callback in callbacks if callback is not None]
     return _Crew(present, interrupt, evaluation, checkpoint, recorder)
@@ -170,7 +171,7 @@ class _Recorder:
     def returns(self) -> list[float | None]:
         """Mean training return per member, over the episodes that ended in the last tenth."""
         episodes, returns = np.atleast_1d(self._episodes), np.atleast_1d(self._returns)
-        return [r / n if n else None for r, n in zip(returns, episodes, strict=True)]
+        return [float(r / n) if n else None for r, n in zip(returns, episodes, strict=True)]
 
 
 def evaluate_run(
@@ -271,7 +272,7 @@ def _checkpoint(config, env, directory) -> Checkpoint:
     )
 
 
-def _video(config, env, directory, trackers, budget, stack) -> Video | None:
+def _video(config, env, directory, tracker, budget, stack) -> Video | None:
     if config["video"]["every"] == 0:
         return None
     env = env.replicate(_lanes(config, 1), seed=whole(config, "seed") + 2)
@@ -279,21 +280,26 @@ def _video(config, env, directory, trackers, budget, stack) -> Video | None:
         _closing(stack, env),
         directory / "media",
         every=_every(config, "video", parts=4),
-        trackers=trackers,
+        tracker=tracker,
         max_steps=config["video"]["max_steps"],
         budget=budget,
     )
 
 
-def _trackers(config: Config, directory: Path, stack: contextlib.ExitStack) -> list[Any]:
+def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
     """`metrics.jsonl` always, and on top what `config["tracker"]` says."""
-    trackers = [JsonlTracker(directory / "metrics.jsonl")]
+    seeds = whole(config, "num_seeds")
+    members = None if seeds == 1 else seeds
+    trackers: list[Tracker] = [
+        JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
+    ]
     options = _given(config["tracker"])
     if "_target_" in options:
-        trackers.append(pkgutil.resolve_name(options.pop("_target_"))(**options))
-    for tracker in trackers:
-        _closing(stack, tracker).log_params({**config, **_provenance()})
-    return trackers
+        create = pkgutil.resolve_name(options.pop("_target_"))
+        trackers.append(create(directory, num_members=members, **options))
+    tracker = Trackers(*trackers)
+    tracker.log_params({**config, **_provenance()})
+    return tracker
 
 
 def _every(config: Config, section: str, *, parts: int) -> int:

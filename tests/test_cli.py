@@ -1,0 +1,211 @@
+"""The scripts: what they leave behind, how they go on, and what they say to bad input."""
+
+import json
+import logging
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import eqx_q
+from eqx_q.checkpoint import load
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "tracker=jsonl",
+    "num_envs=4",
+    "agent.rollout_length=16",
+    "agent.num_minibatches=4",
+    "agent.num_epochs=1",
+    "agent.network_options.hidden_sizes=[16]",
+]
+QUIET = ["eval.every=0", "video.every=0"]
+HANDLERS = logging._handlerList
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs a script as `python scripts/name.py ...` does, in an empty working directory.
+
+    Returns its exit status and what it wrote to stdout and stderr.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        handlers = list(logging.root.handlers)
+        monkeypatch.setattr(logging, "_handlerList", [])  # Hydra would close pytest's
+        path = str(ROOT / "scripts" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        status = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code or 0
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
+        logging.root.handlers = handlers
+        monkeypatch.setattr(logging, "_handlerList", HANDLERS)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
+    options = ["total_steps=2e3", "num_seeds=2", "eval.num_envs=4", "video.max_steps=20"]
+    status, out, _ = script("train", *SMALL, *options, "hydra.run.dir=run")
+    assert status == 0
+    assert "tuned values: conf/tuned/pqn_cartpole.yaml" in out
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "summary.json", "agent.eqx", "checkpoints"
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["env_steps"]) == ("done", 2048)
+    assert len(summary["eval_return_per_seed"]) == 2
+    assert summary["eval_return_mean"] == pytest.approx(np.mean(summary["eval_return_per_seed"]))
+    assert summary["steps_per_second"] == pytest.approx(2 * 2048 / summary["train_seconds"])
+    for key in ("transitions", "compile_seconds", "wall_seconds", "device", "versions"):
+        assert summary[key]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "env_steps" in row]
+    assert rows[-1]["env_steps"] == 2048
+    np.testing.assert_allclose(rows[-1]["eval/return"], summary["eval_return_per_seed"])
+
+    status, out, _ = script("evaluate", "run=run", "episodes=6", "seed=3")
+    assert status == 0
+    result = json.loads((run / "evaluation_as_trained.json").read_text())
+    agent = load(run / "agent.eqx")
+    env = eqx_q.make("gymnax/CartPole-v1", num_envs=12)
+    expected = eqx_q.evaluate(agent, env, num_episodes=6, key=jax.random.key(3))
+    np.testing.assert_array_equal(result["returns"], expected)
+    assert f"{expected.mean():.2f}" in out
+
+
+def test_total_steps_stretch_the_schedules(script, tmp_path):
+    script("train", *SMALL, *QUIET, "total_steps=1000", "hydra.run.dir=a")
+    assert load(tmp_path / "a" / "agent.eqx").schedule_steps == 1000
+    script(
+        "train", *SMALL, *QUIET, "total_steps=1000", "agent.schedule_steps=77", "hydra.run.dir=b"
+    )
+    assert load(tmp_path / "b" / "agent.eqx").schedule_steps == 77
+
+
+def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_path):
+    options = [*SMALL, *QUIET, "total_steps=60_000", "checkpoint.every=2000", "checkpoint.keep=3"]
+    assert script("train", *options, "hydra.run.dir=whole")[0] == 0
+
+    def start(*arguments):
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def wait_for_progress(process, since):
+        while len(list(checkpoints.glob("*.ckpt"))) < 3 or max(checkpoints.glob("*.ckpt")) <= since:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.1))
+
+    # Short chunks here, one long chunk above: where a run is cut changes nothing.
+    process = start(*options, "log_every=8", "hydra.run.dir=run")
+    wait_for_progress(process, Path())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "python scripts/train.py resume=" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+
+    newest = max(checkpoints.glob("*.ckpt"))
+    process = start("resume=run")
+    wait_for_progress(process, newest)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+
+    damaged = max(checkpoints.glob("*.ckpt"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    status, out, err = script("train", "resume=run")
+    assert status == 0, err
+    assert f"{damaged}" in out + err and "trying the checkpoint before it" in out + err
+    resumed, whole = load(tmp_path / "run" / "agent.eqx"), load(tmp_path / "whole" / "agent.eqx")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    status, _, err = script("train", "resume=run")
+    assert status == 1 and "give a larger total_steps to go on" in err
+
+
+BAD_INPUT = {
+    "agent=pqm": "unknown agent 'pqm': the nearest are pqn",
+    "env=cartpol": "unknown env 'cartpol': the nearest are cartpole",
+    "tuned=cleanrl_atar": "unknown tuned 'cleanrl_atar': the nearest are cleanrl_atari",
+    "agnt=pqn": "unknown option 'agnt': the nearest are agent",
+    "agent.lambda=1": "unknown option 'agent.lambda': the nearest are agent.lambda_",
+    "env=minatar env.name=Breakot-MinAtar": "unknown gymnax environment 'Breakot-MinAtar'",
+    "env=atari env.name=Pnog-v5": "Pong-v5",
+    "env=gymnax env.name=Pendulum-v1": "Pendulum-v1 has continuous actions",
+    "num_envs=0": "num_envs is 0: give a whole number of lanes, 1 or more",
+    "agent.num_minibatches=7": "num_minibatches=7 does not divide the 64 transitions",
+    "agent.network=mpl": "unknown network 'mpl': the nearest are mlp",
+    "agent.network_options.norm=layer": "unknown norm 'layer': the nearest are layer_norm",
+    "total_steps=soon": "total_steps=soon: give a whole number",
+    "num_seeds=0": "num_seeds=0: give a whole number of at least 1",
+    "devices=2": "devices=2: only devices=1 is supported so far",
+    "hydra.run.dir=file/run": "cannot write to the run directory",
+    "hydra.run.dir=used": "already holds a run: continue it with resume=",
+    "resume=nowhere": "'nowhere' is not a run directory: there is no config.yaml in it",
+    "agent": "missing EQUAL",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input_gets_one_line(script, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text("{}\n")
+    status, _, err = script("train", *SMALL, *QUIET, "total_steps=100", *arguments.split())
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert BAD_INPUT[arguments] in err
+
+
+def test_a_missing_extra_is_named(script, monkeypatch):
+    find_spec = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "envpool" else find_spec(name)
+    )
+    status, _, err = script("train", *SMALL, "env=atari")
+    assert status == 1
+    assert "run `pip install 'eqx_q[atari]'`" in err
+
+
+def test_a_diverged_run_names_its_last_good_checkpoint(script, tmp_path):
+    options = [*SMALL, *QUIET, "total_steps=20_000", "log_every=1", "checkpoint.every=64"]
+    options += ["agent.learning_rate_end=1e10", "hydra.run.dir=run"]
+    status, _, err = script("train", *options)
+    assert status == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "the loss is not finite" in line
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert f"the last good checkpoint is {newest}" in line
+    leaves = jax.tree.leaves(load(newest).agent.network)
+    assert all(np.isfinite(leaf).all() for leaf in leaves if hasattr(leaf, "dtype"))
+
+
+def test_help_names_every_choice(script):
+    status, out, _ = script("train", "--help")
+    assert status == 0
+    for group in ("agent", "env", "tuned", "tracker", "protocol"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert path.stem in out

@@ -1,0 +1,92 @@
+"""Every shipped configuration composes, fits together and builds."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from eqx_q.run import make_agent, make_env
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides, name="config"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(name, list(overrides))
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def check_builds(config):
+    transitions = config["num_envs"] * config["agent"]["rollout_length"]
+    assert transitions % config["agent"]["num_minibatches"] == 0
+    env = make_env(config, 2)
+    try:
+        make_agent(config, env)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("agent", choices("agent"))
+@pytest.mark.parametrize("env", choices("env"))
+def test_every_agent_in_every_environment(agent, env):
+    check_builds(composed(f"agent={agent}", f"env={env}"))
+
+
+@pytest.mark.parametrize("tuned", [name for name in choices("tuned") if name[:4] != "pqn_"])
+def test_every_tuned_file_that_is_chosen_by_name(tuned):
+    env = "atari" if tuned.endswith("atari") else "cartpole"
+    check_builds(composed(f"tuned={tuned}", f"env={env}"))
+
+
+@pytest.mark.parametrize("protocol", choices("protocol"))
+def test_every_protocol_is_made_of_options_that_atari_has(protocol):
+    config = composed("env=atari", f"protocol={protocol}")
+    env = make_env(config, 1)
+    other = env.replicate(1, seed=1, **config["protocol"])
+    assert all(other.pool.options[name] == value for name, value in config["protocol"].items())
+    other.close()
+    env.close()
+
+
+def test_tuned_values_follow_the_choice_and_yield_to_the_command_line():
+    assert composed("env=minatar")["agent"]["lambda_"] == 0.65
+    assert composed("env=cartpole")["agent"]["lambda_"] == 0.95
+    config = composed("env=minatar", "agent.lambda_=0.5", "total_steps=5e4", "num_envs=16")
+    assert config["agent"]["lambda_"] == 0.5
+    assert (config["total_steps"], config["num_envs"]) == (50_000, 16)
+    assert config["agent"]["learning_rate"] == 5e-4
+
+
+def test_tuned_values_are_those_of_the_papers_code():
+    atari = composed("env=atari")
+    assert (atari["total_steps"], atari["num_envs"]) == (50_000_000, 128)
+    expected = {
+        "rollout_length": 32,
+        "num_epochs": 2,
+        "num_minibatches": 32,
+        "learning_rate": 2.5e-4,
+    }
+    expected |= {
+        "learning_rate_end": None,
+        "epsilon_end": 0.001,
+        "epsilon_decay": 0.1,
+        "lambda_": 0.65,
+    }
+    assert expected.items() <= atari["agent"].items()
+    cleanrl = composed("env=atari", "tuned=cleanrl_atari")
+    assert (cleanrl["total_steps"], cleanrl["num_envs"]) == (10_000_000, 8)
+    expected = {"rollout_length": 128, "num_epochs": 4, "num_minibatches": 4, "epsilon_end": 0.01}
+    assert expected.items() <= cleanrl["agent"].items()
+
+
+def test_options_that_are_null_are_left_to_the_library():
+    assert make_agent(composed("num_envs=2"), make_env(composed(), 2)).reward_scale == 0.1
+    config = composed("agent.learning_rate_end=null", "agent.schedule_steps=1000")
+    agent = make_agent(config, make_env(config, 2))
+    assert agent.learning_rate_end == agent.learning_rate
+    assert agent.schedule_steps == 1000
