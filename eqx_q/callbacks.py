@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import equinox as eqx
 import jax
@@ -154,7 +154,7 @@ class Checkpoint:
     def save(self, run_state: RunState, env_steps: int) -> Path:
         """Saves now."""
         if not self._with_env:
-            run_state = eqx.tree_at(_outside_parts, run_state, replace=(None, None, None))
+            run_state = _with_outside_parts(run_state, (None, None, None))
         self.last = save_checkpoint(self._directory, run_state, env_steps, keep=self._keep)
         self._next_step = (env_steps // self._every + 1) * self._every
         self._saved_at = time.perf_counter()
@@ -175,9 +175,7 @@ def restore(directory: Path, env: Env) -> RunState:
     run_state, path = load_latest(directory)
     if run_state.timestep is None:
         fresh = start(run_state.agent, env, key=run_state.key)
-        run_state = eqx.tree_at(
-            _outside_parts, run_state, replace=_outside_parts(fresh), is_leaf=lambda x: x is None
-        )
+        run_state = _with_outside_parts(run_state, _outside_parts(fresh))
         logger.info("the emulators cannot be restored: their episodes start anew")
     logger.info("resuming from %s", path)
     return run_state
@@ -185,6 +183,10 @@ def restore(directory: Path, env: Env) -> RunState:
 
 def _outside_parts(run_state: RunState) -> tuple[Any, Any, Any]:
     return run_state.env_state, run_state.timestep, run_state.memory
+
+
+def _with_outside_parts(run_state: RunState, parts: tuple[Any, Any, Any]) -> RunState:
+    return eqx.tree_at(_outside_parts, run_state, parts, is_leaf=lambda x: x is None)
 
 
 class Video:
@@ -240,7 +242,7 @@ class Progress:
 
     overlap = True
 
-    def __init__(self, stream: TextIO | None = None, seconds_between_lines: float = 10.0):
+    def __init__(self, stream: IO[str] | None = None, seconds_between_lines: float = 10.0):
         self._stream = stream or sys.stderr
         self._seconds = seconds_between_lines
         self._bar: Any = None

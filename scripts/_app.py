@@ -80,15 +80,15 @@ def run_directory(config: DictConfig) -> Path:
 
 def log_tuned_values() -> None:
     """Says which tuned file is in use; one that was asked for by name must exist."""
-    choices = HydraConfig.get().runtime.choices
+    choices: dict[str, Any] = HydraConfig.get().runtime.choices
     shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
     asked_for = any(o.startswith("tuned=") for o in HydraConfig.get().overrides.task)
-    if choices.tuned in shipped:
-        logger.info("tuned values: conf/tuned/%s.yaml", choices.tuned)
-    elif asked_for and choices.tuned is not None:
-        raise UnknownNameError("tuned", choices.tuned, shipped)
+    if choices["tuned"] in shipped:
+        logger.info("tuned values: conf/tuned/%s.yaml", choices["tuned"])
+    elif asked_for and choices["tuned"] is not None:
+        raise UnknownNameError("tuned", choices["tuned"], shipped)
     else:
-        logger.info("tuned values: none for agent=%s env=%s", choices.agent, choices.env)
+        logger.info("tuned values: none for agent=%s env=%s", choices["agent"], choices["env"])
 
 
 def stored_config(directory: Path) -> DictConfig:

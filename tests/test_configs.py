@@ -1,11 +1,15 @@
 """Every shipped configuration composes, fits together and builds."""
 
+import inspect
 from pathlib import Path
 
+import envpool
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
+import eqx_q
+from eqx_q.nets.registry import ENCODERS, make_network
 from eqx_q.run import make_agent, make_env
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -90,3 +94,19 @@ def test_options_that_are_null_are_left_to_the_library():
     agent = make_agent(config, make_env(config, 2))
     assert agent.learning_rate_end == agent.learning_rate
     assert agent.schedule_steps == 1000
+
+
+def test_every_argument_of_the_library_is_in_the_configuration():
+    config = composed()["agent"]
+    arguments = set(inspect.signature(eqx_q.PQN.create).parameters)
+    assert set(config) - {"_target_"} == arguments - {"observation_space", "action_space", "key"}
+    options = set(inspect.signature(make_network).parameters)
+    for encoder in ENCODERS.values():
+        options |= set(inspect.signature(encoder).parameters)
+    assert set(config["network_options"]) == options - {
+        "name", "observation_space", "num_actions", "key", "options", "shape"
+    }  # fmt: skip
+    emulator = set(envpool.make_spec("Pong-v5").config._fields)
+    fixed = {"num_envs", "batch_size", "seed", "env_seed", "base_path", "task", "max_num_players"}
+    fixed |= {"gym_reset_return_info"}
+    assert set(composed("env=atari")["env"]) - {"suite", "name"} == emulator - fixed

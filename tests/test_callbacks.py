@@ -1,0 +1,183 @@
+"""The callbacks that ship with the library, one by one."""
+
+import io
+import signal
+import time
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+import eqx_q
+from eqx_q import callbacks
+from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
+from eqx_q.checkpoint import load
+
+
+def make_agent(env, key=0):
+    return eqx_q.PQN.create(
+        env.observation_space,
+        env.action_space,
+        key=jax.random.key(key),
+        network_options={"hidden_sizes": [8]},
+        rollout_length=4,
+        num_epochs=1,
+        num_minibatches=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def env():
+    return eqx_q.make("gymnax/CartPole-v1", num_envs=2)
+
+
+def train(env, total_steps, crew, **options):
+    options = {"key": jax.random.key(1), "log_every": 1} | options
+    return eqx_q.train(make_agent(env), env, total_steps=total_steps, callbacks=crew, **options)
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_evaluation_adds_its_returns_and_changes_nothing(env):
+    seen = []
+    evaluation = Evaluation(env.replicate(3), every=16, num_episodes=3, seed=5)
+    agent, _ = train(env, 48, [evaluation, lambda _, metrics: seen.append(dict(metrics))])
+    assert [row["env_steps"] for row in seen if "eval/return" in row] == [16, 32, 48]
+    assert_same(agent, train(env, 48, [])[0])
+    key = jax.random.fold_in(jax.random.key(5), 48 // 8)
+    expected = eqx_q.evaluate(agent, env.replicate(3), num_episodes=3, key=key)
+    np.testing.assert_array_equal(evaluation.returns, expected)
+    assert seen[-1]["eval/return"] == pytest.approx(expected.mean())
+    assert seen[-1]["eval/return_std"] == pytest.approx(expected.std())
+
+
+def test_a_budget_lets_side_work_take_its_share_and_no_more(monkeypatch, caplog):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    budget = TimeBudget(0.1)
+    spent, rounds = 0.0, 0
+    with caplog.at_level("INFO", "eqx_q"):
+        for _ in range(1000):
+            now += 1.0
+            if budget.affords("evaluation"):
+                cost = 20.0 if rounds == 0 else 3.0  # the first one compiles
+                now += cost
+                budget.charge("evaluation", cost)
+                spent += cost if rounds else 0.0
+                rounds += 1
+            assert spent <= 0.1 * now + 3.0  # one round may overshoot before its cost is known
+    assert spent > 0.08 * now
+    assert len(caplog.records) == 1 and "eval.time_fraction" in caplog.text
+
+
+def test_evaluations_over_budget_are_skipped_but_the_last(env, monkeypatch):
+    calls = []
+    fake = lambda agent, env, **_: calls.append(int(agent.env_steps)) or np.ones(3)  # noqa: E731
+    monkeypatch.setattr(callbacks, "evaluate", fake)
+    budget = TimeBudget(0.0)
+    train(env, 80, [Evaluation(env, every=16, num_episodes=3, budget=budget)])
+    assert calls == [16, 32, 80]  # one that compiles, one that tells the cost, the last
+
+
+def test_checkpoints_come_after_steps_or_seconds_and_at_the_end(env, tmp_path):
+    saved = []
+    checkpoint = Checkpoint(tmp_path / "steps", every=24, keep=9)
+    checkpoint_save = checkpoint.save
+    checkpoint.save = lambda state, steps: saved.append(steps) or checkpoint_save(state, steps)
+    train(env, 64, [checkpoint])
+    assert saved == [24, 48, 64]
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == [f"{steps:012d}.ckpt" for steps in saved]
+    assert checkpoint.last == tmp_path / "steps" / names[-1]
+
+    train(env, 32, [Checkpoint(tmp_path / "seconds", every=10**9, seconds=0.0, keep=2)])
+    names = sorted(path.name for path in (tmp_path / "seconds").iterdir())
+    assert names == ["000000000024.ckpt", "000000000032.ckpt"]
+
+
+def test_a_restored_run_goes_on_bit_for_bit(env, tmp_path):
+    whole, _ = train(env, 96, [])
+    train(env, 96, [Checkpoint(tmp_path, every=40, keep=9)])
+    (tmp_path / "000000000096.ckpt").write_bytes(b"broken")
+    (tmp_path / "000000000080.ckpt").unlink()
+    run_state = restore(tmp_path, env)
+    assert int(run_state.num_updates) == 40 // 8
+    agent, _ = train(env, 96, [], run_state=run_state, key=jax.random.key(99), log_every=3)
+    assert_same(agent, whole)
+
+
+def test_a_run_of_python_environments_is_restored_without_their_state(tmp_path, caplog):
+    env = eqx_q.make(lambda: gymnasium.make("CartPole-v1"), num_envs=2)
+    checkpoint = Checkpoint(tmp_path, every=16, with_env=False)
+    agent, _ = train(env, 32, [checkpoint])
+    assert load(checkpoint.last).timestep is None
+    with caplog.at_level("INFO", "eqx_q"):
+        run_state = restore(tmp_path, env)
+    assert "their episodes start anew" in caplog.text
+    assert_same(run_state.agent, agent)
+    assert run_state.timestep.first.all()
+    longer, _ = train(env, 64, [], run_state=run_state)
+    assert int(longer.env_steps) == 64
+    env.close()
+
+
+def test_a_signal_ends_the_run_at_the_next_boundary(env, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    checkpoint = Checkpoint(tmp_path, every=10**9)
+
+    def send(run_state, metrics):
+        if metrics["env_steps"] == 24:
+            signal.raise_signal(signal.SIGTERM)
+
+    with Interrupt() as interrupt:
+        agent, _ = train(env, 800, [send, interrupt, checkpoint])
+    assert interrupt.received
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert int(agent.env_steps) == 24
+    assert checkpoint.last is not None and checkpoint.last.name == "000000000024.ckpt"
+    assert_same(load(checkpoint.last).agent, agent)
+
+
+def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):
+    metrics = {
+        "env_steps": 500,
+        "total_steps": 2000,
+        "steps_per_second": 100.0,
+        "episode_return": np.array([10.0, np.nan, 20.0]),
+        "eval/return": np.array([7.0, 8.0, 9.0]),
+        "done": False,
+    }
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress(None, metrics)
+    assert stream.getvalue() == (
+        "500/2,000 steps (25%)  100 steps/s  return 15  eval 8  0:00:15 left\n"
+    )
+    progress(None, metrics)  # less than ten seconds later
+    assert stream.getvalue().count("\n") == 1
+    progress(None, metrics | {"env_steps": 2000, "done": True})
+    assert stream.getvalue().endswith("return 15  eval 8  0:00:00 left\n")
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    progress = Progress(terminal)
+    progress(None, metrics)
+    progress(None, metrics | {"env_steps": 1000})
+    progress.close()
+    assert "1.00k/2.00k" in terminal.getvalue() and "return 15  eval 8" in terminal.getvalue()
+
+
+def test_a_renderer_that_fails_costs_only_the_pictures(
+    env, tmp_path, monkeypatch, caplog
+):
+    def broken(*args, **kwargs):
+        raise OSError("no display")
+
+    monkeypatch.setattr(callbacks, "record_episode", broken)
+    video = Video(env.replicate(1), tmp_path, every=16)
+    agent, _ = train(env, 64, [video])
+    assert int(agent.env_steps) == 64
+    assert caplog.text.count("the run goes on without pictures") == 1
