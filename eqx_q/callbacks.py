@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -238,11 +238,14 @@ class Video:
 
 
 class Progress:
-    """A bar with steps/s, return and time left; without a terminal, a line every ten seconds."""
+    """A bar with steps/s, return and time left; without a terminal, a line every ten seconds.
+
+    **Arguments:** `stream`: a text file, by default stderr.
+    """
 
     overlap = True
 
-    def __init__(self, stream: IO[str] | None = None, seconds_between_lines: float = 10.0):
+    def __init__(self, stream: Any = None, seconds_between_lines: float = 10.0):
         self._stream = stream or sys.stderr
         self._seconds = seconds_between_lines
         self._bar: Any = None
