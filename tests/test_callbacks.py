@@ -170,9 +170,7 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):
     assert "1.00k/2.00k" in terminal.getvalue() and "return 15  eval 8" in terminal.getvalue()
 
 
-def test_a_renderer_that_fails_costs_only_the_pictures(
-    env, tmp_path, monkeypatch, caplog
-):
+def test_a_renderer_that_fails_costs_only_the_pictures(env, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise OSError("no display")
 

@@ -1,7 +1,11 @@
 """What the README says is true: its Python runs, its commands compose, its files exist."""
 
 import re
+import shlex
 from pathlib import Path
+
+import hydra
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +27,17 @@ def test_python_runs_and_every_metric_is_explained(tmp_path, monkeypatch):
         r"`([a-z_/]+)`", "".join(re.findall(r"^\|(.*?)\|", README, re.MULTILINE))
     )
     assert set(namespace["history"][-1]) <= set(explained)
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in "".join(blocks("sh")).splitlines() if "scripts/" in line]
+)
+def test_commands_compose(command: str):
+    """Every group, key and choice that a command names exists."""
+    _, script, *overrides = shlex.split(command)
+    name = {"scripts/train.py": "config", "scripts/evaluate.py": "evaluate"}[script]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        hydra.compose(name, overrides)
 
 
 def test_ci_runs_the_test_command():
