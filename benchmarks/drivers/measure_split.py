@@ -1,0 +1,133 @@
+"""Where an update's time goes, and the least that its matrix products alone would take.
+
+The argument is JSON: `config` (as `scripts/train.py` composes it) and `seed`. All times are
+seconds per update; the matrix products are timed alone, in a compiled scan as in training.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import eqx_q
+from eqx_q.run import make_agent, make_env
+
+Product = tuple[int, int, int]  # rows x inner x columns
+
+
+def forward_products(agent, rows: int) -> list[Product]:
+    """The network's matrix products on `rows` observations; a convolution is one of patches."""
+
+    def q_values(obs):
+        return agent.network(obs, agent.statistics, agent.initial_memory(rows)).q_values
+
+    space = agent.observation_space
+    obs = jax.ShapeDtypeStruct((1, rows, *space.shape), space.dtype)
+    return list(_products(jax.make_jaxpr(q_values)(obs).jaxpr))
+
+
+def _products(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _products(inner)
+        dimensions = equation.params.get("dimension_numbers")
+        if equation.primitive.name == "dot_general":
+            left, right = (variable.aval for variable in equation.invars)
+            inner = math.prod(left.shape[axis] for axis in dimensions[0][0])
+            yield left.size // inner, inner, right.size // inner
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+            columns = kernel.shape[dimensions.rhs_spec[0]]
+            yield out.size // columns, kernel.size // columns, columns
+
+
+def learning_products(forward: list[Product]) -> list[Product]:
+    """Forward and backward: gradients of all weights, and of all inputs but the observations."""
+    weights = [(inner, rows, columns) for rows, inner, columns in forward]
+    inputs = [(rows, columns, inner) for rows, inner, columns in forward[1:]]
+    return forward + weights + inputs
+
+
+def flops(products: list[Product]) -> int:
+    return sum(2 * math.prod(product) for product in products)
+
+
+def median_seconds(function, *args, repetitions: int = 5) -> float:
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def seconds_of(products: list[Product], times: int) -> float:
+    """Seconds that `times` rounds of these products take, one after the other."""
+    operands = [
+        (jnp.full((rows, inner), 1e-3), jnp.full((inner, columns), 1e-3))
+        for rows, inner, columns in products
+    ]
+
+    def round_(operands, _):
+        products = jax.lax.optimization_barrier([left @ right for left, right in operands])
+        # What one round computes enters the next, so that none can be left out.
+        return [
+            (left, right.at[0, 0].set(product[0, 0]))
+            for (left, right), product in zip(operands, products, strict=True)
+        ], None
+
+    rounds = jax.jit(lambda operands: jax.lax.scan(round_, operands, None, length=times)[0])
+    return median_seconds(rounds, operands)
+
+
+def measure(config) -> dict[str, float]:
+    env = make_env(config, config["num_envs"])
+    agent = make_agent(config, env)
+    lanes, length = env.num_envs, agent.rollout_length
+    gradient_steps = agent.num_epochs * agent.num_minibatches
+    acting = forward_products(agent, lanes)
+    learning = learning_products(forward_products(agent, lanes * length // agent.num_minibatches))
+    num_updates = max(1, 50_000 // (lanes * length))
+
+    def steps(act):
+        @eqx.filter_jit
+        def run(agent, state, timestep, key):
+            def step(carry, key):
+                state, timestep = carry
+                act_key, env_key = jax.random.split(key)
+                return env.step(state, act(agent, timestep, act_key), env_key), None
+
+            keys = jax.random.split(key, num_updates * length)
+            return jax.lax.scan(step, (state, timestep), keys)[0][1].obs
+
+        first = eqx_q.start(agent, env, key=jax.random.key(0))
+        args = (agent, first.env_state, first.timestep, jax.random.key(1))
+        return median_seconds(run, *args, repetitions=3) / num_updates
+
+    def at_random(agent, timestep, key):
+        return jax.random.randint(key, (lanes,), 0, agent.action_space.n)
+
+    def by_network(agent, timestep, key):
+        return agent.act(timestep.obs, key=key).action
+
+    return {
+        # Acting evaluates every lane at every step, and once more to bootstrap.
+        "matmul_seconds": seconds_of(acting, length + 1) + seconds_of(learning, gradient_steps),
+        "matmul_flops": (length + 1) * flops(acting) + gradient_steps * flops(learning),
+        "environment_seconds": steps(at_random),
+        "environment_and_acting_seconds": steps(by_network),
+        "env_steps_per_update": lanes * length,
+    }
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    print(json.dumps(measure({**request["config"], "seed": request["seed"]})))

@@ -1,0 +1,182 @@
+"""Learns every environment of a suite with several seeds, and writes what came out as JSON.
+
+Each run is `python scripts/train.py`, with the configuration that users get, in a directory of its
+own under --runs: what is finished there is skipped, what was interrupted goes on. The result is
+written anew after every run, with final training and greedy returns per seed and their curves.
+
+  python benchmarks/learning.py classic --seeds 5
+  python benchmarks/learning.py minatar --seeds 5 --only Breakout total_steps=1_000_000
+  python benchmarks/learning.py atari-pong --collect     # runs nothing, writes what is there
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import RESULTS, ROOT, compose, write
+
+_MAX_POINTS = 100
+_FINAL_FRACTION = 0.05  # of the run: its episodes make the final training return
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Overrides of `scripts/train.py` per environment; protocols to evaluate under afterwards."""
+
+    tasks: list[list[str]]
+    protocols: tuple[str, ...] = ()
+
+
+def _atari(*games: str) -> Suite:
+    tasks = [["env=atari", f"env.name={game}-v5", "total_steps=10_000_000"] for game in games]
+    return Suite(tasks, protocols=("life_loss", "sticky"))
+
+
+_MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+SUITES = {
+    "classic": Suite([["env=cartpole"], ["env=acrobot"], ["env=mountain_car"]]),
+    "minatar": Suite([["env=minatar", f"env.name={game}-MinAtar"] for game in _MINATAR]),
+    "gymnasium": Suite([["env=gymnasium", "env.name=CartPole-v1", "tuned=pqn_cartpole"]]),
+    "atari-pong": _atari("Pong"),
+    "atari-5": _atari("Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"),
+}
+
+
+def run(directory: Path, overrides: list[str]) -> None:
+    """Trains in `directory`, unless that is done; goes on where it was interrupted."""
+    if _summary(directory).get("status") == "done":
+        print(f"done already: {directory}", flush=True)
+    elif any((directory / "checkpoints").glob("*")):
+        _script("train", f"resume={directory}")
+    else:
+        shutil.rmtree(directory, ignore_errors=True)  # it was interrupted before a checkpoint
+        _script("train", *overrides, "tracker=jsonl", "video.every=0", f"hydra.run.dir={directory}")
+
+
+def evaluate(directory: Path, protocol: str, episodes: int) -> None:
+    """Evaluates a finished run under a protocol, unless that is done."""
+    if not (directory / f"evaluation_{protocol}.json").exists():
+        _script("evaluate", f"run={directory}", f"protocol={protocol}", f"episodes={episodes}")
+
+
+def _script(name: str, *arguments: str) -> None:
+    print("+", f"scripts/{name}.py", *arguments, flush=True)
+    command = [sys.executable, f"scripts/{name}.py", *arguments]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(f"error: scripts/{name}.py failed with the message above")
+
+
+def collect(directory: Path) -> list[dict[str, Any]]:
+    """The results of a run, finished or not, one per seed in it."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "episode_return" in row]
+    summary = _summary(directory)
+    members = len(np.atleast_1d(rows[-1]["episode_return"]))
+    evaluations = {
+        path.stem.removeprefix("evaluation_"): json.loads(path.read_text())["return_per_seed"]
+        for path in sorted(directory.glob("evaluation_*.json"))
+    }
+    kept = ("status", "seed", "steps_per_second", "compile_seconds", "wall_seconds", "device")
+    return [
+        {
+            **{name: summary[name] for name in kept if name in summary},
+            "env_steps": rows[-1]["env_steps"],
+            "training_return": final_return(training(rows, member)),
+            "greedy_return": (summary.get("eval_return_per_seed") or [None] * members)[member],
+            "protocols": {name: returns[member] for name, returns in evaluations.items()},
+            "training_curve": thin_out(training(rows, member)),
+            "greedy_curve": thin_out(greedy(rows, member)),
+        }
+        | ({"seed": summary["seed"] + member} if "seed" in summary else {})
+        for member in range(members)
+    ]
+
+
+def training(rows: list[dict[str, Any]], member: int) -> np.ndarray:
+    """`[points, 3]`: steps, mean return of the episodes ended since the point before, how many."""
+    points = [_point(row, "episode_return", "episodes", member) for row in rows]
+    return np.array([point for point in points if point[2] > 0]).reshape(-1, 3)
+
+
+def greedy(rows: list[dict[str, Any]], member: int) -> np.ndarray:
+    """`[points, 3]`: steps, mean return of an evaluation, 1."""
+    points = [_point(row, "eval/return", None, member) for row in rows if "eval/return" in row]
+    return np.array(points).reshape(-1, 3)
+
+
+def _point(row: dict[str, Any], name: str, weight: str | None, member: int) -> tuple:
+    value = np.atleast_1d(row[name])[member]
+    return row["env_steps"], value, np.atleast_1d(row[weight])[member] if weight else 1.0
+
+
+def final_return(curve: np.ndarray) -> float | None:
+    """Mean return over the episodes of the last part of the curve."""
+    last = curve[curve[:, 0] > (1 - _FINAL_FRACTION) * curve[-1:, 0]]
+    return float(np.average(last[:, 1], weights=last[:, 2])) if len(last) else None
+
+
+def thin_out(curve: np.ndarray) -> list[list[float]]:
+    """At most a hundred points `[steps, return]`: neighbours are averaged by their weights."""
+    parts = np.array_split(curve, min(len(curve), _MAX_POINTS) or 1)
+    return [
+        [float(part[-1, 0]), round(float(np.average(part[:, 1], weights=part[:, 2])), 4)]
+        for part in parts
+        if len(part)
+    ]
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    path = directory / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=SUITES, help="which environments")
+    parser.add_argument("override", nargs="*", help="further overrides of scripts/train.py")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default: 5)")
+    parser.add_argument(
+        "--together", action="store_true", help="all seeds as one population, not one by one"
+    )
+    parser.add_argument("--only", help="only environments with this in their name")
+    parser.add_argument("--episodes", type=int, default=16, help="per protocol (default: 16)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="directory")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/learning_SUITE.json")
+    parser.add_argument("--collect", action="store_true", help="run nothing, write what is there")
+    args = parser.parse_intermixed_args()
+    suite, environments = SUITES[args.suite], {}
+    for task in suite.tasks:
+        overrides = [*task, *args.override]
+        config = compose(overrides)
+        name = f"{config['env']['suite']}/{config['env']['name']}"
+        if args.only and args.only not in name:
+            continue
+        results = environments[name] = {
+            "overrides": overrides,
+            "total_steps": config["total_steps"],
+            "seeds": [],
+        }
+        for seed in [0] if args.together else range(args.seeds):
+            kind = f"seeds_{args.seeds}" if args.together else f"seed_{seed}"
+            directory = args.runs.resolve() / name / kind
+            if not args.collect:
+                num_seeds = args.seeds if args.together else 1
+                run(directory, [*overrides, f"seed={seed}", f"num_seeds={num_seeds}"])
+                for protocol in suite.protocols:
+                    evaluate(directory, protocol, args.episodes)
+            if (directory / "metrics.jsonl").exists():
+                results["seeds"] += collect(directory)
+            out = args.out or RESULTS / f"learning_{args.suite}.json"
+            write(out, {"suite": args.suite, "environments": environments})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What every benchmark writes beside its figures: command, versions, machine, commit, date."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result with its provenance as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    print(f"written to {path}", flush=True)
+
+
+def provenance() -> dict[str, Any]:
+    """How a result came about. Paths in the command are shortened to their last part."""
+    command = " ".join(re.sub(r"[^\s=]*/(?=[^/\s])", "", word) for word in sys.argv[1:])
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnax", "gymnasium", "envpool"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {command}".strip(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commit": commit(ROOT),
+        "machine": machine(),
+        "versions": versions,
+    }
+
+
+def commit(checkout: Path) -> str | None:
+    """The commit of a checkout, `-dirty` where files differ from it; `None` outside of git."""
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, and how busy the machine was in the last minute."""
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The configuration that `scripts/train.py` would run with these overrides."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)  # pyright: ignore

@@ -1,0 +1,233 @@
+"""Draws curves and writes tables from the JSON in benchmarks/results.
+
+  python benchmarks/report.py                      # into the README, between its two markers
+  python benchmarks/report.py --into report.md     # into a file of its own
+
+Tables give the interquartile mean over seeds with 95 % intervals from a stratified bootstrap
+(Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", arXiv 2108.13264:
+rliable's method), each seed's return, and the peers' values from references.json. Atari is also
+given human-normalised, from the no-op scores of atari_scores.csv (Wang et al. 2016, arXiv
+1511.06581, as tabulated by Badia et al. 2020, arXiv 2003.13350, Appendix H).
+"""
+
+import argparse
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from record import RESULTS, ROOT
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_BEGIN, _END = "<!-- results:begin -->", "<!-- results:end -->"
+_PARTS = ("environment", "acting", "learning")
+_PROTOCOLS = {
+    "life_loss": "a lost life ends an episode, no sticky actions",
+    "sticky": "whole games, sticky actions 0.25",
+}
+
+
+def iqm(scores: np.ndarray) -> float:
+    """Mean of the middle half of all scores."""
+    return float(stats.trim_mean(scores.ravel(), 0.25))
+
+
+def interval(scores: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the interquartile mean of `[seeds, tasks]`.
+
+    Stratified: seeds are drawn anew for every task by itself.
+    """
+    seeds, tasks = scores.shape
+    draws = np.random.default_rng(0).integers(seeds, size=(resamples, seeds, tasks))
+    means = stats.trim_mean(scores[draws, np.arange(tasks)].reshape(resamples, -1), 0.25, axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def estimate(scores: np.ndarray, digits: int = 1) -> str:
+    """Interquartile mean and interval of `[seeds, tasks]`, as text."""
+    if not scores.size:
+        return "–"
+    if len(scores) == 1:
+        return f"{iqm(scores):,.{digits}f}"
+    low, high = interval(scores)
+    return f"**{iqm(scores):,.{digits}f}** [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def human_normalised(game: str, returns: np.ndarray) -> np.ndarray:
+    """0 is a random player, 1 a human one."""
+    with (ROOT / "benchmarks" / "atari_scores.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if row["game"] == game)
+    random, human = float(row["random"]), float(row["human"])
+    return (returns - random) / (human - random)
+
+
+def _column(seeds: list[dict[str, Any]], name: str) -> np.ndarray:
+    """`[seeds, 1]`, of those seeds that have the value."""
+    values = [seed[name] for seed in seeds if seed.get(name) is not None]
+    return np.array(values, float).reshape(-1, 1)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _origin(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"`{result['command']}`, commit {result['commit']}, {result['date']}, {machine['cores']} "
+        f"cores of {machine['cpu']}, jax {result['versions'].get('jax')}."
+    )
+
+
+def _references(references: dict[str, Any], name: str) -> str:
+    def value(reference, kind):
+        return f"{reference[kind]:g}" if kind in reference else "–"
+
+    return "; ".join(
+        f"{reference['who']}: {value(reference, 'training')} / {value(reference, 'greedy')}"
+        for reference in references["returns"].get(name, [])
+    )
+
+
+def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
+    rows = []
+    for name, environment in result["environments"].items():
+        seeds = environment["seeds"]
+        if not seeds:
+            continue
+        steps = min(seed["env_steps"] for seed in seeds)
+        greedy = _column(seeds, "greedy_return")
+        rows.append(
+            [
+                name,
+                f"{steps / 1e6:.3g} M",
+                estimate(_column(seeds, "training_return")),
+                estimate(greedy),
+                ", ".join(f"{value:.1f}" for value in greedy[:, 0]),
+                _references(references, name),
+            ]
+        )
+    head = ["environment", "steps", "training", "greedy", "greedy, each seed"]
+    return _table([*head, "peers, training / greedy"], rows)
+
+
+def atari_table(result: dict[str, Any]) -> str | None:
+    """Both protocols, with human-normalised scores; and over all games where there are several."""
+    rows = []
+    for protocol, meaning in _PROTOCOLS.items():
+        normalised = []
+        for name, environment in result["environments"].items():
+            seeds = [seed.get("protocols", {}) for seed in environment["seeds"]]
+            returns = _column(seeds, protocol)
+            if returns.size:
+                game = name.removeprefix("envpool/").removesuffix("-v5")
+                normalised.append(human_normalised(game, returns))
+                rows.append([game, meaning, estimate(returns), estimate(normalised[-1], digits=2)])
+        if len(normalised) > 1:
+            fewest = min(map(len, normalised))
+            scores = np.concatenate([scores[:fewest] for scores in normalised], axis=1)
+            rows.append([f"{len(normalised)} games", meaning, "", estimate(scores, digits=2)])
+    return _table(["game", "protocol", "return", "human-normalised"], rows) if rows else None
+
+
+def speed_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for name, run in result["contestants"].items():
+            speed = f"{run['steps_per_second']:,.0f}"
+            costs = [f"{run['compile_seconds']:.1f} s", f"{run['peak_memory_mb']:,.0f} MB"]
+            rest = _ratio_and_split(result) if name == "eqx_q" else ["", "", ""]
+            rows.append([result["case"], name, speed, *costs, *rest])
+    head = ["case", "", "steps/s", "compiling", "peak memory", "ratio", "of matmul ceiling"]
+    return _table([*head, " / ".join(_PARTS)], rows)
+
+
+def _ratio_and_split(result: dict[str, Any]) -> list[str]:
+    ratio, split = result["ratio"], result.get("split")
+    if ratio:
+        low, high = min(ratio["pairs"]), max(ratio["pairs"])
+        ratio = f"**{ratio['median']:.1f}×** ({low:.1f}–{high:.1f})"
+    ceiling = split and f"{split['matmul_ceiling_fraction']:.0%}"
+    parts = split and " / ".join(f"{split[f'{part}_fraction']:.0%}" for part in _PARTS)
+    return [ratio or "", ceiling or "", parts or ""]
+
+
+def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None:
+    """Training and greedy returns over steps: every seed thin, their mean thick, peers dashed."""
+    environments = {name: e for name, e in result["environments"].items() if e["seeds"]}
+    figure, axes = plt.subplots(
+        1, len(environments), figsize=(3.2 * len(environments), 2.6), squeeze=False
+    )
+    for axis, (name, environment) in zip(axes[0], environments.items(), strict=True):
+        for kind, color in (("training", "tab:blue"), ("greedy", "tab:orange")):
+            curves = [np.array(seed[f"{kind}_curve"]) for seed in environment["seeds"]]
+            curves = [curve for curve in curves if len(curve)]
+            for curve in curves:
+                axis.plot(curve[:, 0], curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
+            if curves:
+                steps = max(curves, key=len)[:, 0]
+                mean = np.mean([np.interp(steps, *curve.T) for curve in curves], axis=0)
+                axis.plot(steps, mean, color=color, linewidth=1.8, label=kind)
+            for reference in references["returns"].get(name, []):
+                if kind in reference:
+                    axis.axhline(reference[kind], color=color, linestyle="--", linewidth=0.8)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("environment steps", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_offset_text().set_fontsize(7)
+    axes[0, 0].set_ylabel("return", fontsize=8)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def report(results: Path, into: Path) -> str:
+    """The whole report as markdown, and the pictures beside the results."""
+    references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
+    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    parts = []
+    speeds = [result for name, result in read.items() if name.startswith("speed_")]
+    if speeds:
+        parts += ["### Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
+    for name, result in read.items():
+        if not name.startswith("learning_") or not any(
+            environment["seeds"] for environment in result["environments"].values()
+        ):
+            continue
+        picture = results / f"{name}.png"
+        draw(result, references, picture)
+        parts += [f"### Learning: {result['suite']}", learning_table(result, references)]
+        parts += [table] if (table := atari_table(result)) else []
+        parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
+    sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
+    parts.append(f"Interquartile means with 95 % bootstrap intervals over seeds. Peers: {sources}.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON lies")
+    parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the file to write")
+    args = parser.parse_args()
+    text = report(args.results, args.into)
+    before, after = f"{_BEGIN}\n", f"\n{_END}\n"
+    if args.into.exists() and _BEGIN in (old := args.into.read_text()):
+        before = old[: old.index(_BEGIN)] + before
+        after = "\n" + old[old.index(_END) :]
+    args.into.write_text(before + text + after)
+    print(f"written to {args.into}")
+
+
+if __name__ == "__main__":
+    main()

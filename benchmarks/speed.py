@@ -1,0 +1,224 @@
+"""Compares speed with a peer: same environment, same hyperparameters, alternating runs.
+
+Every run is a process of its own, evaluation off; the time to compile is reported apart. Runs
+alternate (ours, the peer's, ours, ...), and the ratio is taken pair by pair. With it come the
+fraction of the machine's matmul ceiling at the network's shapes, and the split of time between
+environment, acting and learning. Without --peer the library is measured alone.
+
+A peer is a checkout and the Python of an environment in which its scripts run:
+
+  python benchmarks/speed.py cartpole --peer purejaxql=DIR --peer-python DIR/.venv/bin/python
+  python benchmarks/speed.py cleanrl_cartpole --peer cleanrl=DIR --peer-python DIR/.venv/bin/python
+  python benchmarks/speed.py minatar num_seeds=10 --out seeds.json
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, ROOT, commit, compose, write
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared: our configuration, the peer's script, and more of ours beside it."""
+
+    overrides: list[str]
+    total_steps: int
+    peer: str
+    request: dict[str, Any]
+    beside: dict[str, list[str]] = field(default_factory=dict)
+
+
+CASES = {
+    "cartpole": Case(
+        ["env=cartpole"],
+        500_000,
+        "purejaxql",
+        {"script": "pqn_gymnax", "algorithm": "pqn_cartpole"},
+    ),
+    "minatar": Case(
+        ["env=minatar", "env.name=Breakout-MinAtar"],
+        1_000_000,
+        "purejaxql",
+        {"script": "pqn_minatar", "algorithm": "pqn_minatar"},
+    ),
+    "atari": Case(
+        ["env=atari", "env.name=Pong-v5"],
+        4096,  # one update: the peer takes minutes for it on two cores
+        "purejaxql",
+        {"script": "pqn_atari", "algorithm": "pqn_atari"},
+    ),
+    "cleanrl_cartpole": Case(
+        ["env=cartpole", "tuned=cleanrl_cartpole"],
+        500_000,
+        "cleanrl",
+        {"script": "pqn.py"},
+        beside={"eqx_q, Gymnasium": ["env=gymnasium", "tuned=cleanrl_cartpole"]},
+    ),
+}
+
+# The peers' names of our hyperparameters: they are given ours, so that both run with the same.
+_PUREJAXQL = {
+    "NUM_ENVS": "num_envs",
+    "TOTAL_TIMESTEPS": "total_steps",
+    "ENV_NAME": "env.name",
+    "TOTAL_TIMESTEPS_DECAY": "agent.schedule_steps",
+    "NUM_STEPS": "agent.rollout_length",
+    "NUM_EPOCHS": "agent.num_epochs",
+    "NUM_MINIBATCHES": "agent.num_minibatches",
+    "LR": "agent.learning_rate",
+    "MAX_GRAD_NORM": "agent.max_grad_norm",
+    "GAMMA": "agent.discount",
+    "LAMBDA": "agent.lambda_",
+    "EPS_START": "agent.epsilon_start",
+    "EPS_FINISH": "agent.epsilon_end",
+    "EPS_DECAY": "agent.epsilon_decay",
+    "REW_SCALE": "agent.reward_scale",
+}
+_CLEANRL = {
+    "num_envs": "num_envs",
+    "total_timesteps": "total_steps",
+    "env_id": "env.name",
+    "num_steps": "agent.rollout_length",
+    "update_epochs": "agent.num_epochs",
+    "num_minibatches": "agent.num_minibatches",
+    "learning_rate": "agent.learning_rate",
+    "max_grad_norm": "agent.max_grad_norm",
+    "gamma": "agent.discount",
+    "q_lambda": "agent.lambda_",
+    "start_e": "agent.epsilon_start",
+    "end_e": "agent.epsilon_end",
+    "exploration_fraction": "agent.epsilon_decay",
+}
+_PEERS = {"purejaxql": ("overrides", _PUREJAXQL), "cleanrl": ("arguments", _CLEANRL)}
+
+
+def configuration(overrides: list[str], total_steps: int) -> dict[str, Any]:
+    """Ours for so many steps; schedules run as over the whole tuned length."""
+    config = compose(overrides)
+    config["agent"]["schedule_steps"] = config["agent"]["schedule_steps"] or config["total_steps"]
+    return {**config, "total_steps": total_steps}
+
+
+def peer_request(case: Case, config: dict[str, Any], path: str) -> dict[str, Any]:
+    """What the peer's driver is to run: its own configuration file, with our values."""
+    argument, names = _PEERS[case.peer]
+    values = {theirs: _select(config, ours) for theirs, ours in names.items()}
+    return {**case.request, "path": str(Path(path).resolve()), argument: values}
+
+
+def _select(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def drive(python: str, driver: str, request: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Runs a driver in a process of its own; the last line that it prints is its result."""
+    script = ROOT / "benchmarks" / "drivers" / f"{driver}.py"
+    command = [python, "-W", "ignore", str(script), json.dumps({**request, "seed": seed})]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if process.returncode:
+        sys.exit(f"error: {driver} failed with the message above: {python} {script.name}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def compare(contestants: dict[str, tuple], repetitions: int) -> dict[str, list[dict[str, Any]]]:
+    """Runs all in turn, again and again."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    for repetition in range(repetitions):
+        for name, (python, driver, request) in contestants.items():
+            run = drive(python, driver, request, seed=repetition)
+            run["steps_per_second"] = run["env_steps"] / run["seconds"]
+            runs[name].append(run)
+            costs = f"{run['compile_seconds']:6.1f} s compiling {run['peak_memory_mb']:6.0f} MB"
+            speed = f"{run['steps_per_second']:10,.0f} steps/s"
+            print(f"{repetition + 1}/{repetitions} {name:<20} {speed} {costs}", flush=True)
+    return runs
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the repetitions, and the speed of each."""
+    medians = {
+        name: statistics.median(run[name] for run in runs)
+        for name, value in runs[0].items()
+        if isinstance(value, int | float)
+    }
+    each = [round(run["steps_per_second"]) for run in runs]
+    kept = {name: runs[0][name] for name in ("device", "versions", "config") if name in runs[0]}
+    return {**medians, "steps_per_second_each": each, **kept}
+
+
+def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Our speed over theirs, pair by pair."""
+    pairs = [
+        a["steps_per_second"] / b["steps_per_second"] for a, b in zip(ours, theirs, strict=True)
+    ]
+    return {"median": statistics.median(pairs), "pairs": pairs}
+
+
+def split(measured: dict[str, float], steps_per_second: float) -> dict[str, float]:
+    """Fractions of the time that a whole update takes, and of the matmul ceiling."""
+    whole = measured["env_steps_per_update"] / steps_per_second
+    environment = measured["environment_seconds"] / whole
+    acting = measured["environment_and_acting_seconds"] / whole - environment
+    return {
+        "update_seconds": whole,
+        "matmul_ceiling_fraction": measured["matmul_seconds"] / whole,
+        "matmul_gflops_alone": measured["matmul_flops"] / measured["matmul_seconds"] / 1e9,
+        "environment_fraction": environment,
+        "acting_fraction": acting,
+        "learning_fraction": 1 - environment - acting,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", choices=CASES, help="what is compared")
+    parser.add_argument(
+        "override", nargs="*", help="further overrides of scripts/train.py, for both"
+    )
+    parser.add_argument("--peer", metavar="NAME=PATH", help="purejaxql or cleanrl: a checkout")
+    parser.add_argument("--peer-python", default=sys.executable, help="the Python that runs it")
+    parser.add_argument("--repetitions", type=int, default=5, help="pairs of runs (default: 5)")
+    parser.add_argument("--total-steps", type=int, help="of each run (default: by case)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_CASE.json")
+    args = parser.parse_intermixed_args()
+    case = CASES[args.case]
+    total_steps = args.total_steps or case.total_steps
+    config = configuration(case.overrides + args.override, total_steps)
+
+    contestants = {"eqx_q": (sys.executable, "run_library", {"config": config})}
+    result: dict[str, Any] = {"case": args.case, "peer": None}
+    if args.peer:
+        name, _, path = args.peer.partition("=")
+        if name != case.peer or not Path(path).is_dir():
+            parser.error(f"{args.case} is compared with {case.peer}: give --peer {case.peer}=PATH")
+        contestants[name] = (args.peer_python, f"run_{name}", peer_request(case, config, path))
+        result |= {"peer": name, "peer_commit": commit(Path(path))}
+    for name, overrides in case.beside.items():
+        beside = configuration(overrides + args.override, total_steps)
+        contestants[name] = (sys.executable, "run_library", {"config": beside})
+
+    runs = compare(contestants, args.repetitions)
+    result["contestants"] = {name: summarise(each) for name, each in runs.items()}
+    result["ratio"] = ratios(runs["eqx_q"], runs[case.peer]) if args.peer else None
+    if config["num_seeds"] == 1:
+        print("where the time goes ...", flush=True)
+        measured = drive(sys.executable, "measure_split", {"config": config}, seed=0)
+        result["split"] = split(measured, result["contestants"]["eqx_q"]["steps_per_second"])
+    for name in ("ratio", "split"):
+        print(f"{name}: {json.dumps(result.get(name), indent=1)}")
+    write(args.out or RESULTS / f"speed_{args.case}.json", result)
+
+
+if __name__ == "__main__":
+    main()
