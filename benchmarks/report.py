@@ -213,6 +213,16 @@ def report(results: Path, into: Path) -> str:
     return "\n\n".join(parts)
 
 
+def insert(page: Path, text: str) -> None:
+    """Puts the report between the page's two markers; a page without them becomes the report."""
+    before, after = f"{_BEGIN}\n", f"\n{_END}\n"
+    if page.exists() and _BEGIN in (old := page.read_text()):
+        before = old[: old.index(_BEGIN)] + before
+        after = "\n" + old[old.index(_END) :]
+    page.write_text(before + text + after)
+    print(f"written to {page}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,13 +230,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON lies")
     parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the file to write")
     args = parser.parse_args()
-    text = report(args.results, args.into)
-    before, after = f"{_BEGIN}\n", f"\n{_END}\n"
-    if args.into.exists() and _BEGIN in (old := args.into.read_text()):
-        before = old[: old.index(_BEGIN)] + before
-        after = "\n" + old[old.index(_END) :]
-    args.into.write_text(before + text + after)
-    print(f"written to {args.into}")
+    insert(args.into, report(args.results, args.into))
 
 
 if __name__ == "__main__":

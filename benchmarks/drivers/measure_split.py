@@ -95,7 +95,7 @@ def measure(config) -> dict[str, float]:
     gradient_steps = agent.num_epochs * agent.num_minibatches
     acting = forward_products(agent, lanes)
     learning = learning_products(forward_products(agent, lanes * length // agent.num_minibatches))
-    num_updates = max(1, 50_000 // (lanes * length))
+    num_updates = max(1, 20_000 // (lanes * length))
 
     def steps(act):
         @eqx.filter_jit

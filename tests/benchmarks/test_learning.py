@@ -1,0 +1,68 @@
+import json
+
+import learning
+import numpy as np
+
+
+def _run(directory, rows, **summary):
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary:
+        (directory / "summary.json").write_text(json.dumps(summary))
+
+
+def test_final_return_is_of_the_episodes_of_the_last_twentieth():
+    steps = np.arange(1.0, 101.0)
+    curve = np.stack([steps, steps, np.ones(100)], axis=1)
+    curve[-1, 2] = 3  # three episodes of return 100 weigh thrice
+    assert learning.final_return(curve) == (96 + 97 + 98 + 99 + 3 * 100) / 7
+    assert learning.final_return(np.zeros((0, 3))) is None
+
+
+def test_a_thinned_curve_keeps_the_mean_over_episodes():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, 400)
+    curve = np.stack([np.arange(400.0), rng.normal(size=400), counts], axis=1)
+    thin = np.array(learning.thin_out(curve))
+    assert thin.shape == (100, 2)
+    assert thin[-1, 0] == 399
+    expected = np.average(curve[4:8, 1], weights=curve[4:8, 2])
+    np.testing.assert_allclose(thin[1, 1], expected, atol=1e-4)
+    assert learning.thin_out(curve[:3])[2] == [2.0, round(curve[2, 1], 4)]
+    assert learning.thin_out(curve[:0]) == []
+
+
+def test_collect_takes_every_member_and_its_evaluations(tmp_path):
+    rows = [
+        {"env_steps": 10, "episode_return": [None, 2.0], "episodes": [0, 1]},
+        {"env_steps": 20, "episode_return": [3.0, 4.0], "episodes": [1, 1], "eval/return": [7, 8]},
+    ]
+    _run(tmp_path / "run", rows, status="done", seed=5, eval_return_per_seed=[9.0, 10.0])
+    (tmp_path / "run" / "evaluation_sticky.json").write_text('{"return_per_seed": [1.5, 2.5]}')
+    first, second = learning.collect(tmp_path / "run")
+    assert first["seed"] == 5 and second["seed"] == 6
+    assert first["training_curve"] == [[20.0, 3.0]]  # no episode ended before
+    assert second["training_curve"] == [[10.0, 2.0], [20.0, 4.0]]
+    assert second["greedy_curve"] == [[20.0, 8.0]]
+    assert (first["greedy_return"], second["greedy_return"]) == (9.0, 10.0)
+    assert second["protocols"] == {"sticky": 2.5}
+
+
+def test_collect_takes_runs_that_are_not_finished(tmp_path):
+    _run(tmp_path / "run", [{"env_steps": 10, "episode_return": 2.0, "episodes": 1}])
+    (only,) = learning.collect(tmp_path / "run")
+    assert only["training_return"] == 2.0
+    assert only["greedy_return"] is None
+
+
+def test_runs_start_go_on_and_are_skipped(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(learning, "_script", lambda *arguments: calls.append(arguments))
+    new, begun, done = tmp_path / "new", tmp_path / "begun", tmp_path / "done"
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "checkpoints" / "1.eqx").touch()
+    _run(done, [], status="done")
+    for directory in (new, begun, done):
+        learning.run(directory, ["env=cartpole"])
+    assert calls[0][:2] == ("train", "env=cartpole") and f"hydra.run.dir={new}" in calls[0]
+    assert calls[1:] == [("train", f"resume={begun}")]

@@ -1,0 +1,87 @@
+import csv
+import json
+
+import numpy as np
+import report
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    scores = np.array([[100.0, 1, 2], [3, 4, -50], [5, 6, 7], [8, 0, 9]])
+    assert report.iqm(scores) == np.mean(np.sort(scores.ravel())[3:9])
+
+
+def test_intervals_are_those_of_a_bootstrap_by_hand():
+    scores = np.random.default_rng(1).normal(size=(7, 1))
+    rng = np.random.default_rng(2)
+    means = []
+    for _ in range(20_000):
+        draw = np.sort([scores[rng.integers(7), 0] for _ in range(7)])
+        means.append(draw[1:6].mean())  # a quarter of seven, rounded down, on either side
+    np.testing.assert_allclose(
+        report.interval(scores), np.percentile(means, [2.5, 97.5]), atol=0.05
+    )
+
+
+def test_the_bootstrap_is_stratified_by_task():
+    # Seeds agree within every task: resampling within tasks changes nothing.
+    scores = np.tile([0.0, 10.0, 20.0, 1000.0], (5, 1))
+    np.testing.assert_allclose(report.interval(scores), [report.iqm(scores)] * 2)
+
+
+def test_human_normalised_scores():
+    returns = np.array([-20.7, 14.6, 20.0])
+    np.testing.assert_allclose(report.human_normalised("Pong", returns), [0, 1, 40.7 / 35.3])
+    with (report.ROOT / "benchmarks" / "atari_scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["game"] for row in rows}) == 57
+    assert all(float(row["random"]) < float(row["human"]) for row in rows)
+
+
+def _learning(name, seeds):
+    provenance = {
+        "command": "python benchmarks/learning.py s",
+        "commit": "abc",
+        "date": "today",
+        "machine": {"cores": 2, "cpu": "a processor"},
+        "versions": {"jax": "1"},
+    }
+    return {**provenance, "suite": "s", "environments": {name: {"seeds": seeds}}}
+
+
+def _seed(value, **more):
+    return {
+        "env_steps": 2_000_000,
+        "training_return": value,
+        "greedy_return": value + 1,
+        "training_curve": [[0, 0], [2e6, value]],
+        "greedy_curve": [],
+        **more,
+    }
+
+
+def test_the_report_replaces_itself_between_the_markers(tmp_path):
+    seeds = [_seed(v, protocols={"sticky": v}) for v in (10.0, 11.0, 12.0)]
+    result = _learning("envpool/Pong-v5", seeds)
+    (tmp_path / "learning_s.json").write_text(json.dumps(result))
+    text = report.report(tmp_path, tmp_path / "README.md")
+    assert "| envpool/Pong-v5 | 2 M | **11.0** [10.0, 12.0] | **12.0** [11.0, 13.0] |" in text
+    assert "11.0, 12.0, 13.0 | CleanRL: 20.49 / – |" in text
+    normalised = (11 + 20.7) / 35.3
+    assert (
+        f"| Pong | whole games, sticky actions 0.25 | **11.0** [10.0, 12.0] | **{normalised:.2f}**"
+        in text
+    )
+    assert "![learning_s](learning_s.png)" in text
+    assert (tmp_path / "learning_s.png").stat().st_size > 1000
+
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
+    for _ in range(2):
+        report.insert(page, text)
+        expected = f"before\n{report._BEGIN}\n{text}\n{report._END}\nafter\n"
+        assert page.read_text() == expected
+
+
+def test_one_seed_has_no_interval():
+    table = report.learning_table(_learning("x/y", [_seed(3.0)]), {"returns": {}})
+    assert "| x/y | 2 M | 3.0 | 4.0 | 4.0 |  |" in table
