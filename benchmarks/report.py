@@ -170,12 +170,13 @@ def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None
         for kind, color in (("training", "tab:blue"), ("greedy", "tab:orange")):
             curves = [np.array(seed[f"{kind}_curve"]) for seed in environment["seeds"]]
             curves = [curve for curve in curves if len(curve)]
+            axis.plot([], [], color=color, label=kind)
             for curve in curves:
                 axis.plot(curve[:, 0], curve[:, 1], color=color, linewidth=0.6, alpha=0.5)
             if curves:
                 steps = max(curves, key=len)[:, 0]
                 mean = np.mean([np.interp(steps, *curve.T) for curve in curves], axis=0)
-                axis.plot(steps, mean, color=color, linewidth=1.8, label=kind)
+                axis.plot(steps, mean, color=color, linewidth=1.8)
             for reference in references["returns"].get(name, []):
                 if kind in reference:
                     axis.axhline(reference[kind], color=color, linestyle="--", linewidth=0.8)
