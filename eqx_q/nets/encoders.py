@@ -1,7 +1,12 @@
-"""Encoders: from observations (channels last) to features `[B, features]`.
+"""Encoders: from observations `[B, ...]` to features `[B, features]`.
 
-Each is a function of the shape of one observation that composes layers. The defaults of `init`
-are those of the published code of each.
+Each is a function of the shape of one observation that composes layers. They share these options:
+
+- `hidden_sizes`: of the linear layers after the convolutions.
+- `norm`, `activation`, `init`: names in `layers.NORMS`, `layers.ACTIVATIONS`,
+    `layers.INITIALIZERS`; the defaults are those of each encoder's published code.
+- `input_scale`: a factor for the observations.
+- `channels_first`: whether images are `[C, H, W]`.
 """
 
 import jax
@@ -18,6 +23,7 @@ from .layers import (
     Padding,
     Product,
     Residual,
+    Scale,
     Sequential,
     make_norm,
     output_shape,
@@ -26,13 +32,16 @@ from .layers import (
 Shape = tuple[int, ...]
 
 
-def _image_shape(shape: Shape, smallest: int) -> Shape:
-    if len(shape) != 3 or min(shape[:2]) < smallest:
+def _image_shape(shape: Shape, channels_first: bool, smallest: int) -> tuple[int, int, int]:
+    """Height, width and channels, where the image is large enough."""
+    channels_last = (*shape[1:], *shape[:1]) if channels_first else shape
+    if len(shape) != 3 or min(channels_last[:2]) < smallest:
         raise UsageError(
-            f"this network needs images of at least {smallest} x {smallest} x channels, got "
-            f"observations of shape {shape} (channels last): use network 'mlp' or 'auto'"
+            f"this network needs images of at least {smallest} × {smallest} pixels, not "
+            f"observations of shape {shape}: use network 'mlp' or 'auto'"
         )
-    return shape
+    height, width, channels = channels_last
+    return height, width, channels
 
 
 def _dense(
@@ -66,9 +75,20 @@ def mlp(
     norm: str = "layer_norm",
     activation: str = "relu",
     init: str = "lecun_normal",
+    input_scale: float = 1.0,
+    channels_first: bool = False,
 ) -> Sequential:
     """A multilayer perceptron over the flattened observation (purejaxql's `pqn_gymnax`)."""
-    return _dense([], shape, hidden_sizes, norm=norm, activation=activation, init=init, key=key)
+    del channels_first  # all the same here
+    return _dense(
+        [Scale(input_scale)],
+        shape,
+        hidden_sizes,
+        norm=norm,
+        activation=activation,
+        init=init,
+        key=key,
+    )
 
 
 def _convolutional(
@@ -81,15 +101,19 @@ def _convolutional(
     norm: str,
     activation: str,
     init: str,
+    input_scale: float,
+    channels_first: bool,
 ) -> Sequential:
     """Convolutions (window, stride, channels), then linear layers."""
     dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
+    inputs = shape[0] if channels_first else shape[-1]
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
     layers: list[AbstractLayer] = []
     for (window, stride, channels), k in zip(convolutions, keys, strict=True):
-        inputs = output_shape(Sequential(tuple(layers)), shape)[-1]
-        layers.append(Conv(inputs, channels, window, stride, padding, key=k, init=init))
+        layers.append(Conv(inputs, channels, window, stride, padding, key=k, init=init, **raw))
         layers.append(make_norm(norm, output_shape(Sequential(tuple(layers)), shape)))
         layers.append(Activation(activation))
+        inputs, raw = channels, {}
     return _dense(
         layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
     )
@@ -105,10 +129,13 @@ def minatar_cnn(
     norm: str = "layer_norm",
     activation: str = "relu",
     init: str = "he_normal",
+    input_scale: float = 1.0,
+    channels_first: bool = False,
 ) -> Sequential:
     """One 3 × 3 convolution and a linear layer (Young & Tian 2019; purejaxql's `pqn_minatar`)."""
+    _image_shape(shape, channels_first, smallest=3)
     return _convolutional(
-        _image_shape(shape, 3),
+        shape,
         ((3, 1, channels),),
         hidden_sizes,
         key=key,
@@ -116,6 +143,8 @@ def minatar_cnn(
         norm=norm,
         activation=activation,
         init=init,
+        input_scale=input_scale,
+        channels_first=channels_first,
     )
 
 
@@ -128,10 +157,13 @@ def nature_cnn(
     norm: str = "layer_norm",
     activation: str = "relu",
     init: str = "he_normal",
+    input_scale: float = 1.0,
+    channels_first: bool = False,
 ) -> Sequential:
     """Three convolutions and a linear layer (Mnih et al. 2015, Methods)."""
+    _image_shape(shape, channels_first, smallest=36)
     return _convolutional(
-        _image_shape(shape, 36),
+        shape,
         ((8, 4, 32), (4, 2, 64), (3, 1, 64)),
         hidden_sizes,
         key=key,
@@ -139,6 +171,8 @@ def nature_cnn(
         norm=norm,
         activation=activation,
         init=init,
+        input_scale=input_scale,
+        channels_first=channels_first,
     )
 
 
@@ -151,18 +185,21 @@ def impala(
     norm: str = "layer_norm",
     activation: str = "relu",
     init: str = "he_normal",
+    input_scale: float = 1.0,
+    channels_first: bool = False,
 ) -> Sequential:
     """The residual network of IMPALA (Espeholt et al. 2018, Figure 3, right).
 
     The paper has no normalisation (`norm="none"`); here one stands before each activation.
     """
-    height, width, inputs = _image_shape(shape, 8)
+    height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
     layers: list[AbstractLayer] = []
     for size, section_key in zip(channels, keys, strict=True):
         first_key, *block_keys = jax.random.split(section_key, 5)
         height, width = -(-height // 2), -(-width // 2)
-        layers.append(Conv(inputs, size, 3, padding="SAME", key=first_key, init=init))
+        layers.append(Conv(inputs, size, 3, padding="SAME", key=first_key, init=init, **raw))
         layers.append(MaxPool(3, 2))
         halves = [
             (
@@ -174,7 +211,7 @@ def impala(
         ]
         for first, second in (halves[:2], halves[2:]):
             layers.append(Residual(Sequential((*first, *second))))
-        inputs = size
+        inputs, raw = size, {}
     layers += [make_norm(norm, (height, width, inputs)), Activation(activation)]
     return _dense(
         layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
@@ -188,23 +225,27 @@ def hadamax(
     hidden_sizes: tuple[int, ...] = (512,),
     norm: str = "layer_norm",
     activation: str = "gelu",
-    init: str = "xavier_normal",
-    dense_init: str = "he_normal",
+    init: str | None = None,
+    input_scale: float = 1.0,
+    channels_first: bool = False,
 ) -> Sequential:
     """The Hadamax encoder (Kooi et al. 2025, arXiv 2505.15345, §4 and Appendix B).
 
     Each of the three blocks multiplies two normalised, activated convolutions of stride 1 and
     takes the maximum over windows, where the Nature CNN has one convolution with a stride.
+    `init`: by default `xavier_normal` in the convolutions and `he_normal` in the linear layers.
     """
-    height, width, inputs = _image_shape(shape, 8)
+    height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 4)
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
     layers: list[AbstractLayer] = []
     blocks = ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1))
     for (window, size, pool, stride), block_key in zip(blocks, keys, strict=True):
+        conv = {"padding": "SAME", "init": init or "xavier_normal", **raw}
         branches = [
             Sequential(
                 (
-                    Conv(inputs, size, window, padding="SAME", key=k, init=init),
+                    Conv(inputs, size, window, key=k, **conv),
                     make_norm(norm, (height, width, size)),
                     Activation(activation),
                 )
@@ -212,13 +253,13 @@ def hadamax(
             for k in jax.random.split(block_key)
         ]
         layers += [Product(*branches), MaxPool(pool, stride)]
-        height, width, inputs = -(-height // stride), -(-width // stride), size
+        height, width, inputs, raw = -(-height // stride), -(-width // stride), size, {}
     return _dense(
         layers,
         shape,
         hidden_sizes,
         norm=norm,
         activation=activation,
-        init=dense_init if init == "xavier_normal" else init,
+        init=init or "he_normal",
         key=dense_key,
     )

@@ -13,7 +13,7 @@ from ..errors import UnknownNameError, UsageError
 from . import encoders
 from .feedforward import FeedForward
 from .heads import HEADS
-from .layers import BatchNorm, ChannelsLast, Identity, Scale, Sequential, output_shape
+from .layers import AbstractLayer, BatchNorm, ChannelsLast, Sequential, output_shape
 
 ENCODERS: dict[str, Callable[..., Sequential]] = {
     "mlp": encoders.mlp,
@@ -70,9 +70,8 @@ def make_network(
     """
     shape = observation_space.shape
     channels_first = has_channels_first(shape) if channels_first is None else channels_first
-    to_channels_last = ChannelsLast() if channels_first else Identity()
-    shape = output_shape(to_channels_last, shape)
-    name = choose_encoder(shape) if name == "auto" else name
+    if name == "auto":
+        name = choose_encoder((*shape[1:], shape[0]) if channels_first else shape)
     if name not in ENCODERS:
         raise UnknownNameError("network", name, [*ENCODERS, "auto"])
     if head not in HEADS:
@@ -80,18 +79,27 @@ def make_network(
     known = set(inspect.signature(ENCODERS[name]).parameters) - {"shape", "key"}
     for option in options:
         if option not in known:
-            common = {"normalize_input", "input_scale", "channels_first", "head", "init"}
-            raise UnknownNameError(f"option of network '{name}'", option, known | common)
+            raise UnknownNameError(
+                f"option of network '{name}':", option, known | {"normalize_input", "head"}
+            )
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     if input_scale is None:
         input_scale = 1 / 255 if observation_space.dtype == np.uint8 else 1.0
-    encoder_key, head_key = jax.random.split(key)
-    encoder_options = options if init is None else {**options, "init": init}
     if "hidden_sizes" in options:
-        encoder_options["hidden_sizes"] = tuple(options["hidden_sizes"])
-    prepare = BatchNorm(shape[-1]) if normalize_input else Scale(float(input_scale))
-    encoder = ENCODERS[name](shape, key=encoder_key, **encoder_options)
+        options["hidden_sizes"] = tuple(options["hidden_sizes"])
+    if init is not None:
+        options["init"] = init
+    encoder_key, head_key = jax.random.split(key)
+    layers: list[AbstractLayer] = []
+    if normalize_input:
+        if channels_first:
+            layers.append(ChannelsLast())
+            shape = (*shape[1:], shape[0])
+        layers.append(BatchNorm(shape[-1]))
+    else:
+        options.update(input_scale=float(input_scale), channels_first=channels_first)
+    encoder = ENCODERS[name](shape, key=encoder_key, **options)
     (features,) = output_shape(encoder, shape)
     make_head = HEADS[head](features, num_actions, key=head_key, init=init or "lecun_normal")
-    return FeedForward(Sequential((to_channels_last, prepare, encoder, make_head)))
+    return FeedForward(Sequential((*layers, encoder, make_head)))
