@@ -41,7 +41,8 @@ class PQN(Agent):
 
     - `rollout_length`: steps per lane in one update.
     - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps in a pass.
-    - `learning_rate`, `learning_rate_end`: *traced*; the rate falls linearly over the schedule.
+    - `learning_rate`, `learning_rate_end`: *traced*; of rectified Adam (Liu et al. 2020), falling
+        linearly over the schedule.
     - `max_grad_norm`: *traced*; gradients are clipped by their global norm.
     - `discount`, `lambda_`: *traced*; γ and λ.
     - `epsilon_start`, `epsilon_end`, `epsilon_decay`: *traced*; ε falls linearly from start to end
@@ -138,7 +139,7 @@ class PQN(Agent):
         return cls(
             network=network,
             statistics=network.initial_statistics(),
-            optimizer_state=_optimizer(0.0, 0.0).init(parameters),
+            optimizer_state=optax.radam(0.0).init(parameters),
             env_steps=jnp.zeros((), jnp.uint32),
             learning_rate=traced(learning_rate),
             learning_rate_end=traced(
@@ -239,9 +240,9 @@ class PQN(Agent):
         columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
         transitions = Batch(*(jnp.reshape(x, (num_transitions, *x.shape[2:])) for x in columns))
         num_gradient_steps = self.num_epochs * self.num_minibatches
-        epochs = jax.random.split(key, self.num_epochs)
-        indices = jax.vmap(lambda key: jax.random.permutation(key, num_transitions))(epochs)
-        indices = indices.reshape(num_gradient_steps, -1)
+        # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
+        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, num_transitions)), axis=-1)
+        indices = shuffled.reshape(num_gradient_steps, -1)
         steps = jnp.linspace(0, num_transitions, num_gradient_steps, endpoint=False)
         learning_rates = linear(
             self.learning_rate,
@@ -257,11 +258,9 @@ class PQN(Agent):
             gradients, (statistics, metrics) = jax.grad(_loss, has_aux=True)(
                 parameters, rest, statistics, batch
             )
-            updates, optimizer_state = _optimizer(learning_rate, self.max_grad_norm).update(
-                gradients, optimizer_state
-            )
+            gradients, metrics["grad_norm"] = clip_by_global_norm(gradients, self.max_grad_norm)
+            updates, optimizer_state = optax.radam(learning_rate).update(gradients, optimizer_state)
             parameters = optax.apply_updates(parameters, updates)
-            metrics["grad_norm"] = optax.tree.norm(gradients)
             return (parameters, statistics, optimizer_state), metrics
 
         (parameters, statistics, optimizer_state), metrics = jax.lax.scan(
@@ -310,12 +309,17 @@ class PQN(Agent):
         )
 
 
-def _optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:
-    """Rectified Adam (Liu et al. 2020) behind clipping by global norm, as in the PQN paper.
+def clip_by_global_norm(
+    gradients: PyTree[Array], max_norm: Scalar
+) -> tuple[PyTree[Array], Float[Array, ""]]:
+    """Scales gradients down to a global norm of `max_norm`, and tells the norm they had.
 
-    Built anew wherever it is needed: its state does not depend on the two numbers.
+    Like `optax.clip_by_global_norm`, with dot products for the norm: on CPU XLA runs those in half
+    the time of a sum of squares.
     """
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.radam(learning_rate))
+    norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradients)))
+    scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda x: scale * x, gradients), norm
 
 
 def _loss(parameters, rest, statistics, batch: Batch):

@@ -114,8 +114,8 @@ def slow_update(agent, rollout, key, optimizer):
     losses = []
     step = 0
     size = T * N // agent.num_minibatches
-    for epoch_key in jax.random.split(key, agent.num_epochs):
-        order = np.asarray(jax.random.permutation(epoch_key, T * N))
+    for random in np.asarray(jax.random.bits(key, (agent.num_epochs, T * N))):
+        order = np.argsort(random)
         for start in range(0, T * N, size):
             rows = [i for i in order[start : start + size] if real[i]]
             grad_weight, grad_bias, loss = np.zeros_like(weight), np.zeros_like(bias), 0.0
