@@ -92,9 +92,10 @@ def measure(config) -> dict[str, float]:
     env = make_env(config, config["num_envs"])
     agent = make_agent(config, env)
     lanes, length = env.num_envs, agent.rollout_length
-    gradient_steps = agent.num_epochs * agent.num_minibatches
+    num_minibatches = config["agent"]["num_minibatches"]
+    gradient_steps = config["agent"]["num_epochs"] * num_minibatches
     acting = forward_products(agent, lanes)
-    learning = learning_products(forward_products(agent, lanes * length // agent.num_minibatches))
+    learning = learning_products(forward_products(agent, lanes * length // num_minibatches))
     num_updates = max(1, 20_000 // (lanes * length))
 
     def steps(act):
