@@ -447,7 +447,8 @@ class LayerNorm(AbstractLayer):
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         rows = x.reshape(-1, self.scale.size)
-        return standardize(rows, self.epsilon).reshape(x.shape) * self.scale + self.bias, None
+        y = jnp.reshape(jnp.asarray(standardize(rows, self.epsilon)), x.shape)
+        return y * self.scale + self.bias, None
 
 
 class RunningStatistics(eqx.Module):
