@@ -353,14 +353,13 @@ class _Decoder:
     def _array(self, entry: dict[str, Any]) -> Any:
         dtype, shape = _dtype(entry["dtype"]), entry["shape"]
         end = entry["offset"] + math.prod(shape) * dtype.itemsize
-        data = bytearray(self._payload[entry["offset"] : end])  # a copy of its own, and writable
-        array = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False)
+        array = np.frombuffer(self._payload[entry["offset"] : end], dtype.newbyteorder("<"))
         array = array.reshape(shape)
         match entry["kind"]:
             case "numpy":
-                return array
+                return array.astype(dtype)  # a copy, which can be written to
             case "scalar":
-                return array[()]
+                return dtype.type(array[()])
             case "key":
                 return jax.random.wrap_key_data(jnp.array(array), impl=entry["impl"])
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
