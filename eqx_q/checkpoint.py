@@ -8,39 +8,29 @@ A file is a line of magic, a JSON header that `head -c 2000` shows, and the arra
      "tree": …}
     <little-endian arrays, each aligned to 64 bytes>
 
-`tree` describes the structure: which classes, with which fields, and which entry of `arrays`
-stands where. Nothing is pickled. Loading imports the modules that the header names and fills in
-their dataclasses and named tuples without calling any function of theirs. It does give back the
-functions that the header names (an activation, say), so load agents of people you trust.
+Nothing is pickled: `tree` is JSON; see `eqx_q.structure` for what loading it may do.
 """
 
-import dataclasses
 import difflib
-import enum
-import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from . import spaces
 from .errors import CorruptFileError, UsageError
 from .files import write_whole
+from .structure import decode, dtype_of, encode
 
 _FORMAT = 1
 _PREAMBLE = re.compile(rb"eqx_q-file ([0-9]{4}) ([0-9]{10}) ([0-9a-f]{64})\n")
@@ -48,16 +38,6 @@ _PREAMBLE_SIZE = len("eqx_q-file ") + len("0001 ") + len("0000012345 ") + 64 + l
 _ALIGNMENT = 64
 _CHECKPOINT_NAME = re.compile(r"[0-9]{12,}\.ckpt")
 _logger = logging.getLogger(__name__)
-
-# A space is built anew from what its constructor takes. Its random state is not kept.
-_SPACE_ARGUMENTS = {
-    "Box": ("low", "high", "shape", "dtype"),
-    "Discrete": ("n", "start", "dtype"),
-    "MultiBinary": ("n",),
-    "MultiDiscrete": ("nvec", "start", "dtype"),
-    "Dict": ("spaces",),
-    "Tuple": ("spaces",),
-}
 
 
 def save(path: str | os.PathLike, tree: PyTree) -> None:
@@ -69,19 +49,19 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
     **Raises:** `UsageError` where a part cannot be saved (it names the part), or where the file
     cannot be written; a file that stood there before is then unchanged.
     """
-    path = Path(path)
-    encoder = _Encoder()
-    structure = encoder.encode(tree, "")
+    structure, table, arrays = encode(tree)
+    arrays = [np.asarray(x, x.dtype.newbyteorder("<"), order="C") for x in arrays]
+    end = 0
+    for entry, array in zip(table, arrays, strict=True):
+        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        entry |= {"dtype": array.dtype.name, "shape": array.shape, "offset": offset}
+        end = offset + array.nbytes
     digest = hashlib.sha256()
-    for chunk in encoder.payload():
+    for chunk in _payload(table, arrays):
         digest.update(chunk)
-    head = _head(
-        {p.__name__: p.__version__ for p in (jax, eqx, np)} | {"eqx_q": _version()},
-        {"bytes": encoder.size, "sha256": digest.hexdigest()},
-        encoder.table,
-        structure,
-    )
-    write_whole(path, [head, *encoder.payload()])
+    versions = {p.__name__: p.__version__ for p in (jax, eqx, np)} | {"eqx_q": _version()}
+    head = _head(versions, {"bytes": end, "sha256": digest.hexdigest()}, table, structure)
+    write_whole(Path(path), [head, *_payload(table, arrays)])
 
 
 def load(path: str | os.PathLike) -> PyTree:
@@ -93,11 +73,11 @@ def load(path: str | os.PathLike) -> PyTree:
     path = Path(path)
     header, payload = _read(path)
     try:
-        return _Decoder(path, header["arrays"], payload).decode(header["tree"])
-    except UsageError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"'{path}' holds a tree that makes no sense ({error!r})") from error
+        table, structure = header["arrays"], header["tree"]
+        arrays = [_view(entry, payload) for entry in table]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"'{path}' has arrays that make no sense ({error!r})") from error
+    return decode(structure, table, arrays, f"'{path}'")
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
@@ -169,6 +149,23 @@ def _head(versions: dict[str, str], payload: dict[str, Any], arrays: list, tree:
     return b"eqx_q-file %04d %010d %s\n" % (_FORMAT, len(text), digest.encode()) + text
 
 
+def _payload(table: list[dict[str, Any]], arrays: list[np.ndarray]) -> Iterator[bytes | memoryview]:
+    """The bytes of the arrays, and of the gaps between them."""
+    position = 0
+    for entry, array in zip(table, arrays, strict=True):
+        yield bytes(entry["offset"] - position)
+        yield array.reshape(-1).view(np.uint8).data
+        position = entry["offset"] + array.nbytes
+
+
+def _view(entry: dict[str, Any], payload: memoryview) -> np.ndarray:
+    """The array of an entry, in the payload itself."""
+    dtype, start = dtype_of(entry["dtype"]), entry["offset"]
+    data = payload[start : start + math.prod(entry["shape"]) * dtype.itemsize]
+    array = np.frombuffer(data, dtype.newbyteorder("<")).reshape(entry["shape"])
+    return array.astype(dtype, copy=False)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
     """The header and the bytes of the arrays, both checked."""
     try:
@@ -215,257 +212,3 @@ def _version() -> str:
         return importlib.metadata.version("eqx_q")
     except importlib.metadata.PackageNotFoundError:
         return "source"
-
-
-# ---- structure
-
-
-class _Encoder:
-    """Describes a tree as JSON, and collects its arrays."""
-
-    def __init__(self):
-        self.table: list[dict[str, Any]] = []
-        self.size = 0
-        self._arrays: list[np.ndarray] = []
-
-    def payload(self) -> Iterator[memoryview | bytes]:
-        """The bytes of the arrays, with the gaps between them."""
-        position = 0
-        for entry, array in zip(self.table, self._arrays, strict=True):
-            yield bytes(entry["offset"] - position)
-            yield array.reshape(-1).view(np.uint8).data
-            position = entry["offset"] + array.nbytes
-
-    def encode(self, node: Any, where: str) -> Any:
-        """The JSON description of a node; `where` is its path, for messages."""
-        if node is None or type(node) in (bool, int, str):
-            return node
-        if type(node) is float:
-            return node if math.isfinite(node) else {"float": repr(node)}
-        if type(node) is list:
-            return [self.encode(child, f"{where}[{i}]") for i, child in enumerate(node)]
-        if type(node) is tuple:
-            return {"tuple": [self.encode(child, f"{where}[{i}]") for i, child in enumerate(node)]}
-        if type(node) is dict:
-            pairs = ((self.encode(k, where), k, v) for k, v in node.items())
-            return {"dict": [[k, self.encode(v, f"{where}[{name!r}]")] for k, name, v in pairs]}
-        if isinstance(node, jax.Array | np.ndarray | np.generic):
-            return {"array": self._array(node, where)}
-        if isinstance(node, np.dtype):
-            return {"dtype": node.name}
-        kind = type(node).__name__
-        hashable = type(node) in (spaces.Box, spaces.Discrete)
-        if kind in _SPACE_ARGUMENTS and (hashable or type(node) is getattr(gymnasium.spaces, kind)):
-            arguments = {name: getattr(node, name) for name in _SPACE_ARGUMENTS[kind]}
-            if kind == "Dict":  # which sorts a dict, and keeps the order of pairs
-                arguments = {"spaces": list(node.spaces.items())}
-            arguments = self._fields(arguments, where)
-            return {"space": kind, "hashable": hashable, "arguments": arguments}
-        if isinstance(node, enum.Enum):
-            return {"enum": _reference(type(node), where), "name": node.name}
-        if isinstance(node, functools.partial):
-            parts = {"func": node.func, "args": node.args, "keywords": node.keywords}
-            name = "jax_partial" if isinstance(node, jax.tree_util.Partial) else "partial"
-            return {name: self._fields(parts, where)}
-        if hasattr(node, "__qualname__") or isinstance(node, jnp.ufunc | np.ufunc):
-            return {"import": _reference(node, where)}
-        names = _field_names(type(node))
-        if names is not None:
-            fields = {name: getattr(node, name) for name in names}
-            return {"type": _reference(type(node), where), "fields": self._fields(fields, where)}
-        raise UsageError(
-            f"{_place(where)} is of type '{kind}', which cannot be saved: keep "
-            "arrays, numbers, strings, importable functions, dataclasses and Modules in it"
-        )
-
-    def _fields(self, fields: dict[str, Any], where: str) -> dict[str, Any]:
-        return {name: self.encode(value, f"{where}.{name}") for name, value in fields.items()}
-
-    def _array(self, node: jax.Array | np.ndarray | np.generic, where: str) -> int:
-        entry: dict[str, Any] = {"path": where}
-        if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
-            entry |= {"kind": "key", "impl": str(jax.random.key_impl(node))}
-            node = jax.random.key_data(node)
-        elif isinstance(node, jax.Array):
-            entry |= {"kind": "jax", "weak_type": jax.typeof(node).weak_type}
-        else:
-            entry["kind"] = "numpy" if isinstance(node, np.ndarray) else "scalar"
-        array = np.asarray(node)
-        if array.dtype != bool and not jnp.issubdtype(array.dtype, np.number):
-            raise UsageError(
-                f"{_place(where)} is an array of {array.dtype}, which cannot be saved: keep "
-                "numbers or booleans in it"
-            )
-        array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-        offset = -(-self.size // _ALIGNMENT) * _ALIGNMENT
-        entry |= {"dtype": array.dtype.name, "shape": list(array.shape), "offset": offset}
-        self.size = offset + array.nbytes
-        self.table.append(entry)
-        self._arrays.append(array)
-        return len(self.table) - 1
-
-
-class _Decoder:
-    """Builds the tree that an `_Encoder` described."""
-
-    def __init__(self, path: Path, table: list[dict[str, Any]], payload: memoryview):
-        self._path, self._table, self._payload = path, table, payload
-
-    def decode(self, node: Any) -> Any:
-        """The value of a node."""
-        if isinstance(node, list):
-            return [self.decode(child) for child in node]
-        if not isinstance(node, dict):
-            return node
-        match node:
-            case {"float": text}:
-                return float(text)
-            case {"tuple": children}:
-                return tuple(self.decode(children))
-            case {"dict": pairs}:
-                return {self.decode(key): self.decode(value) for key, value in pairs}
-            case {"array": index}:
-                return self._array(self._table[index])
-            case {"dtype": name}:
-                return _dtype(name)
-            case {"space": kind, "hashable": hashable, "arguments": arguments} if (
-                kind in _SPACE_ARGUMENTS
-            ):
-                space = getattr(gymnasium.spaces, kind)(**self._fields(arguments))
-                return getattr(spaces, kind)(space) if hashable else space
-            case {"enum": reference, "name": name}:
-                return self._class(reference, enum.Enum)[name]
-            case {"partial": parts}:
-                parts = self._fields(parts)
-                return functools.partial(parts["func"], *parts["args"], **parts["keywords"])
-            case {"jax_partial": parts}:
-                parts = self._fields(parts)
-                return jax.tree_util.Partial(parts["func"], *parts["args"], **parts["keywords"])
-            case {"import": reference}:
-                return self._import(reference)
-            case {"type": reference, "fields": fields}:
-                return self._build(reference, self._fields(fields))
-        raise CorruptFileError(f"'{self._path}' holds a node that is unknown here: {list(node)}")
-
-    def _fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: self.decode(value) for name, value in fields.items()}
-
-    def _array(self, entry: dict[str, Any]) -> Any:
-        dtype, shape = _dtype(entry["dtype"]), entry["shape"]
-        end = entry["offset"] + math.prod(shape) * dtype.itemsize
-        array = np.frombuffer(self._payload[entry["offset"] : end], dtype.newbyteorder("<"))
-        array = array.reshape(shape)
-        match entry["kind"]:
-            case "numpy":
-                return array.astype(dtype)  # a copy, which can be written to
-            case "scalar":
-                return dtype.type(array[()])
-            case "key":
-                return jax.random.wrap_key_data(jnp.array(array), impl=entry["impl"])
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise UsageError(
-                f"'{self._path}' holds an array of {dtype}: set JAX_ENABLE_X64=1 to load it"
-            )
-        value = jnp.array(array)
-        if entry["weak_type"]:  # else Python's promotion, and so a compiled run, would differ
-            weak = jnp.full(shape, dtype.type(0).item())
-            value = weak.at[...].set(value) if weak.dtype == dtype else value
-        return value
-
-    def _build(self, reference: str, fields: dict[str, Any]) -> Any:
-        cls = self._class(reference, object)
-        names = _field_names(cls)
-        if names is None:
-            raise CorruptFileError(
-                f"'{self._path}' wants to build '{reference}', which is no Module, dataclass or "
-                "named tuple: do not trust this file"
-            )
-        if set(names) != set(fields):
-            gone, new = sorted(set(fields) - set(names)), sorted(set(names) - set(fields))
-            raise UsageError(
-                f"'{reference}' has changed since '{self._path}' was saved (fields gone: {gone}, "
-                f"new: {new}): load it with the version that saved it"
-            )
-        if issubclass(cls, tuple):
-            return tuple.__new__(cls, [fields[name] for name in names])
-        node = object.__new__(cls)
-        for name, value in fields.items():
-            object.__setattr__(node, name, value)
-        return node
-
-    def _class(self, reference: str, base: type) -> Any:
-        cls = self._import(reference)
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise CorruptFileError(
-                f"'{self._path}' names '{reference}' as a class, which it is not: do not trust it"
-            )
-        return cls
-
-    def _import(self, reference: str) -> Any:
-        if _is_standard_library(reference):
-            raise CorruptFileError(
-                f"'{self._path}' names '{reference}', which no file of ours does: do not trust it"
-            )
-        try:
-            found = _resolve(reference)
-        except (ImportError, AttributeError) as error:
-            mend = (
-                "load it from that script, or define it in a module"
-                if reference.startswith("__main__:")
-                else "install or import the package that defines it, in the version that saved it"
-            )
-            raise UsageError(
-                f"'{self._path}' needs '{reference}', which is not there ({error}): {mend}"
-            ) from error
-        if not callable(found):
-            raise CorruptFileError(
-                f"'{self._path}' names '{reference}', which is no function or class: "
-                "do not trust this file"
-            )
-        return found
-
-
-def _field_names(cls: type) -> tuple[str, ...] | None:
-    """Fields of a dataclass (an `eqx.Module` is one) or a named tuple; `None` for the rest."""
-    if dataclasses.is_dataclass(cls):
-        return tuple(field.name for field in dataclasses.fields(cls))
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return tuple(cls._fields)  # pyright: ignore[reportAttributeAccessIssue]
-    return None
-
-
-def _reference(node: Any, where: str) -> str:
-    """`"module:qualname"`, by the most public name there is, of what can be imported."""
-    module = getattr(node, "__module__", None) or ""
-    name = getattr(node, "__qualname__", None) or getattr(node, "__name__", "")
-    public = module.split("._")[0]  # `optax._src.transform` -> `optax`
-    for candidate in (public, "jax.nn", "jax.numpy", "jax.lax", module):
-        try:
-            reference = f"{candidate}:{name}"
-            if not _is_standard_library(reference) and _resolve(reference) is node:
-                return reference
-        except (ImportError, AttributeError, ValueError):
-            continue
-    raise UsageError(
-        f"{_place(where)} is '{name or node!r}' of module '{module}', which cannot be imported by "
-        "that name: define it at module level with `def` or `class` (no lambda, nothing local)"
-    )
-
-
-def _is_standard_library(reference: str) -> bool:
-    """No tree has business there, and `os:system` is one of its functions."""
-    return re.split("[.:]", reference)[0] in sys.stdlib_module_names
-
-
-def _resolve(reference: str) -> Any:
-    module, _, qualname = reference.partition(":")
-    found = importlib.import_module(module)
-    return functools.reduce(getattr, qualname.split("."), found)
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(jnp, name, name))  # jnp knows bfloat16 and its kin
-
-
-def _place(where: str) -> str:
-    return f"'{where.lstrip('.')}'" if where else "the tree itself"

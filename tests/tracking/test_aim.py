@@ -162,7 +162,7 @@ def test_repository_locked_by_another_process(tmp_path, caplog):
     assert f"rm {tmp_path}/.aim/locks/*lock" in message and "tracker=jsonl" in message
 
 
-def test_a_killed_run_is_resumed_at_once_but_not_one_that_lives(tmp_path, caplog):
+def test_a_killed_run_is_taken_up_when_nobody_has_it_open(tmp_path, caplog):
     directory = tmp_path / "run"
     killed = subprocess.run(
         [
@@ -182,25 +182,25 @@ def test_a_killed_run_is_resumed_at_once_but_not_one_that_lives(tmp_path, caplog
     )
     assert killed.returncode == -signal.SIGKILL
     (run_hash,) = json.loads((directory / "aim.json").read_text())["runs"]
-    with caplog.at_level(logging.WARNING):
-        tracker = AimTracker(directory, repo=tmp_path, close_timeout=90.0)
-        tracker.log({"loss": 2.0}, 20)
-        tracker.close()
-    assert caplog.records == []
-    (run,) = read(tmp_path)
-    assert run["hash"] == run_hash and series(run, "loss", "train") == {10: 1.0, 20: 2.0}
 
-    holder = f"""
-        import aim
-        run = aim.Run({run_hash!r}, repo={str(tmp_path)!r}, system_tracking_interval=None)
-    """
-    with process(holder), caplog.at_level(logging.WARNING):
-        tracker = AimTracker(directory, repo=tmp_path, open_timeout=12.0)
-        log_many(tracker)
-        tracker.close()
+    with caplog.at_level(logging.WARNING):
+        holder = f"""
+            import aim
+            run = aim.Run({run_hash!r}, repo={str(tmp_path)!r}, system_tracking_interval=None)
+        """
+        with process(holder):
+            refused = AimTracker(directory, repo=tmp_path, open_timeout=9.0)
+            log_many(refused)
+            refused.close()
+            waiting = AimTracker(directory, repo=tmp_path, close_timeout=90.0)
+            waiting.log({"loss": 2.0}, 20)
+            time.sleep(5.0)
+        waiting.close()
     (record,) = caplog.records
     assert "ock" in record.getMessage().split(")")[0]  # Aim's own words: lock, Lock, LOCK
     assert f"aim runs --repo {tmp_path} close {run_hash}" in record.getMessage()
+    (run,) = read(tmp_path)
+    assert run["hash"] == run_hash and series(run, "loss", "train") == {10: 1.0, 20: 2.0}
 
 
 def test_repository_that_cannot_be_written(tmp_path, caplog):
