@@ -3,6 +3,7 @@
 Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811).
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -204,12 +205,10 @@ class PQN(Agent):
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             action = epsilon_greedy(q_values, epsilon, key, mask)
-        decision = Decision(action, jnp.max(q_values, axis=-1), output.memory)
+        value = jnp.max(q_values, axis=-1)
         if single:
-            decision = eqx.tree_at(
-                lambda d: (d.action, d.value), decision, (decision.action[0], decision.value[0])
-            )
-        return decision
+            action, value = action[0], value[0]
+        return Decision(action, value, output.memory)
 
     def with_schedule(self, steps: Scalar) -> "PQN":
         """See `Agent`."""
@@ -228,27 +227,8 @@ class PQN(Agent):
 
         **Raises:** `UsageError` where `num_minibatches` does not divide the transitions.
         """
-        num_transitions = rollout.actions.size
-        if num_transitions % self.num_minibatches:
-            raise UsageError(
-                f"num_minibatches={self.num_minibatches} does not divide the {num_transitions} "
-                f"transitions of a rollout ({rollout.actions.shape[0]} steps x "
-                f"{rollout.actions.shape[1]} lanes): change num_minibatches, num_envs or "
-                "rollout_length"
-            )
-        rollout = jax.tree.map(jnp.asarray, rollout)
-        columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
-        transitions = Batch(*(jnp.reshape(x, (num_transitions, *x.shape[2:])) for x in columns))
-        num_gradient_steps = self.num_epochs * self.num_minibatches
-        # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
-        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, num_transitions)), axis=-1)
-        indices = shuffled.reshape(num_gradient_steps, -1)
-        steps = jnp.linspace(0, num_transitions, num_gradient_steps, endpoint=False)
-        learning_rates = linear(
-            self.learning_rate,
-            self.learning_rate_end,
-            (self.env_steps + steps) / self.schedule_steps,
-        )
+        transitions = self._transitions(jax.tree.map(jnp.asarray, rollout))
+        indices, learning_rates = self._minibatches(rollout.actions.size, key)
         parameters, rest = eqx.partition(self.network, eqx.is_inexact_array)
 
         def gradient_step(carry, step):
@@ -268,25 +248,40 @@ class PQN(Agent):
             (parameters, self.statistics, self.optimizer_state),
             (indices, learning_rates),
         )
-        agent = eqx.tree_at(
-            lambda agent: (
-                agent.network,
-                agent.statistics,
-                agent.optimizer_state,
-                agent.env_steps,
-            ),
+        agent = dataclasses.replace(
             self,
-            (
-                eqx.combine(parameters, rest),
-                statistics,
-                optimizer_state,
-                self.env_steps + jnp.uint32(num_transitions),
-            ),
-            is_leaf=lambda x: x is None,
+            network=eqx.combine(parameters, rest),
+            statistics=statistics,
+            optimizer_state=optimizer_state,
+            env_steps=self.env_steps + jnp.uint32(rollout.actions.size),
         )
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics |= {"epsilon": self.epsilon, "learning_rate": jnp.mean(learning_rates)}
         return agent, metrics
+
+    def _transitions(self, rollout: Rollout) -> Batch:
+        """All steps of all lanes in one row."""
+        num_steps, num_lanes = rollout.actions.shape
+        size = num_steps * num_lanes
+        if size % self.num_minibatches:
+            raise UsageError(
+                f"num_minibatches={self.num_minibatches} does not divide the {size} transitions of "
+                f"a rollout ({num_steps} steps x {num_lanes} lanes): change num_minibatches, "
+                "num_envs or rollout_length"
+            )
+        columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
+        return Batch(*(jnp.reshape(x, (size, *x.shape[2:])) for x in columns))
+
+    def _minibatches(
+        self, size: int, key: PRNGKeyArray
+    ) -> tuple[Int[Array, "G B"], Float[Array, " G"]]:
+        """For each of `G` gradient steps: which transitions to take, and the learning rate."""
+        # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
+        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, size)), axis=-1)
+        indices = shuffled.reshape(self.num_epochs * self.num_minibatches, -1)
+        steps = self.env_steps + jnp.linspace(0, size, len(indices), endpoint=False)
+        progress = steps / self.schedule_steps
+        return indices, linear(self.learning_rate, self.learning_rate_end, progress)
 
     def targets(self, rollout: Rollout) -> Float[Array, "T N"]:
         """Q(λ) targets of a rollout; those of steps that are not `rollout.real` mean nothing."""
