@@ -36,7 +36,7 @@ def launch(main: Callable[[], Any]) -> None:
         main()
     except _TaskError as failure:
         raise failure.args[0] from None  # a defect of ours: it keeps its traceback
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         _fail(_explain(error))
     except OSError as error:
         _fail(_unwritable(error.filename, error))
@@ -83,10 +83,11 @@ def log_tuned_values() -> None:
     choices: dict[str, Any] = HydraConfig.get().runtime.choices
     shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
     asked_for = any(o.startswith("tuned=") for o in HydraConfig.get().overrides.task)
-    if choices["tuned"] in shipped:
-        logger.info("tuned values: conf/tuned/%s.yaml", choices["tuned"])
-    elif asked_for and choices["tuned"] is not None:
-        raise UnknownNameError("tuned", choices["tuned"], shipped)
+    tuned = str(choices.get("tuned"))
+    if tuned in shipped:
+        logger.info("tuned values: conf/tuned/%s.yaml", tuned)
+    elif asked_for:
+        raise UnknownNameError("tuned", tuned, shipped)
     else:
         logger.info("tuned values: none for agent=%s env=%s", choices["agent"], choices["env"])
 

@@ -150,22 +150,23 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):
         "eval/return": np.array([7.0, 8.0, 9.0]),
         "done": False,
     }
+    state = eqx_q.start(make_agent(env), env, key=jax.random.key(0))
     stream = io.StringIO()
     progress = Progress(stream)
-    progress(None, metrics)
+    progress(state, metrics)
     assert stream.getvalue() == (
         "500/2,000 steps (25%)  100 steps/s  return 15  eval 8  0:00:15 left\n"
     )
-    progress(None, metrics)  # less than ten seconds later
+    progress(state, metrics)  # less than ten seconds later
     assert stream.getvalue().count("\n") == 1
-    progress(None, metrics | {"env_steps": 2000, "done": True})
+    progress(state, metrics | {"env_steps": 2000, "done": True})
     assert stream.getvalue().endswith("return 15  eval 8  0:00:00 left\n")
 
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     progress = Progress(terminal)
-    progress(None, metrics)
-    progress(None, metrics | {"env_steps": 1000})
+    progress(state, metrics)
+    progress(state, metrics | {"env_steps": 1000})
     progress.close()
     assert "1.00k/2.00k" in terminal.getvalue() and "return 15  eval 8" in terminal.getvalue()
 

@@ -166,6 +166,7 @@ BAD_INPUT = {
     "hydra.run.dir=used": "already holds a run: continue it with resume=",
     "resume=nowhere": "'nowhere' is not a run directory: there is no config.yaml in it",
     "agent": "missing EQUAL",
+    "agent=null": "Config group override must be a string or a list",
 }
 
 

@@ -97,9 +97,10 @@ def test_options_that_are_null_are_left_to_the_library():
 
 
 def test_every_argument_of_the_library_is_in_the_configuration():
-    config = composed()["agent"]
-    arguments = set(inspect.signature(eqx_q.PQN.create).parameters)
-    assert set(config) - {"_target_"} == arguments - {"observation_space", "action_space", "key"}
+    config = composed("tuned=none")["agent"]
+    arguments = inspect.signature(eqx_q.PQN.create).parameters.values()
+    defaults = {x.name: x.default for x in arguments if x.default is not x.empty}
+    assert {**config, "network_options": None} == {**defaults, "_target_": "eqx_q.PQN"}
     options = set(inspect.signature(make_network).parameters)
     for encoder in ENCODERS.values():
         options |= set(inspect.signature(encoder).parameters)
