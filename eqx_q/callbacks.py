@@ -32,23 +32,25 @@ logger = logging.getLogger(__name__)
 class TimeBudget:
     """The share of a run's wall-clock time that side work may take.
 
-    What has cost `cost` the last time is affordable while the sum stays within the share. The first
-    time is always affordable and is not charged: most of it is compilation, which the final
-    evaluation needs in any case.
+    What cost `cost` the last time is affordable while the sum stays within the share. The first
+    round is not charged: most of it is compilation, which the final one needs in any case.
     """
 
     def __init__(self, fraction: float):
         self.fraction = fraction
         self._started = time.perf_counter()
         self._spent = 0.0
-        self._last: dict[str, float] = {}
+        self._costs: dict[str, float] = {}
         self._warned = False
 
-    def affords(self, work: str) -> bool:
-        """Whether another round of `work` fits; says so once where it does not."""
+    def affords(self, work: str, *, guess: float = 0.0) -> bool:
+        """Whether another round of `work` fits, by its last cost; before the first by a guess.
+
+        Says so once where it does not.
+        """
         elapsed = time.perf_counter() - self._started
-        fits = self._spent + self._last.get(work, 0.0) <= self.fraction * elapsed
-        if not fits and not self._warned:
+        fits = self._spent + self._costs.get(work, guess) <= self.fraction * elapsed
+        if not fits and work in self._costs and not self._warned:
             self._warned = True
             logger.info(
                 "%s would take more than %g %% of the time: some rounds are left out "
@@ -56,15 +58,13 @@ class TimeBudget:
                 work,
                 100 * self.fraction,
             )
-        return fits or work not in self._last
+        return fits
 
     def charge(self, work: str, seconds: float) -> None:
         """Notes that a round of `work` took so long."""
-        if work in self._last:
+        if work in self._costs:
             self._spent += seconds
-            self._last[work] = seconds
-        else:
-            self._last[work] = 0.0
+        self._costs[work] = seconds if work in self._costs else 0.0
 
 
 class Evaluation:
@@ -216,7 +216,7 @@ class Video:
 
     def __call__(self, run_state: RunState, metrics: Metrics) -> None:
         """Records, unless it is over budget."""
-        if self._failed or not (metrics["done"] or self._budget.affords("recording")):
+        if self._failed or not (metrics["done"] or self._budget.affords("recording", guess=5.0)):
             return
         started = time.perf_counter()
         try:

@@ -40,6 +40,8 @@ def launch(main: Callable[[], Any]) -> None:
         _fail(_explain(error))
     except OSError as error:
         _fail(_unwritable(error.filename, error))
+    except KeyboardInterrupt:
+        _fail("interrupted before there was anything to save")
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

@@ -70,6 +70,7 @@ def test_a_budget_lets_side_work_take_its_share_and_no_more(monkeypatch, caplog)
                 rounds += 1
             assert spent <= 0.1 * now + 3.0  # one round may overshoot before its cost is known
     assert spent > 0.08 * now
+    assert not TimeBudget(0.1).affords("recording", guess=1.0)
     assert len(caplog.records) == 1 and "eval.time_fraction" in caplog.text
 
 
