@@ -304,12 +304,9 @@ def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
 
 def _every(config: Config, section: str, *, parts: int) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
-    every = config[section]["every"]
-    return (
-        whole(config[section], "every", least=1)
-        if every
-        else max(1, whole(config, "total_steps") // parts)
-    )
+    if config[section]["every"]:
+        return whole(config[section], "every", least=1)
+    return max(1, whole(config, "total_steps") // parts)
 
 
 def _env_steps(agent: Agent) -> int:

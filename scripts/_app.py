@@ -129,6 +129,7 @@ class _TaskError(Exception):
 
 def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> str:
     if resume:
+        stored_config(Path(resume))  # before Hydra makes the directory
         return resume
     name = re.sub(r"[^\w.-]+", "-", f"{agent}_{env}_{seed}")
     return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -152,7 +153,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return str(UnknownNameError(group, name, error.options or []))
-    key = getattr(error.__cause__ or error.__context__, "full_key", None)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, UsageError):
+        return str(cause)
+    key = getattr(cause, "full_key", None)
     if key:
         return str(UnknownNameError("option", key, _known_keys()))
     return str(error)

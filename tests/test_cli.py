@@ -179,6 +179,7 @@ def test_bad_input_gets_one_line(script, tmp_path, arguments):
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert BAD_INPUT[arguments] in err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_missing_extra_is_named(script, monkeypatch):

@@ -17,6 +17,8 @@ class Tracker(abc.ABC):
     It never stops the run: what goes wrong is said once, and passed over.
     """
 
+    overlap = True  # as a callback it only observes
+
     @abc.abstractmethod
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """**Arguments:**
