@@ -28,7 +28,11 @@ def forward_products(agent, rows: int) -> list[Product]:
 
     space = agent.observation_space
     obs = jax.ShapeDtypeStruct((1, rows, *space.shape), space.dtype)
-    return list(_products(jax.make_jaxpr(q_values)(obs).jaxpr))
+    products = _products(jax.make_jaxpr(q_values)(obs).jaxpr)
+    # Only products with a weight: others are sums in disguise, as in layer normalisation.
+    weights = [x for x in jax.tree.leaves(agent.network) if getattr(x, "ndim", 0) > 1]
+    shapes = {frozenset({n, x.size // n}) for x in weights for n in (x.shape[0], x.shape[-1])}
+    return [product for product in products if frozenset(product[1:]) in shapes]
 
 
 def _products(jaxpr):
