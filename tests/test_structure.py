@@ -61,6 +61,7 @@ def make_network(activation=jax.nn.relu):
     return Network(layers, activation, 8)
 
 
+@eqx.filter_jit
 def make_learner():
     network = make_network()
     tx = optax.chain(optax.clip_by_global_norm(10.0), optax.radam(1e-3))
@@ -128,10 +129,12 @@ def test_agent_like_module(tmp_path):
 def test_run_of_a_population(tmp_path):
     env = eqx_q.make("gymnax/CartPole-v1", num_envs=4)
 
+    @eqx.filter_jit
+    @eqx.filter_vmap
     def create(key):
         return eqx_q.PQN.create(env.observation_space, env.action_space, key=key)
 
-    agent = eqx_q.Population(eqx.filter_vmap(create)(jax.random.split(jax.random.key(0))))
+    agent = eqx_q.Population(create(jax.random.split(jax.random.key(0))))
     run_state = eqx_q.start(agent, env, key=jax.random.key(1))
     loaded = round_trip(run_state, tmp_path / "run_state")
     assert jax.tree.structure(loaded) == jax.tree.structure(run_state)

@@ -1,6 +1,7 @@
 """Tracking with Aim, which a run never depends on."""
 
 import collections
+import contextlib
 import importlib.util
 import json
 import logging
@@ -119,20 +120,20 @@ class AimTracker(Tracker):
         """Waits until Aim has everything, but no longer than `close_timeout`."""
         if self._given_up:
             return
-        self._put(None)
-        self._feeder.join(self._close_timeout)
+        deadline = time.monotonic() + self._close_timeout
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=self._close_timeout)
+        self._feeder.join(max(0.0, deadline - time.monotonic()))
         if self._feeder.is_alive():
             self._give_up(f"it did not finish within {self._close_timeout:g} s")
 
     # ---- how it gets there
 
     def _send(self, **message: Any) -> None:
-        if not self._given_up:
-            self._put(json.dumps(message, default=_plain) + "\n")
-
-    def _put(self, line: str | None) -> None:
+        if self._given_up:
+            return
         try:
-            self._queue.put_nowait(line)
+            self._queue.put_nowait(json.dumps(message, default=_plain, skipkeys=True) + "\n")
         except queue.Full:
             if time.monotonic() - self._fed_at > self._open_timeout:
                 self._give_up("it hangs")

@@ -88,10 +88,11 @@ def series(run, name, subset):
 def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
     directory = tmp_path / "pong"
     options = {"repo": tmp_path, "experiment": "pqn_atari", "num_members": 2}
+    options["close_timeout"] = 90.0
     frames = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(4)]
     write_gif(tmp_path / "a.gif", frames)
     with caplog.at_level(logging.WARNING):
-        tracker = AimTracker(directory, **options, close_timeout=90.0)
+        tracker = AimTracker(directory, **options)
         params = {"agent": {"learning_rate": np.float32(0.5), "network": None}, "seed": 3}
         tracker.log_params(params)
         for step in (10, 20):
@@ -270,6 +271,22 @@ def test_large_populations_are_summed_up(tmp_path, in_place_of_aim):
         assert row == {"loss": pytest.approx(expected[context["over_members"]])}
     ((member, name, counts, _, _),) = histograms["records"]
     assert (member, name, sum(counts)) == (0, "q_values", 120)
+
+
+def test_a_slow_one_gets_what_was_queued(tmp_path, in_place_of_aim, monkeypatch, caplog):
+    monkeypatch.setattr(aim_module, "_WAITING", 4)
+    in_place_of_aim(ECHO.replace("print", "import time; time.sleep(1.0); print"))
+    with caplog.at_level(logging.WARNING):
+        tracker = AimTracker(tmp_path / "run", repo=tmp_path)
+        tracker.log_params({"deep": {("no", "text"): 1}, "array": np.arange(2), "object": object})
+        for step in range(20):
+            tracker.log({"loss": 1.0}, step)
+        tracker.close()
+    (record,) = caplog.records
+    assert "lack some points" in record.getMessage()
+    params, *numbers = received(tmp_path)
+    assert params["params"] == {"deep": {}, "array": [0, 1], "object": str(object)}
+    assert [message["step"] for message in numbers][:2] == [0, 1] and len(numbers) < 20
 
 
 @pytest.mark.parametrize("when", ["opening", "running"])
