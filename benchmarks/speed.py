@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, ROOT, commit, compose, write
+from record import LOAD, RESULTS, ROOT, commit, compose, write
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ def main() -> None:
     total_steps = args.total_steps or case.total_steps
     config = configuration(case.overrides + args.override, total_steps)
 
+    if LOAD > 0.5:
+        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will not hold")
     contestants = {"eqx_q": (sys.executable, "run_library", {"config": config})}
     result: dict[str, Any] = {"case": args.case, "peer": None}
     if args.peer:
