@@ -271,8 +271,13 @@ class Progress:
         if self._bar is None:
             from tqdm import tqdm
 
-            total = int(metrics["total_steps"])
-            self._bar = tqdm(total=total, unit="step", unit_scale=True, file=self._stream)
+            self._bar = tqdm(
+                total=int(metrics["total_steps"]),
+                initial=int(metrics["env_steps"]),
+                unit="step",
+                unit_scale=True,
+                file=self._stream,
+            )
         self._bar.set_postfix_str(self._returns(metrics), refresh=False)
         self._bar.update(int(metrics["env_steps"]) - self._bar.n)
 

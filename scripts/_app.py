@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -14,7 +15,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import UnknownNameError, UsageError
@@ -25,9 +26,16 @@ logger = logging.getLogger("eqx_q")
 # A run in progress cannot change these.
 _FIXED = {"agent", "env", "tuned", "num_envs", "seed", "num_seeds"}
 
+_KINDS: list[tuple[Any, str]] = [
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (ListConfig, "a list"),
+]
+
 
 def launch(main: Callable[[], Any]) -> None:
     """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
     OmegaConf.register_new_resolver(
         "run_directory", _new_run_directory, use_cache=True, replace=True
@@ -50,6 +58,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> Any:
         try:
+            _check_kinds(config)
             return function(config)
         except UsageError as error:
             _fail(str(error))
@@ -162,13 +171,37 @@ def _explain(error: Exception) -> str:
     return str(error)
 
 
+def _check_kinds(config: DictConfig) -> None:
+    """Raises `UsageError` where an override is of another kind than what it replaces."""
+    overrides = HydraConfig.get().overrides.task
+    values = [o for o in overrides if "=" in o and not _is_choice(o)]
+    default = hydra.compose(str(HydraConfig.get().job.config_name), _choices(overrides))
+    for key in (override.split("=")[0] for override in values):
+        before, after = OmegaConf.select(default, key), OmegaConf.select(config, key)
+        for types, kind in _KINDS:
+            if isinstance(before, types):
+                if after is not None and not isinstance(after, types):
+                    raise UsageError(f"{key}={after}: give {kind}, such as {before}")
+                break
+
+
 def _known_keys() -> set[str]:
     """Every key of the configuration that the group choices on the command line make."""
-    choices = [a for a in sys.argv[1:] if (CONF / a.split("=")[0]).is_dir() and "," not in a]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose(Path(sys.argv[0]).stem.replace("train", "config"), choices)
+        config = hydra.compose(
+            Path(sys.argv[0]).stem.replace("train", "config"), _choices(sys.argv[1:])
+        )
     return set(_leaves(OmegaConf.to_container(config), ""))
+
+
+def _choices(overrides: Iterable[str]) -> list[str]:
+    """The overrides that choose a file of a group (none of them from a sweep)."""
+    return [override for override in overrides if _is_choice(override) and "," not in override]
+
+
+def _is_choice(override: str) -> bool:
+    return (CONF / override.lstrip("+~").split("=")[0]).is_dir()
 
 
 def _leaves(node: Any, prefix: str):

@@ -159,12 +159,17 @@ BAD_INPUT = {
     "agent.num_minibatches=7": "num_minibatches=7 does not divide the 64 transitions",
     "agent.network=mpl": "unknown network 'mpl': the nearest are mlp",
     "agent.network_options.norm=layer": "unknown norm 'layer': the nearest are layer_norm",
-    "total_steps=soon": "total_steps=soon: give a whole number",
+    "total_steps=soon": "total_steps=soon: give a number",
+    "total_steps=1.5": "total_steps=1.5: give a whole number",
     "num_seeds=0": "num_seeds=0: give a whole number of at least 1",
     "devices=2": "devices=2: only devices=1 is supported so far",
     "hydra.run.dir=file/run": "cannot write to the run directory",
     "hydra.run.dir=used": "already holds a run: continue it with resume=",
     "resume=nowhere": "'nowhere' is not a run directory: there is no config.yaml in it",
+    "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
+    "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
+    "deterministic=maybe": "deterministic=maybe: give true or false, such as False",
+    "+agent.lamda=1": "unknown hyperparameter 'lamda': the nearest are lambda_",
     "agent": "missing EQUAL",
     "agent=null": "Config group override must be a string or a list",
 }
@@ -180,6 +185,22 @@ def test_bad_input_gets_one_line(script, tmp_path, arguments):
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert BAD_INPUT[arguments] in err
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no run to evaluate: give run=DIR"),
+        (["run=nowhere"], "'nowhere' is not a run directory"),
+        (["run=nowhere", "protocol=stick"], "unknown protocol 'stick': the nearest are sticky"),
+        (["run=nowhere", "episodes=few"], "episodes=few: give a number"),
+    ],
+)
+def test_bad_input_of_an_evaluation(script, arguments, message):
+    status, _, err = script("evaluate", *arguments)
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err
 
 
 def test_a_missing_extra_is_named(script, monkeypatch):
