@@ -139,12 +139,13 @@ class EnvpoolEnv(Env):
         token, (obs, reward, terminated, truncated, info) = self.pool.open().step(
             state.token, action.astype(jnp.int32)
         )
-        first = state.ended
-        terminated, truncated = terminated & ~first, truncated & ~terminated & ~first
-        over = (info["terminated"].astype(bool) & ~first) | truncated
-        before = state.episode
+        first, before = state.ended, state.episode
+        # Of a game that ends in the very step of its time limit EnvPool says that it is truncated.
+        game_over = info["terminated"].astype(bool) & ~first
+        terminated = (terminated & ~first) | game_over
+        truncated = truncated & ~terminated & ~first
         episode = Episode(
-            over,
+            game_over | truncated,
             jnp.where(before.ended, 0.0, before.returns + jnp.where(first, 0.0, info["reward"])),
             jnp.where(before.ended, 0, before.length + ~first),
         )

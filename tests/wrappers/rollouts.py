@@ -1,0 +1,48 @@
+"""What the tests of environments share: to act at random and to look at what comes."""
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from eqx_q.types import TimeStep
+from eqx_q.wrappers import Env
+
+CHUNK = 20  # always the same, so that little is compiled
+traces = {"roll": 0}
+
+
+@eqx.filter_jit
+def roll(env: Env, state, key):
+    """`CHUNK` random steps. Returns the state, and the actions and the timesteps, stacked."""
+    traces["roll"] += 1
+
+    def step(state, key):
+        action_key, step_key = jax.random.split(key)
+        action = jax.random.randint(action_key, (env.num_envs,), 0, int(env.action_space.n))
+        state, timestep = env.step(state, action, step_key)
+        return state, (action, timestep)
+
+    return jax.lax.scan(step, state, jax.random.split(key, CHUNK))
+
+
+def play(env: Env, seed: int, chunks: int) -> tuple[np.ndarray, TimeStep]:
+    """Actions `[T, N]`, and the timesteps `[T+1, N]` from reset on, as NumPy."""
+    reset_key, *keys = jax.random.split(jax.random.key(seed), chunks + 1)
+    state, timestep = env.reset(reset_key)
+    actions, timesteps = [], [jax.tree.map(lambda x: np.asarray(x)[None], timestep)]
+    for key in keys:
+        state, (action, timestep) = roll(env, state, key)
+        actions.append(np.asarray(action))
+        timesteps.append(jax.tree.map(np.asarray, timestep))
+    return np.concatenate(actions), jax.tree.map(lambda *x: np.concatenate(x), *timesteps)
+
+
+def lane_keys(seed: int, chunks: int, num_envs: int) -> jax.Array:
+    """The keys `[T+1, N]` that `play` hands to the lanes: those of reset, and of each step."""
+    reset_key, *keys = jax.random.split(jax.random.key(seed), chunks + 1)
+    steps = [jax.random.split(step)[1] for key in keys for step in jax.random.split(key, CHUNK)]
+    return jax.numpy.stack([jax.random.split(key, num_envs) for key in (reset_key, *steps)])
+
+
+def assert_equal(a: TimeStep, b: TimeStep):
+    jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -1,0 +1,89 @@
+"""The boundary rule, on an environment small enough to write down what must come."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_q.wrappers import autoreset
+from eqx_q.wrappers.autoreset import Report, Running
+
+
+def reset_lane(key):
+    # Weak types, as suites written with Python numbers have them, and a reward that nobody earned.
+    state = jax.random.randint(key, (), 0, 100) * 0
+    return state * 1, Report(
+        jnp.float32(100.0), jnp.float32(7.0), jnp.array(True), jnp.array(True), {"seen": state}
+    )
+
+
+def step_lane(state, action, key):
+    """Ends by the task in the third step; action 1 meets the limit there at once, or after one."""
+    state = state + 1
+    report = Report(
+        jnp.asarray(state, jnp.float32),
+        jnp.asarray(action + 1, jnp.float32),
+        state == 3,
+        action == 1,
+        {"seen": state},
+    )
+    return state, report
+
+
+def run(actions):
+    """`actions`: `[T, N]`."""
+    num_envs = actions.shape[1]
+    state, start = autoreset.reset(reset_lane, jax.random.key(0), num_envs)
+
+    def step(state, action):
+        return autoreset.step(reset_lane, step_lane, state, action, jax.random.key(1))
+
+    _, rest = jax.lax.scan(step, state, jnp.asarray(actions))
+    return jax.tree.map(lambda a, b: np.concatenate([a[None], b]), start, rest)
+
+
+def test_an_episode_and_the_next():
+    seen = run(np.array([[0, 0], [0, 1], [0, 5], [9, 0], [0, 0], [0, 0]]))
+    # Lane 0 ends by the task at t = 3, lane 1 by the limit at t = 2; the action after is ignored.
+    np.testing.assert_array_equal(seen.first[:, 0], [1, 0, 0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(seen.first[:, 1], [1, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(seen.terminated[:, 0], [0, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(seen.terminated[:, 1], [0, 0, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(seen.truncated[:, 1], [0, 0, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(seen.obs[:, 0], [100, 1, 2, 3, 100, 1, 2])
+    np.testing.assert_array_equal(seen.obs[:, 1], [100, 1, 2, 100, 1, 2, 3])
+    np.testing.assert_array_equal(seen.reward[:, 0], [0, 1, 1, 1, 0, 1, 1])
+    np.testing.assert_array_equal(seen.reward[:, 1], [0, 1, 2, 0, 1, 1, 1])
+    np.testing.assert_array_equal(seen.episode.returns[:, 1], [0, 1, 3, 0, 1, 2, 3])
+    np.testing.assert_array_equal(seen.episode.length[:, 0], [0, 1, 2, 3, 0, 1, 2])
+    np.testing.assert_array_equal(seen.episode.ended, seen.ended)
+    np.testing.assert_array_equal(seen.episode.metrics["seen"], seen.obs % 100)
+
+
+def test_termination_wins_over_truncation():
+    seen = run(np.array([[0], [0], [1]]))
+    assert seen.terminated[3, 0] and not seen.truncated[3, 0]
+
+
+def test_first_is_the_wrappers_whatever_the_suite_reports():
+    """A suite that pays, and claims an end, where the boundary rule has a reset."""
+    yes = jnp.ones(2, bool)
+    report = Report(jnp.zeros((2, 1)), jnp.array([3.0, 4.0]), yes, yes)
+    before = Running(jnp.array([True, False]), jnp.array([10.0, 20.0]), jnp.array([5, 6]))
+    after, timestep = before.follow(report)
+    np.testing.assert_array_equal(timestep.reward, [0, 4])
+    np.testing.assert_array_equal(timestep.first, [True, False])
+    np.testing.assert_array_equal(timestep.terminated, [False, True])
+    np.testing.assert_array_equal(timestep.truncated, [False, False])
+    np.testing.assert_array_equal(timestep.episode.returns, [0, 24])
+    np.testing.assert_array_equal(timestep.episode.length, [0, 7])
+    np.testing.assert_array_equal(after.ended, [False, True])
+
+
+def test_lanes_reset_apart():
+    def reset_lane(key):
+        return jnp.array(0), Report(
+            jax.random.uniform(key), jnp.float32(0), jnp.array(False), jnp.array(False)
+        )
+
+    _, timestep = autoreset.reset(reset_lane, jax.random.key(0), 50)
+    assert len(np.unique(timestep.obs)) == 50

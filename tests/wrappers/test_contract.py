@@ -1,0 +1,211 @@
+"""What holds for every suite. A new suite adds its cases here, and nothing else."""
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+from rollouts import CHUNK, assert_equal, play, roll, traces
+
+import eqx_q.wrappers as wrappers
+
+
+class Walk(gymnasium.Env):
+    """Somebody's own: a walk that ends at either end, or after 12 steps, or both at once."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float64)
+    action_space = gymnasium.spaces.Discrete(2, start=1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.time = int(self.np_random.integers(-2, 3)), 0
+        return np.array([self.place / 4]), {}
+
+    def step(self, action):
+        assert action in (1, 2)
+        self.place, self.time = self.place + (1 if action == 2 else -1), self.time + 1
+        at_end = abs(self.place) == 4
+        return np.array([self.place / 4]), float(at_end), at_end, self.time == 12, {}
+
+
+CASES = {
+    "cartpole": ("gymnax/CartPole-v1", {"max_steps_in_episode": 20}),
+    "breakout": ("gymnax/Breakout-MinAtar", {}),
+    "four_rooms": ("gymnax/FourRooms-misc", {"max_steps_in_episode": 10}),
+    "frozen_lake": ("gymnax/FrozenLake-misc", {}),
+    "deep_sea": ("gymnax/DeepSea-bsuite", {"size": 5}),
+    "atari": ("envpool/Breakout-v5", {"max_episode_steps": 30}),
+    "atari_rgb": ("envpool/Pong-v5", {"max_episode_steps": 25, "gray_scale": False}),
+    "gymnasium_vector": ("gymnasium/CartPole-v1", {}),
+    "gymnasium_taxi": ("gymnasium/Taxi-v4", {"max_episode_steps": 15}),
+    "own": (Walk, {}),
+}
+CHUNKS, LANES = 4, 3
+STEPS = CHUNKS * CHUNK
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+def make(case, seed=0, num_envs=LANES):
+    source, options = case
+    return wrappers.make(source, num_envs, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def env(case):
+    env = make(case)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def played(env):
+    return play(env, 0, CHUNKS)
+
+
+def test_shapes_and_types_are_those_of_the_spaces(env, played):
+    actions, timesteps = played
+    space, lanes = env.observation_space, (STEPS + 1, LANES)
+    assert isinstance(env, wrappers.Env)
+    assert isinstance(space, gymnasium.spaces.Box)
+    assert isinstance(env.action_space, gymnasium.spaces.Discrete)
+    assert env.num_envs == LANES and env.num_agents is None
+    assert timesteps.obs.shape == (*lanes, *space.shape)
+    assert timesteps.obs.dtype == space.dtype and space.dtype in (np.uint8, np.float32)
+    assert all(space.contains(obs) for obs in timesteps.obs.reshape(-1, *space.shape))
+    types = {"reward": np.float32, "terminated": bool, "truncated": bool, "first": bool}
+    for name, dtype in types.items():
+        value = getattr(timesteps, name)
+        assert value.shape == lanes and value.dtype == dtype, name
+    episode = timesteps.episode
+    assert (episode.ended.dtype, episode.returns.dtype) == (bool, np.float32)
+    assert episode.length.dtype == np.int32 and episode.length.shape == lanes
+    assert len(np.unique(actions)) == env.action_space.n
+    if timesteps.action_mask is not None:
+        assert timesteps.action_mask.shape == (*lanes, env.action_space.n)
+
+
+def test_boundaries_step_by_step(env, played):
+    _, timesteps = played
+    assert timesteps.first[0].all()
+    ended = timesteps.ended
+    assert ended.sum() >= 3  # else nothing is tested
+    assert not (timesteps.terminated & timesteps.truncated).any()
+    for lane in range(LANES):
+        for t in range(STEPS + 1):
+            first = timesteps.first[t, lane]
+            assert first == (t == 0 or ended[t - 1, lane])
+            if first:
+                assert timesteps.reward[t, lane] == 0 and not ended[t, lane]
+
+
+def test_the_limit_truncates(env, played):
+    _, timesteps = played
+    limit = env.max_episode_steps
+    if limit is not None and limit < STEPS:
+        assert timesteps.episode.length.max() == limit
+        assert timesteps.ended[timesteps.episode.length == limit].all()
+        assert timesteps.truncated.any() or timesteps.terminated.any()
+    np.testing.assert_array_equal(
+        timesteps.truncated & (timesteps.episode.length < (limit or 12)), False
+    )
+
+
+def test_episodes_are_counted_by_hand(played):
+    _, timesteps = played
+    for lane in range(LANES):
+        returns = length = 0
+        for t in range(STEPS + 1):
+            if timesteps.first[t, lane]:
+                returns = length = 0
+            else:
+                returns, length = returns + timesteps.reward[t, lane], length + 1
+            assert timesteps.episode.returns[t, lane] == pytest.approx(returns, abs=1e-5)
+            assert timesteps.episode.length[t, lane] == length
+            assert timesteps.episode.ended[t, lane] == timesteps.ended[t, lane]
+
+
+def test_the_same_seed_gives_the_same_and_another_does_not(case, played):
+    source, _ = case
+    again, other = make(case), make(case, seed=100)
+    assert_equal(play(again, 0, CHUNKS)[1], played[1])
+    # An emulator takes its seed from `make` and only its actions from the key.
+    different = play(other, 1, CHUNKS)[1] if not other.on_host else play(other, 0, CHUNKS)[1]
+    same = np.array_equal(different.obs, played[1].obs)
+    assert not same or source == "gymnax/DeepSea-bsuite"
+    again.close()
+    other.close()
+
+
+def test_a_second_reset_starts_anew(case):
+    env = make(case)
+    play(env, 0, 1)
+    _, timesteps = play(env, 1, CHUNKS)
+    length = np.where(timesteps.first, 0, np.arange(STEPS + 1)[:, None])
+    before_first_end = np.cumsum(timesteps.ended, axis=0) - timesteps.ended == 0
+    np.testing.assert_array_equal(
+        timesteps.episode.length[before_first_end], length[before_first_end]
+    )
+    env.close()
+
+
+def test_two_in_turn_are_as_two_apart(case):
+    """Both through one compiled function, which must not take the one for the other."""
+    envs = [make(case, seed=0), make(case, seed=7)]
+    states = [env.reset(jax.random.key(i))[0] for i, env in enumerate(envs)]
+    parts = [[], []]
+    for turn in range(2):
+        for i, env in enumerate(envs):
+            states[i], (_, timesteps) = roll(env, states[i], jax.random.key(turn))
+            parts[i].append(timesteps)
+    for i, seed in enumerate((0, 7)):
+        alone = make(case, seed=seed)
+        state, _ = alone.reset(jax.random.key(i))
+        for turn in range(2):
+            state, (_, timesteps) = roll(alone, state, jax.random.key(turn))
+            assert_equal(timesteps, parts[i][turn])
+        alone.close()
+        envs[i].close()
+
+
+def test_it_compiles_once(case, played):
+    env = make(case)
+    state, _ = env.reset(jax.random.key(0))
+    before = traces["roll"]
+    for turn in range(3):
+        state, _ = roll(env, state, jax.random.key(turn))
+    state, _ = env.reset(jax.random.key(1))
+    roll(env, state, jax.random.key(1))
+    # One made alike shares what is compiled, unless it lives outside JAX: code is bound to that.
+    assert traces["roll"] - before == env.on_host
+    env.close()
+
+
+def test_a_replica_is_of_the_same_kind(case, env, played):
+    replica = env.replicate(2, seed=0)
+    assert type(replica) is type(env) and replica.num_envs == 2
+    assert replica.observation_space == env.observation_space
+    assert replica.max_episode_steps == env.max_episode_steps
+    _, timesteps = play(replica, 5, 1)
+    assert timesteps.obs.shape == (CHUNK + 1, 2, *env.observation_space.shape)
+    replica.close()
+    # The one it was made from goes on, undisturbed.
+    again = make(case)
+    state, _ = again.reset(jax.random.key(0))
+    state, (_, one) = roll(again, state, jax.random.key(0))
+    again.replicate(2).close()
+    state, (_, two) = roll(again, state, jax.random.key(1))
+    assert not np.array_equal(one.obs, two.obs)
+    again.close()
+
+
+def test_pictures(env):
+    state, _ = env.reset(jax.random.key(0))
+    state, _ = roll(env, state, jax.random.key(0))
+    picture = env.render(state, 1)
+    if picture is not None:
+        height, width, colours = picture.shape
+        assert min(height, width) >= 100 and colours == 3 and picture.dtype == np.uint8
+        assert picture.min() < picture.max()

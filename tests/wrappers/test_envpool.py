@@ -1,0 +1,158 @@
+"""EnvPool's Atari under the contract, against the same pool stepped without XLA."""
+
+import envpool
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rollouts import play, roll
+
+import eqx_q.wrappers as wrappers
+from eqx_q.errors import UsageError
+
+LIVES = {
+    "episodic_life": True,
+    "reward_clip": True,
+    "max_episode_steps": 150,
+    "noop_max": 5,
+    "num_threads": 1,
+}
+
+
+def pool(name, num_envs, seed, **options):
+    return envpool.make(name, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SpaceInvaders-v5", LIVES),
+        ("Breakout-v5", LIVES | {"repeat_action_probability": 0.25, "stack_num": 2}),
+        ("Pong-v5", {"max_episode_steps": 50, "img_height": 42, "img_width": 42}),
+    ],
+)
+def test_equals_the_pool_stepped_by_hand(name, options):
+    """With lost lives, clipped rewards and a time limit; `episode` is that of the game."""
+    env = wrappers.make(f"envpool/{name}", 3, seed=11, **options)
+    actions, timesteps = play(env, 0, 10)
+    raw = pool(name, 3, 11, **options)
+    obs, info = raw.reset()
+    np.testing.assert_array_equal(timesteps.obs[0], obs)
+    ended, game_ended = np.zeros(3, bool), np.zeros(3, bool)
+    returns, length = np.zeros(3), np.zeros(3, int)
+    lost_lives = games = 0
+    for t, action in enumerate(actions, start=1):
+        obs, reward, terminated, truncated, info = raw.step(action)
+        np.testing.assert_array_equal(timesteps.obs[t], obs)
+        np.testing.assert_array_equal(timesteps.first[t], ended)
+        np.testing.assert_array_equal(timesteps.reward[t], np.where(ended, 0, reward))
+        np.testing.assert_array_equal(timesteps.terminated[t], terminated)
+        np.testing.assert_array_equal(timesteps.truncated[t], truncated)
+        returns, length = np.where(game_ended, 0, returns), np.where(game_ended, 0, length)
+        returns, length = returns + np.where(ended, 0, info["reward"]), length + ~ended
+        game_ended = ~ended & (info["terminated"].astype(bool) | truncated)
+        ended = terminated | truncated
+        np.testing.assert_array_equal(timesteps.episode.ended[t], game_ended)
+        np.testing.assert_array_equal(timesteps.episode.returns[t], returns)
+        np.testing.assert_array_equal(timesteps.episode.length[t], length)
+        np.testing.assert_array_equal(length, info["elapsed_step"])
+        lost_lives += (ended & ~game_ended).sum()
+        games += game_ended.sum()
+    assert games >= 2
+    if "episodic_life" in options:
+        assert lost_lives >= 2
+        assert timesteps.reward.max() == 1
+    if name == "SpaceInvaders-v5":
+        assert timesteps.episode.returns.max() > 20  # not clipped
+    env.close()
+
+
+def test_a_step_after_a_lost_life_changes_nothing_in_the_game():
+    env = wrappers.make("envpool/Breakout-v5", 2, seed=3, **LIVES)
+    _, timesteps = play(env, 0, 3)
+    t, lane = np.argwhere(timesteps.terminated & ~timesteps.episode.ended)[0]
+    assert timesteps.first[t + 1, lane] and timesteps.reward[t + 1, lane] == 0
+    assert timesteps.episode.length[t + 1, lane] == timesteps.episode.length[t, lane]
+    # The frame stack goes on: frames seen before are still in it.
+    np.testing.assert_array_equal(timesteps.obs[t + 1, lane, :3], timesteps.obs[t, lane, 1:])
+    env.close()
+
+
+def test_a_game_that_ends_in_the_step_of_its_limit_is_over():
+    """EnvPool says truncated of it, and not terminated."""
+    options = {"seed": 3, "num_threads": 1}
+    fire_and_stay = 1
+
+    def steps(limit):
+        env = wrappers.make("envpool/Breakout-v5", 1, max_episode_steps=limit, **options)
+        state, _ = env.reset(jax.random.key(0))
+        step = jax.jit(lambda s: env.step(s, jnp.array([fire_and_stay]), jax.random.key(0)))
+        for _ in range(limit):
+            state, timestep = step(state)
+            if timestep.ended[0]:
+                break
+        env.close()
+        return int(timestep.episode.length[0]), bool(timestep.terminated[0])
+
+    length, terminated = steps(1000)
+    assert terminated and length < 1000
+    assert steps(length) == (length, True)
+    assert steps(length - 1) == (length - 1, False)
+
+
+def test_pools_that_look_alike_are_not_taken_for_each_other():
+    """In one function compiled for the one, the other must be stepped, by identity."""
+    one, two = (wrappers.make("envpool/Pong-v5", 2, seed=s, num_threads=1) for s in (1, 2))
+    assert one != two and one.pool != two.pool
+    states = [env.reset(jax.random.key(0))[0] for env in (one, two)]
+    for i in range(3):
+        lengths = []
+        for j, env in enumerate((one, two)):
+            states[j], (_, timesteps) = roll(env, states[j], jax.random.key(i))
+            lengths.append(timesteps.episode.length[-1, 0])
+        assert lengths == [20 * (i + 1)] * 2
+    for env in (one, two):
+        env.close()
+
+
+def test_reset_is_refused_inside_jit():
+    env = wrappers.make("envpool/Pong-v5", 1)
+    with pytest.raises(UsageError, match="outside jit"):
+        jax.jit(env.reset)(jax.random.key(0))
+    env.close()
+
+
+def test_a_closed_pool_is_refused_even_by_what_is_compiled():
+    env = wrappers.make("envpool/Pong-v5", 1)
+    state, _ = env.reset(jax.random.key(0))
+    state, _ = roll(env, state, jax.random.key(0))
+    env.close()
+    env.close()
+    for use in (
+        lambda: roll(env, state, jax.random.key(0)),
+        lambda: env.reset(jax.random.key(0)),
+        lambda: env.render(state),
+    ):
+        with pytest.raises(UsageError, match="closed: make 'envpool/Pong-v5' anew"):
+            use()
+
+
+def test_the_screen_is_drawn():
+    env = wrappers.make("envpool/Pong-v5", 2)
+    state, _ = env.reset(jax.random.key(0))
+    picture = env.render(state, 1)
+    assert picture.shape == (210, 160, 3) and picture.dtype == np.uint8
+    env.close()
+
+
+def test_options_of_the_emulator_reach_it():
+    options = {"stack_num": 3, "gray_scale": False, "full_action_space": True, "frame_skip": 2}
+    env = wrappers.make("envpool/Pong-v5", 1, max_episode_steps=99, **options)
+    assert env.observation_space.shape == (9, 84, 84)
+    assert env.action_space.n == 18 and env.max_episode_steps == 99
+    assert env.pool.envpool.config["frame_skip"] == 2
+    replica = env.replicate(2, seed=4, stack_num=1)
+    assert replica.observation_space.shape == (3, 84, 84) and replica.action_space.n == 18
+    assert replica.pool.envpool.config["seed"] == 4
+    for one in (env, replica):
+        one.close()

@@ -1,0 +1,175 @@
+"""Gymnasium environments, against themselves stepped by hand."""
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.vector import SyncVectorEnv
+from rollouts import CHUNK, assert_equal, play, roll
+
+import eqx_q.wrappers as wrappers
+from eqx_q.errors import UsageError
+
+
+class Toy(gymnasium.Env):
+    """Observes pairs; ends after three steps by task and limit at once; fails on demand."""
+
+    observation_space = Dict({"place": Discrete(3), "speed": Box(-9, 9, (2,), np.float64)})
+    action_space = Discrete(3, start=5)
+
+    def __init__(self, fail_at: int = -1):
+        self.fail_at, self.calls = fail_at, 0
+
+    def _observe(self):
+        return {"place": self.time % 3, "speed": np.array([self.time, self.last])}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = self.last = 0
+        return self._observe(), {"action_mask": np.array([1, 0, 1], np.int8)}
+
+    def step(self, action):
+        assert action in (5, 6, 7)
+        self.time, self.last, self.calls = self.time + 1, int(action), self.calls + 1
+        if self.calls == self.fail_at:
+            raise ValueError("the wheel came off")
+        mask = np.array([0, 1, self.time == 2], np.int8)
+        both = self.time == 3
+        return self._observe(), 0.5, both, both, {"action_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "Taxi-v4", "FrozenLake-v1"])
+def test_equals_the_environment_stepped_by_hand(name):
+    limit, seed = 15, 3
+    env = wrappers.make(
+        f"gymnasium/{name}", 2, seed=seed, vectorization="sync", max_episode_steps=limit
+    )
+    actions, timesteps = play(env, 0, 2)
+    env.close()
+    for lane in range(2):
+        raw = gymnasium.make(name, max_episode_steps=limit)
+        ended, lane_seed = True, seed + lane
+        for t in range(2 * CHUNK + 1):
+            if ended:
+                obs, info = raw.reset(seed=lane_seed)
+                reward, terminated, truncated, lane_seed, first = 0, False, False, None, True
+            else:
+                obs, reward, terminated, truncated, info = raw.step(int(actions[t - 1, lane]))
+                first = False
+            if isinstance(raw.observation_space, Discrete):
+                obs = np.eye(raw.observation_space.n)[obs]
+            np.testing.assert_array_equal(timesteps.obs[t, lane], np.float32(obs))
+            assert timesteps.reward[t, lane] == np.float32(reward)
+            assert timesteps.first[t, lane] == first
+            assert timesteps.terminated[t, lane] == terminated
+            assert timesteps.truncated[t, lane] == (truncated and not terminated)
+            if "action_mask" in info:
+                np.testing.assert_array_equal(timesteps.action_mask[t, lane], info["action_mask"])
+            ended = terminated or truncated
+    assert (timesteps.action_mask is not None) == (name == "Taxi-v4")
+    assert timesteps.ended.sum() >= 2
+
+
+def test_the_vectorised_entry_point_is_used_and_equals_itself_stepped_by_hand():
+    env = wrappers.make("gymnasium/CartPole-v1", 3, seed=5)
+    raw = gymnasium.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
+    assert type(env.host.vector) is type(raw.unwrapped)
+    actions, timesteps = play(env, 0, 3)
+    obs, _ = raw.reset(seed=5)
+    np.testing.assert_array_equal(timesteps.obs[0], obs)
+    for t, action in enumerate(actions, start=1):
+        obs, reward, terminated, truncated, _ = raw.step(action)
+        np.testing.assert_array_equal(timesteps.obs[t], obs)
+        np.testing.assert_array_equal(timesteps.reward[t], reward)
+        np.testing.assert_array_equal(timesteps.terminated[t], terminated)
+        np.testing.assert_array_equal(timesteps.truncated[t], truncated)
+    env.close()
+
+
+def test_a_vectorised_entry_point_that_runs_on_jax_is_not_called_back_from_jax():
+    env = wrappers.make("gymnasium/phys2d/CartPole-v1", 2)
+    assert isinstance(env.host.vector, SyncVectorEnv)
+    _, timesteps = play(env, 0, 3)
+    assert timesteps.ended.sum() >= 2 and (timesteps.reward[timesteps.first] == 0).all()
+    env.close()
+
+
+def test_processes_equal_one_after_the_other():
+    sync = wrappers.make("gymnasium/Acrobot-v1", 2, seed=1, vectorization="sync")
+    apart = wrappers.make("gymnasium/Acrobot-v1", 2, seed=1, vectorization="async")
+    assert_equal(play(sync, 0, 1)[1], play(apart, 0, 1)[1])
+    assert apart.max_episode_steps == 500
+    sync.close()
+    apart.close()
+
+
+def test_spaces_masks_and_flags_of_ones_own():
+    env = wrappers.make(Toy, 2)
+    assert env.observation_space.shape == (5,) and env.observation_space.dtype == np.float32
+    assert env.action_space.n == 3 and env.action_space.start == 0
+    actions, timesteps = play(env, 0, 1)
+    for lane in range(2):
+        time = 0
+        for t in range(CHUNK + 1):
+            time = 0 if timesteps.first[t, lane] else time + 1
+            last = 0 if time == 0 else actions[t - 1, lane] + 5
+            expected = [*np.eye(3)[time % 3], time, last]
+            np.testing.assert_array_equal(timesteps.obs[t, lane], expected)
+            mask = [1, 0, 1] if time == 0 else [0, 1, time == 2]
+            np.testing.assert_array_equal(timesteps.action_mask[t, lane], mask)
+            assert timesteps.terminated[t, lane] == (time == 3)
+    assert not timesteps.truncated.any()
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_in_the_environment_is_shown(caplog):
+    env = wrappers.make(Toy, 1, fail_at=7)
+    state, _ = env.reset(jax.random.key(0))
+    with pytest.raises(Exception, match="the wheel came off"):
+        jax.block_until_ready(roll(env, state, jax.random.key(0)))
+    env.close()
+    # And nothing else is harmed.
+    again = wrappers.make(Toy, 1)
+    _, timesteps = play(again, 0, 1)
+    assert timesteps.episode.ended.sum() == 5
+    again.close()
+
+
+def test_it_does_not_lock_up_while_jax_is_busy_elsewhere():
+    env = wrappers.make("gymnasium/CartPole-v1", 4)
+    state, _ = env.reset(jax.random.key(0))
+    heavy = jax.jit(lambda x: jnp.sum(x @ x))
+    matrix = jnp.ones((300, 300))
+    for i in range(10):
+        state, (_, timesteps) = roll(env, state, jax.random.key(i))  # returns before it is done
+        for j in range(3):
+            assert float(heavy(matrix * (i + j))) >= 0
+        jax.block_until_ready(timesteps)
+    env.close()
+
+
+def test_closed_is_said_so():
+    env = wrappers.make("gymnasium/CartPole-v1", 1)
+    state, _ = env.reset(jax.random.key(0))
+    env.close()
+    env.close()
+    with pytest.raises(UsageError, match="closed"):
+        env.reset(jax.random.key(0))
+    with pytest.raises(UsageError, match="closed"):
+        env.step(state, jnp.zeros(1, int), jax.random.key(0))
+    assert env.render(state) is None
+
+
+def test_pictures_of_each_lane():
+    for vectorization in ("auto", "sync"):
+        env = wrappers.make("gymnasium/CartPole-v1", 2, vectorization=vectorization)
+        state, _ = env.reset(jax.random.key(0))
+        for i in range(12):
+            state, _ = env.step(state, jnp.array([0, 1]), jax.random.key(i))
+        left, right = env.render(state, 0), env.render(state, 1)
+        cart = [np.argwhere((p == 0).all(-1)).mean(0)[1] for p in (left, right)]
+        assert left.dtype == np.uint8 and cart[0] < 290 < 310 < cart[1]
+        env.close()

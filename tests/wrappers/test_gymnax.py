@@ -1,0 +1,158 @@
+"""gymnax as it is, under the contract. Every environment, against itself stepped by hand."""
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rollouts import CHUNK, lane_keys, play
+
+import eqx_q.wrappers as wrappers
+
+IDS = [name.removeprefix("gymnax/") for name in wrappers.env_ids("gymnax")]
+# Those whose declared spaces are not true of what they observe, and the true shape.
+UNTRUE = {"Catch-bsuite": (10, 5), "FourRooms-misc": (4,), "MetaMaze-misc": (15,)}
+# Short, so that episodes end by the limit too.
+LIMIT = {"max_steps_in_episode": 12}
+
+
+def test_ids_are_all_but_continuous_ones_and_the_download():
+    left_out = set(gymnax.registered_envs) - set(IDS)
+    assert len(IDS) == 20
+    assert left_out == {
+        "MNISTBandit-bsuite",
+        "MountainCarContinuous-v0",
+        "Pendulum-v1",
+        "PointRobot-misc",
+        "Reacher-misc",
+        "Swimmer-misc",
+    }
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_equals_gymnax_stepped_by_hand(name):
+    env = wrappers.make(f"gymnax/{name}", 2, **LIMIT)
+    actions, timesteps = play(env, 0, 1)
+    raw, params = gymnax.make(name)
+    params = params.replace(**LIMIT)
+    step = jax.jit(raw.step_env)
+    reset = jax.jit(raw.reset_env)
+    keys = lane_keys(0, 1, 2)
+    one_hot = env.observation_space.shape != np.shape(reset(keys[0, 0], params)[0])
+    for lane in range(2):
+        ended = True
+        for t in range(CHUNK + 1):
+            key, seen = keys[t, lane], jax.tree.map(lambda x: x[t, lane], timesteps)  # noqa: B023
+            if ended:
+                obs, state = reset(key, params)
+                reward, terminated, truncated = 0, False, False
+            else:
+                obs, state, reward, terminated, _ = step(key, state, actions[t - 1, lane], params)
+                truncated = bool(state.time >= params.max_steps_in_episode) and not terminated
+            if one_hot:
+                obs = np.eye(env.observation_space.shape[0])[int(obs)]
+            # Compiled alone and in lanes, arithmetic may be reordered.
+            np.testing.assert_allclose(seen.obs, obs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(seen.reward, reward, rtol=1e-5, atol=1e-6)
+            assert (seen.first, seen.terminated, seen.truncated) == (ended, terminated, truncated)
+            assert env.observation_space.contains(seen.obs)
+            ended = bool(terminated or truncated)
+    assert timesteps.terminated.any() or timesteps.truncated.any()
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_its_own_step_does_nothing_that_matters_beyond_step_env(name):
+    """DeepSea brings a `step` of its own: what it adds are sums that nobody observes."""
+    raw, params = gymnax.make(name)
+    _, state = raw.reset_env(jax.random.key(0), params)
+    for i in range(3):
+        key = jax.random.key(i)
+        obs, after, reward, terminated, _ = raw.step_env(jax.random.split(key)[0], state, 1, params)
+        _, _, same_reward, same_terminated, same_truncated, info = raw.step(key, state, 1, params)
+        np.testing.assert_allclose(info["final_observation"], obs, rtol=1e-5, atol=1e-6)
+        assert reward == pytest.approx(float(same_reward), abs=1e-6)
+        assert bool(terminated) == bool(same_terminated)
+        assert bool(same_truncated) == bool(after.time >= params.max_steps_in_episode)
+        state = after
+
+
+@pytest.mark.parametrize("name", list(UNTRUE))
+def test_spaces_are_true_where_those_declared_are_not(name):
+    env = wrappers.make(f"gymnax/{name}", 4)
+    assert env.observation_space.shape == UNTRUE[name]
+    raw, params = gymnax.make(name)
+    declared = raw.observation_space(params)
+    _, timesteps = play(env, 0, 1)
+    kept = [
+        declared.contains(obs)
+        and declared.dtype == raw.reset_env(jax.random.key(0), params)[0].dtype
+        for obs in timesteps.obs.reshape(-1, *UNTRUE[name])
+    ]
+    assert not all(kept)  # else gymnax has mended it, and the wrapper may believe it
+
+
+def test_deep_sea_ends_by_the_task_alone_where_it_reports_both():
+    raw, params = gymnax.make("DeepSea-bsuite", size=4)
+    _, state = raw.reset_env(jax.random.key(0), params)
+    for _ in range(4):
+        _, state, _, terminated, _ = raw.step_env(jax.random.key(0), state, 0, params)
+    assert terminated and raw.is_truncated(state, params)  # both
+    _, timesteps = play(wrappers.make("gymnax/DeepSea-bsuite", 2, size=4), 0, 1)
+    assert timesteps.terminated.sum() > 0 and timesteps.truncated.sum() == 0
+
+
+def test_options_reach_constructor_and_parameters():
+    env = wrappers.make("gymnax/DeepSea-bsuite", 2, size=5, unscaled_move_cost=0.5)
+    assert env.observation_space.shape == (5, 5)
+    assert env.game.params.unscaled_move_cost == 0.5
+    rooms = wrappers.make("gymnax/FourRooms-misc", 2, goal_fixed=[1, 2], use_visual_obs=True)
+    assert rooms.observation_space.shape == (13, 13, 3)
+    assert env.replicate(1).observation_space.shape == (5, 5)
+    replica = env.replicate(1, unscaled_move_cost=0.25)
+    assert replica.game.params.unscaled_move_cost == 0.25
+    assert replica.observation_space.shape == (5, 5)
+
+
+def test_equal_calls_share_what_is_compiled_and_others_do_not():
+    def game(**options):
+        return wrappers.make("gymnax/CartPole-v1", 2, **options).game
+
+    assert game() is game()
+    assert game(max_steps_in_episode=9) is game(max_steps_in_episode=9)
+    assert game() is not game(max_steps_in_episode=9)
+
+
+def test_it_steps_under_vmap():
+    """Not so emulators: this is what many seeds at once stand on."""
+    env = wrappers.make("gymnax/CartPole-v1", 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, starts = jax.vmap(env.reset)(keys)
+    _, timesteps = jax.vmap(env.step)(states, jnp.ones((3, 2), int), keys)
+    for i in range(3):
+        state, start = env.reset(keys[i])
+        _, timestep = env.step(state, jnp.ones(2, int), keys[i])
+        np.testing.assert_allclose(starts.obs[i], start.obs)
+        np.testing.assert_allclose(timesteps.obs[i], timestep.obs, rtol=1e-6)
+
+
+def test_breakout_is_drawn_cell_by_cell():
+    env = wrappers.make("gymnax/Breakout-MinAtar", 2)
+    state, timestep = env.reset(jax.random.key(0))
+    state, timestep = env.step(state, jnp.array([0, 1]), jax.random.key(1))
+    picture, grid = env.render(state, 1), np.asarray(timestep.obs[1])
+    assert picture.shape == (240, 240, 3)
+    cells = picture[12::24, 12::24]
+    np.testing.assert_array_equal(cells.any(-1), grid.any(-1))
+    bricks = cells[1:4].reshape(-1, 3)
+    assert (bricks == bricks[0]).all() and (bricks[0] != cells[9, 3]).any()
+
+
+def test_cartpole_is_drawn_where_it_stands():
+    env = wrappers.make("gymnax/CartPole-v1", 1)
+    state, _ = env.reset(jax.random.key(0))
+    pictures = [env.render(state)]
+    for i in range(15):
+        state, _ = env.step(state, jnp.array([1]), jax.random.key(i))
+    pictures.append(env.render(state))
+    black = [np.argwhere((p == 0).all(-1)).mean(0)[1] for p in pictures]  # the cart
+    assert black[1] > black[0] + 5

@@ -1,0 +1,72 @@
+import gymnasium
+import gymnax
+import pytest
+
+import eqx_q.wrappers as wrappers
+from eqx_q.errors import MissingExtraError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("source", "num_envs", "options", "message"),
+    [
+        ("gymnx/CartPole-v1", 2, {}, "unknown suite 'gymnx': the nearest are gymnax"),
+        ("CartPole-v1", 2, {}, "write 'suite/name'"),
+        ("gymnax/CartPol-v1", 2, {}, "the nearest are CartPole-v1"),
+        ("gymnax/cartpole-v1", 2, {}, "the nearest are CartPole-v1"),
+        ("gymnax/CartPole-v1", 2, {"max_step_in_episode": 3}, "max_steps_in_episode"),
+        ("gymnax/Catch-bsuite", 2, {"colums": 3}, "the nearest are columns"),
+        ("gymnax/Pendulum-v1", 2, {}, "continuous actions"),
+        ("gymnax/CartPole-v1", 0, {}, "num_envs is 0"),
+        ("gymnax/CartPole-v1", -1, {}, "num_envs is -1"),
+        ("envpool/Pong-v4", 2, {}, "the nearest are Pong-v5"),
+        ("envpool/Pong-v5", 2, {"episodic_live": True}, "the nearest are episodic_life"),
+        ("envpool/Pong-v5", 2, {"batch_size": 1}, "unknown option 'batch_size'"),
+        ("envpool/Pong-v5", 2, {"stack_num": 0}, "stack_num is 0"),
+        ("envpool/Pong-v5", 2, {"repeat_action_probability": 1.5}, "between 0 and 1"),
+        ("envpool/Pong-v5", 2, {"frame_skip": "four"}, "Pong-v5 cannot be made with"),
+        ("gymnasium/CartPol-v1", 2, {}, "Did you mean: `CartPole`"),
+        ("gymnasium/CartPole-v1", 2, {"fast": True}, "unexpected keyword argument 'fast'"),
+        ("gymnasium/CartPole-v1", 2, {"vectorization": "asink"}, "the nearest are async"),
+        ("gymnasium/Pendulum-v1", 2, {}, "needs Discrete actions"),
+        (object(), 2, {}, "cannot make an environment of"),
+        (lambda: 3, 2, {}, "must return a gymnasium.Env"),
+    ],
+)
+def test_bad_input_is_told_how_to_be_mended(source, num_envs, options, message):
+    with pytest.raises(UsageError) as error:
+        wrappers.make(source, num_envs, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("suite", "package", "extra"),
+    [("gymnax", "gymnax", "jax-envs"), ("envpool", "envpool", "atari")],
+)
+def test_a_missing_package_names_its_extra(monkeypatch, suite, package, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.*pip install 'eqx_q\[{extra}\]'"):
+        wrappers.make(f"{suite}/Anything", 1)
+
+
+def test_ids_of_a_suite():
+    assert len(wrappers.env_ids("envpool")) == 104
+    assert "envpool/SpaceInvaders-v5" in wrappers.env_ids("envpool")
+    assert "gymnasium/CartPole-v1" in wrappers.env_ids("gymnasium")
+    with pytest.raises(UsageError, match="nearest are gymnax"):
+        wrappers.env_ids("gymnx")
+
+
+def test_ones_own_environments_are_taken():
+    cartpole, params = gymnax.make("CartPole-v1")
+    pair = wrappers.make((cartpole, params.replace(max_steps_in_episode=7)), 2)
+    assert pair.max_episode_steps == 7 and not pair.on_host
+    alone = wrappers.make(cartpole, 2, max_steps_in_episode=9)
+    assert alone.max_episode_steps == 9
+    assert alone.replicate(3, max_steps_in_episode=5).max_episode_steps == 5
+    factory = wrappers.make(lambda: gymnasium.make("CartPole-v1", max_episode_steps=11), 2)
+    assert factory.max_episode_steps == 11 and factory.on_host
+    by_class = wrappers.make(gymnasium.envs.classic_control.CartPoleEnv, 2)
+    assert by_class.max_episode_steps is None
+    for env in (factory, by_class):
+        env.close()
