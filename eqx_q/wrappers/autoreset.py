@@ -77,6 +77,7 @@ class LaneState(eqx.Module):
     running: Running
 
 
+@eqx.filter_jit  # it is often called outside, where each operation would be compiled on its own
 def reset(reset_lane: ResetLane, key: PRNGKeyArray, num_envs: int) -> tuple[LaneState, TimeStep]:
     """Starts an episode in every lane, given how to start one."""
     inner, report = _strong(jax.vmap(reset_lane)(jax.random.split(key, num_envs)))

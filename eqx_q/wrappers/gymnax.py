@@ -212,8 +212,10 @@ def _is_discrete(env: Environment, params: Any) -> bool:
 
 
 def _replace(params: Any, options: dict[str, Any], also_known: tuple[str, ...] = ()) -> Any:
-    fields = [field.name for field in dataclasses.fields(params)]
-    for name in options:
+    fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    for name, value in options.items():
         if name not in fields:
             raise UnknownNameError("option", name, [*fields, *also_known])
+        if isinstance(fields[name], float) and isinstance(value, int):
+            options = options | {name: float(value)}  # types are part of what is compiled
     return params.replace(**options)

@@ -46,3 +46,8 @@ def lane_keys(seed: int, chunks: int, num_envs: int) -> jax.Array:
 
 def assert_equal(a: TimeStep, b: TimeStep):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def cart_column(picture: np.ndarray) -> float:
+    """Where CartPole's cart is drawn: black, and higher than the line it runs on."""
+    return float(np.flatnonzero((picture == 0).all(-1).sum(0) > 5).mean())

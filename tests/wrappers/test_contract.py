@@ -34,7 +34,6 @@ CASES = {
     "frozen_lake": ("gymnax/FrozenLake-misc", {}),
     "deep_sea": ("gymnax/DeepSea-bsuite", {"size": 5}),
     "atari": ("envpool/Breakout-v5", {"max_episode_steps": 30}),
-    "atari_rgb": ("envpool/Pong-v5", {"max_episode_steps": 25, "gray_scale": False}),
     "gymnasium_vector": ("gymnasium/CartPole-v1", {}),
     "gymnasium_taxi": ("gymnasium/Taxi-v4", {"max_episode_steps": 15}),
     "own": (Walk, {}),
