@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .layers import AbstractLayer, Batch, BatchMask, Linear
+from .layers import AbstractLayer, Batch, BatchMask, Linear, gather_statistics
 
 
 class Dueling(AbstractLayer):
@@ -14,16 +14,16 @@ class Dueling(AbstractLayer):
     advantage: AbstractLayer
 
     def initial_statistics(self) -> PyTree:
-        return self.value.initial_statistics(), self.advantage.initial_statistics()
+        return gather_statistics(self.value, self.advantage)
 
     def __call__(
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        kept_value, kept_advantage = statistics
+        kept_value, kept_advantage = statistics or (None, None)
         value, kept_value = self.value(x, kept_value, batch_mask)
         advantage, kept_advantage = self.advantage(x, kept_advantage, batch_mask)
         q_values = value + advantage - jnp.mean(advantage, axis=-1, keepdims=True)
-        return q_values, (kept_value, kept_advantage)
+        return q_values, None if statistics is None else (kept_value, kept_advantage)
 
 
 def linear(features: int, num_actions: int, *, key: PRNGKeyArray, init: str) -> Linear:

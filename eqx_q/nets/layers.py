@@ -79,9 +79,10 @@ def output_shape(layer: AbstractLayer, shape: tuple[int, ...], dtype=jnp.float32
 # Composition -----------------------------------------------------------------------------------
 
 
-def _initial(layers: tuple[AbstractLayer, ...]) -> tuple | None:
+def gather_statistics(*layers: AbstractLayer) -> PyTree:
+    """Initial statistics of layers that make up one; `None` where none of them keeps any."""
     statistics = tuple(layer.initial_statistics() for layer in layers)
-    return None if all(s is None for s in statistics) else statistics
+    return None if all(kept is None for kept in statistics) else statistics
 
 
 class Sequential(AbstractLayer):
@@ -90,7 +91,7 @@ class Sequential(AbstractLayer):
     layers: tuple[AbstractLayer, ...]
 
     def initial_statistics(self) -> PyTree:
-        return _initial(self.layers)
+        return gather_statistics(*self.layers)
 
     def __call__(
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
@@ -109,7 +110,7 @@ class Product(AbstractLayer):
     right: AbstractLayer
 
     def initial_statistics(self) -> PyTree:
-        return _initial((self.left, self.right))
+        return gather_statistics(self.left, self.right)
 
     def __call__(
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None

@@ -1,7 +1,7 @@
 """Networks by name. To add one: a function from shape to layers, and a line in `ENCODERS`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium
@@ -86,8 +86,10 @@ def make_network(
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     if input_scale is None:
         input_scale = 1 / 255 if observation_space.dtype == np.uint8 else 1.0
-    if "hidden_sizes" in options:
-        options["hidden_sizes"] = tuple(options["hidden_sizes"])
+    options = {
+        k: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v
+        for k, v in options.items()
+    }
     if init is not None:
         options["init"] = init
     encoder_key, head_key = jax.random.split(key)

@@ -1,0 +1,117 @@
+"""Encoders: sizes counted by hand, and gradients that reach every parameter."""
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_q.errors import UsageError
+from eqx_q.nets import encoders, make_network
+from eqx_q.nets.layers import NORMS
+from eqx_q.nets.registry import ENCODERS
+
+KEY = jax.random.key(0)
+SPACES = {
+    "mlp": gymnasium.spaces.Box(-1, 1, (4,), np.float32),
+    "minatar_cnn": gymnasium.spaces.Box(0, 1, (10, 10, 4), np.float32),
+    "nature_cnn": gymnasium.spaces.Box(0, 255, (2, 36, 36), np.uint8),
+    "impala": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
+    "hadamax": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
+}
+SMALL = {name: {"hidden_sizes": (16,)} for name in SPACES}
+
+
+def count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(module, eqx.is_inexact_array)))
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_every_network_learns_with_every_norm(name, norm):
+    space = SPACES[name]
+    network = make_network(name, space, 3, key=KEY, norm=norm, **SMALL[name])
+    obs = jax.random.randint(KEY, (2, 4, *space.shape), 0, 200).astype(space.dtype)
+    statistics = network.initial_statistics()
+
+    @eqx.filter_jit
+    def gradient(network, batch_mask):
+        def loss(network):
+            out = network(obs, statistics, batch_mask=batch_mask)
+            return jnp.mean(jnp.square(out.q_values - 1)), out
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(network)
+
+    (_, out), gradients = gradient(network, jnp.ones((2, 4), bool))
+    assert out.q_values.shape == (2, 4, 3)
+    assert np.all(np.isfinite(out.q_values))
+    assert np.std(np.asarray(out.q_values)[..., 0]) > 1e-6  # the observation matters
+    assert jax.tree.structure(out.statistics) == jax.tree.structure(statistics)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf)), path
+        # A bias right before batch normalisation has none: it is taken away with the mean.
+        assert np.any(leaf) or leaf.ndim == 1, path
+    _, gradients = gradient(network, None)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.any(leaf), path
+
+
+def test_parameters_of_the_mlp():
+    network = make_network("mlp", SPACES["mlp"], 2, key=KEY)
+    assert count(network) == (4 * 256 + 3 * 256) + (256 * 256 + 3 * 256) + (256 * 2 + 2)
+
+
+def test_parameters_of_the_minatar_cnn():
+    network = make_network("minatar_cnn", SPACES["minatar_cnn"], 6, key=KEY)
+    conv, dense = 9 * 4 * 16 + 3 * 16, 8 * 8 * 16 * 128 + 3 * 128
+    assert count(network) == conv + dense + 128 * 6 + 6
+
+
+@pytest.mark.parametrize(("padding", "pixels"), [("VALID", 7 * 7), ("SAME", 11 * 11)])
+def test_parameters_of_the_nature_cnn(padding, pixels):
+    space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    network = make_network("nature_cnn", space, 6, key=KEY, norm="none", padding=padding)
+    convs = (64 * 4 * 32 + 32) + (16 * 32 * 64 + 64) + (9 * 64 * 64 + 64)
+    assert count(network) == convs + pixels * 64 * 512 + 512 + 512 * 6 + 6
+
+
+def test_parameters_of_cleanrls_nature_cnn():
+    """Layer norm over whole images, with a scale and a bias for every element."""
+    space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    whole = make_network("nature_cnn", space, 6, key=KEY, norm="layer_norm_all")
+    none = make_network("nature_cnn", space, 6, key=KEY, norm="none")
+    normalised = 32 * 20 * 20 + 64 * 9 * 9 + 64 * 7 * 7 + 512
+    assert count(whole) - count(none) == 2 * normalised
+
+
+def test_parameters_of_impala():
+    space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    network = make_network("impala", space, 6, key=KEY, norm="none")
+    convs = 0
+    for inputs, channels in ((4, 16), (16, 32), (32, 32)):
+        convs += 9 * inputs * channels + channels + 4 * (9 * channels * channels + channels)
+    assert count(network) == convs + 11 * 11 * 32 * 256 + 256 + 256 * 6 + 6
+
+
+def test_parameters_of_hadamax():
+    space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    network = make_network("hadamax", space, 6, key=KEY, norm="none")
+    convs = 2 * ((64 * 4 * 32 + 32) + (16 * 32 * 64 + 64) + (9 * 64 * 64 + 64))
+    assert count(network) == convs + 11 * 11 * 64 * 512 + 512 + 512 * 6 + 6
+
+
+def test_initialisation_of_hadamax():
+    encoder = encoders.hadamax((12, 12, 4), key=KEY)
+    product, dense = encoder.layers[4], encoder.layers[7]
+    kernel = product.left.layers[0].kernel
+    np.testing.assert_allclose(np.var(kernel), 2 / (9 * 64 + 9 * 64), rtol=0.05)
+    np.testing.assert_allclose(np.var(dense.weight), 2 / dense.weight.shape[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["minatar_cnn", "nature_cnn", "impala", "hadamax"])
+def test_images_must_be_large_enough(name):
+    with pytest.raises(UsageError, match="needs images of at least"):
+        ENCODERS[name]((4,), key=KEY)
+    with pytest.raises(UsageError, match="needs images of at least"):
+        ENCODERS[name]((2, 2, 4), key=KEY)

@@ -1,0 +1,121 @@
+"""Networks by name: the choice, the options and what is said of wrong ones."""
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_q.errors import UsageError
+from eqx_q.nets import make_network
+from eqx_q.nets.layers import BatchNorm, Conv, Linear
+from eqx_q.nets.registry import choose_encoder, has_channels_first
+
+KEY = jax.random.key(0)
+VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+GRID = gymnasium.spaces.Box(0, 1, (10, 10, 4), np.float32)
+FRAMES = gymnasium.spaces.Box(0, 255, (4, 36, 36), np.uint8)
+
+
+def modules(network, kind):
+    leaves = jax.tree.leaves(network, is_leaf=lambda node: isinstance(node, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "name"),
+    [
+        ((4,), False, "mlp"),
+        ((3, 7), False, "mlp"),
+        ((10, 10, 4), False, "minatar_cnn"),
+        ((10, 10, 10), False, "minatar_cnn"),
+        ((4, 84, 84), True, "nature_cnn"),
+        ((84, 84, 4), False, "nature_cnn"),
+        ((2, 8, 9), True, "minatar_cnn"),
+        ((2, 2, 3), True, "mlp"),
+    ],
+)
+def test_auto_goes_by_the_shape(shape, first, name):
+    assert has_channels_first(shape) is first
+    channels_last = (*shape[1:], shape[0]) if first else shape
+    assert choose_encoder(channels_last) == name
+    space = gymnasium.spaces.Box(-1, 1, shape, np.float32)
+    a = make_network("auto", space, 3, key=KEY, hidden_sizes=(8,))
+    b = make_network(name, space, 3, key=KEY, hidden_sizes=(8,))
+    assert eqx.tree_equal(a, b)
+
+
+def test_order_of_channels_is_only_a_matter_of_order():
+    last = gymnasium.spaces.Box(0, 255, (36, 36, 4), np.uint8)
+    obs = jax.random.randint(KEY, (1, 2, 4, 36, 36), 0, 256).astype(jnp.uint8)
+    for options in ({}, {"normalize_input": True}):
+        a = make_network("nature_cnn", FRAMES, 3, key=KEY, hidden_sizes=(8,), **options)
+        b = make_network("nature_cnn", last, 3, key=KEY, hidden_sizes=(8,), **options)
+        qa = a(obs, a.initial_statistics()).q_values
+        qb = b(jnp.moveaxis(obs, 2, -1), b.initial_statistics()).q_values
+        np.testing.assert_allclose(qa, qb, rtol=1e-4, atol=1e-5)
+    forced = make_network("minatar_cnn", GRID, 3, key=KEY, channels_first=True, padding="SAME")
+    assert modules(forced, Conv)[0].kernel.shape == (16, 3, 3, 10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "minatar_cnn"])
+def test_input_scale(name):
+    space = VECTOR if name == "mlp" else GRID
+    options = {"key": KEY, "norm": "none", "hidden_sizes": (8,)}
+    plain = make_network(name, space, 3, **options)
+    scaled = make_network(name, space, 3, **options, input_scale=1 / 255)
+    obs = jax.random.normal(KEY, (1, 2, *space.shape))
+    np.testing.assert_allclose(
+        scaled(obs, None).q_values, plain(obs / 255, None).q_values, rtol=1e-4, atol=1e-6
+    )
+    # Bytes are scaled by default.
+    raw = gymnasium.spaces.Box(0, 255, space.shape, np.uint8)
+    by_default = make_network(name, raw, 3, **options)
+    pixels = jax.random.randint(KEY, obs.shape, 0, 256).astype(jnp.uint8)
+    np.testing.assert_allclose(
+        by_default(pixels, None).q_values,
+        plain(pixels / 255, None).q_values,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_normalised_input_is_batch_norm_of_raw_observations():
+    network = make_network("mlp", VECTOR, 3, key=KEY, normalize_input=True)
+    (norm,) = modules(network, BatchNorm)
+    obs = 5 + 3 * jax.random.normal(KEY, (2, 6, 4))
+    mask = jnp.ones((2, 6), bool)
+    kept = network(obs, network.initial_statistics(), batch_mask=mask).statistics
+    _, expected = norm(obs.reshape(12, 4), norm.initial_statistics(), mask.reshape(-1))
+    np.testing.assert_allclose(jax.tree.leaves(kept)[0], expected.mean, rtol=1e-5)
+
+
+def test_orthogonal_reaches_the_head():
+    network = make_network("mlp", VECTOR, 3, key=KEY, init="orthogonal", hidden_sizes=(16,))
+    first, head = modules(network, Linear)
+    np.testing.assert_allclose(first.weight @ first.weight.T, 2 * np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(head.weight @ head.weight.T, 2 * np.eye(3), atol=1e-5)
+
+
+def test_the_head_is_lecun_normal_by_default():
+    network = make_network("minatar_cnn", GRID, 50, key=KEY, hidden_sizes=(400,))
+    *_, dense, head = modules(network, Linear)
+    np.testing.assert_allclose(np.var(dense.weight), 2 / 1024, rtol=0.03)
+    np.testing.assert_allclose(np.var(head.weight), 1 / 400, rtol=0.03)
+
+
+def test_options_may_be_lists():
+    a = make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=[8, 8])
+    assert eqx.tree_equal(a, make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=(8, 8)))
+
+
+def test_wrong_names_are_told():
+    with pytest.raises(UsageError, match=r"unknown network 'natur_cnn'.*nature_cnn"):
+        make_network("natur_cnn", FRAMES, 3, key=KEY)
+    with pytest.raises(UsageError, match=r"'hidden_size'.*hidden_sizes"):
+        make_network("mlp", VECTOR, 3, key=KEY, hidden_size=(8,))
+    with pytest.raises(UsageError, match=r"unknown head 'duelling'.*dueling"):
+        make_network("mlp", VECTOR, 3, key=KEY, head="duelling")
+    with pytest.raises(UsageError, match="exclude each other"):
+        make_network("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
