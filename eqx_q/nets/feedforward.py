@@ -61,7 +61,7 @@ class FromModule(AbstractQNetwork):
         return NetworkOutput(jax.vmap(jax.vmap(self.module))(obs))
 
 
-def as_network(module: eqx.Module) -> AbstractQNetwork:
+def as_network(module: object) -> AbstractQNetwork:
     """The module itself if it is a network, else one that maps it over time and batch.
 
     **Arguments:**

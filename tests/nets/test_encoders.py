@@ -20,7 +20,7 @@ SPACES = {
     "impala": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
     "hadamax": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
 }
-SMALL = {name: {"hidden_sizes": (16,)} for name in SPACES}
+SMALL = {"impala": {"channels": (8,)}}
 
 
 def count(module):
@@ -31,7 +31,9 @@ def count(module):
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_network_learns_with_every_norm(name, norm):
     space = SPACES[name]
-    network = make_network(name, space, 3, key=KEY, norm=norm, **SMALL[name])
+    network = make_network(
+        name, space, 3, key=KEY, norm=norm, hidden_sizes=(16,), **SMALL.get(name, {})
+    )
     obs = jax.random.randint(KEY, (2, 4, *space.shape), 0, 200).astype(space.dtype)
     statistics = network.initial_statistics()
 
@@ -46,15 +48,17 @@ def test_every_network_learns_with_every_norm(name, norm):
     (_, out), gradients = gradient(network, jnp.ones((2, 4), bool))
     assert out.q_values.shape == (2, 4, 3)
     assert np.all(np.isfinite(out.q_values))
-    assert np.std(np.asarray(out.q_values)[..., 0]) > 1e-6  # the observation matters
+    spread = np.std(np.asarray(out.q_values), (0, 1)) / np.max(np.abs(out.q_values))
+    assert np.all(spread > 1e-3)  # the observation matters
     assert jax.tree.structure(out.statistics) == jax.tree.structure(statistics)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.all(np.isfinite(leaf)), path
         # A bias right before batch normalisation has none: it is taken away with the mean.
-        assert np.any(leaf) or leaf.ndim == 1, path
-    _, gradients = gradient(network, None)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        assert np.any(leaf), path
+        assert np.any(leaf) or (leaf.ndim == 1 and statistics is not None), path
+    if statistics is not None:  # with running statistics it is not
+        _, gradients = gradient(network, None)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            assert np.any(leaf), path
 
 
 def test_parameters_of_the_mlp():
@@ -106,7 +110,7 @@ def test_initialisation_of_hadamax():
     product, dense = encoder.layers[4], encoder.layers[7]
     kernel = product.left.layers[0].kernel
     np.testing.assert_allclose(np.var(kernel), 2 / (9 * 64 + 9 * 64), rtol=0.05)
-    np.testing.assert_allclose(np.var(dense.weight), 2 / dense.weight.shape[1], rtol=0.05)
+    np.testing.assert_allclose(np.var(dense.weight), 2 / (2 * 2 * 64), rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["minatar_cnn", "nature_cnn", "impala", "hadamax"])
