@@ -124,6 +124,17 @@ def test_spaces_masks_and_flags_of_ones_own():
     env.close()
 
 
+def test_the_seed_is_for_the_first_reset_and_later_ones_go_on():
+    env = wrappers.make("gymnasium/CartPole-v1", 2, seed=4)
+    again = env.replicate(2, seed=4)
+    starts = [one.reset(jax.random.key(0))[1].obs for one in (env, env, again, again)]
+    assert not np.array_equal(starts[0], starts[1])
+    np.testing.assert_array_equal(starts[0], starts[2])
+    np.testing.assert_array_equal(starts[1], starts[3])
+    for one in (env, again):
+        one.close()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_error_in_the_environment_is_shown(caplog):
     env = wrappers.make(Toy, 1, fail_at=7)
