@@ -181,3 +181,13 @@ def test_a_renderer_that_fails_costs_only_the_pictures(env, tmp_path, monkeypatc
     agent, _ = train(env, 64, [video])
     assert int(agent.env_steps) == 64
     assert caplog.text.count("the run goes on without pictures") == 1
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    with Interrupt():
+        signal.raise_signal(signal.SIGINT)
+        assert not left and "once more to quit at once" in capsys.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+    assert left == [130]
