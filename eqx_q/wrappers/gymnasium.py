@@ -36,6 +36,7 @@ class Host:
         self.vector: VectorEnv | None = vector
         self.seed: int | None = seed
         self.recipe = recipe
+        self.num_envs = vector.num_envs
         space, actions = vector.single_observation_space, vector.single_action_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise UsageError(f"Q-learning needs Discrete actions, not {actions}: discretise them")
@@ -77,11 +78,14 @@ class Host:
         return np.asarray(obs, self.observation_space.dtype)
 
     def _mask(self, info: dict[str, Any]) -> tuple[np.ndarray, ...]:
-        """Lanes that gave no mask may do anything."""
+        """Lanes that give no mask now may do anything."""
         if not self.has_mask:
             return ()
-        given = info["_action_mask"][:, None]
-        return (np.where(given, info["action_mask"], True).astype(bool),)
+        masks = np.ones((self.num_envs, int(self.action_space.n)), bool)
+        given = info.get("_action_mask", np.zeros(self.num_envs, bool))
+        if given.any():
+            masks[given] = info["action_mask"][given]
+        return (masks,)
 
 
 class GymnasiumEnv(Env):
@@ -100,11 +104,11 @@ class GymnasiumEnv(Env):
     on_host: bool = eqx.field(static=True)
     max_episode_steps: int | None = eqx.field(static=True)
 
-    def __init__(self, host: Host, num_envs: int, max_episode_steps: int | None):
+    def __init__(self, host: Host, max_episode_steps: int | None):
         self.host = host
         self.observation_space = host.observation_space
         self.action_space = host.action_space
-        self.num_envs = num_envs
+        self.num_envs = host.num_envs
         self.num_agents = None
         self.on_host = True
         self.max_episode_steps = max_episode_steps
@@ -196,16 +200,15 @@ def make(
             options = _rendering(spec.entry_point) | options
         one = functools.partial(_one, create, options)
         if vector is None and vectorization == "async":
-            vector = AsyncVectorEnv(
-                [one] * num_envs, context="forkserver"
-            )  # JAX must not be forked
+            # Not forked from here, where JAX has threads.
+            vector = AsyncVectorEnv([one] * num_envs, context="forkserver")
         elif vector is None:
             vector = SyncVectorEnv([one] * num_envs)
             spec = vector.envs[0].spec
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise UsageError(f"Gymnasium cannot make {source!r}: {error}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
-    return GymnasiumEnv(Host(vector, seed, recipe), num_envs, limit)
+    return GymnasiumEnv(Host(vector, seed, recipe), limit)
 
 
 def _resolve(source: Any) -> tuple[EnvSpec | None, Callable[..., gymnasium.Env]]:

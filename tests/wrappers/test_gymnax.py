@@ -12,7 +12,12 @@ import eqx_q.wrappers as wrappers
 
 IDS = [name.removeprefix("gymnax/") for name in wrappers.env_ids("gymnax")]
 # Those whose declared spaces are not true of what they observe, and the true shape.
-UNTRUE = {"Catch-bsuite": (10, 5), "FourRooms-misc": (4,), "MetaMaze-misc": (15,)}
+UNTRUE = {
+    "Catch-bsuite": (10, 5),
+    "FourRooms-misc": (4,),
+    "MemoryChain-bsuite": (3,),
+    "MetaMaze-misc": (15,),
+}
 # Short, so that episodes end by the limit too.
 LIMIT = {"max_steps_in_episode": 12}
 
