@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .checkpoint import load_latest, save_checkpoint
+from .errors import UsageError
 from .evaluation import evaluate
 from .media import record_episode, write_gif
 from .tracking import Tracker
@@ -123,6 +124,9 @@ class Evaluation:
 class Checkpoint:
     """Writes the run state after so many steps or seconds, whichever is sooner, and at the end.
 
+    Where the disk does not take it, a warning says so, and the next boundary is another chance;
+    the last failure is raised.
+
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
     time. `keep`: the newest files that stay. `with_env`: `False` where the environment lives
     outside JAX, so that its state cannot be saved. **Attributes:** `last`: the newest file.
@@ -144,12 +148,21 @@ class Checkpoint:
         self._every, self._seconds, self._keep = every, seconds, keep
         self._next_step = every
         self._saved_at = time.perf_counter()
+        self._warned = False
 
     def __call__(self, run_state: RunState, metrics: Metrics) -> None:
         """Saves where it is time to."""
         waited = time.perf_counter() - self._saved_at
         if metrics["done"] or metrics["env_steps"] >= self._next_step or waited > self._seconds:
-            self.save(run_state, int(metrics["env_steps"]))
+            try:
+                self.save(run_state, int(metrics["env_steps"]))
+            except UsageError as error:
+                passing = isinstance(error.__cause__, OSError)  # another cause would stay
+                if metrics["done"] or not passing:
+                    raise
+                if not self._warned:
+                    self._warned = True
+                    logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
     def save(self, run_state: RunState, env_steps: int) -> Path:
         """Saves now."""

@@ -13,6 +13,7 @@ import eqx_q
 from eqx_q import callbacks
 from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from eqx_q.checkpoint import load
+from eqx_q.errors import UsageError
 
 
 def make_agent(env, key=0):
@@ -97,6 +98,27 @@ def test_checkpoints_come_after_steps_or_seconds_and_at_the_end(env, tmp_path):
     train(env, 32, [Checkpoint(tmp_path / "seconds", every=10**9, seconds=0.0, keep=2)])
     names = sorted(path.name for path in (tmp_path / "seconds").iterdir())
     assert names == ["000000000024.ckpt", "000000000032.ckpt"]
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(env, tmp_path, monkeypatch, caplog):
+    full = False
+
+    def fsync(_):
+        if full:
+            raise OSError(28, "No space left on device")
+
+    def fill(_, metrics):
+        nonlocal full
+        full = metrics["env_steps"] in (16, 24)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    checkpoint = Checkpoint(tmp_path, every=16)
+    train(env, 40, [fill, checkpoint])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000000000032.ckpt", "000000000040.ckpt"]
+    assert caplog.text.count("No space left") == 1
+    with pytest.raises(UsageError, match="No space left"):
+        train(env, 24, [fill, Checkpoint(tmp_path, every=16)])
 
 
 def test_a_restored_run_goes_on_bit_for_bit(env, tmp_path):
