@@ -88,8 +88,10 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
 def save_checkpoint(directory: str | os.PathLike, tree: PyTree, step: int, keep: int = 2) -> Path:
     """Writes `directory/<step>.ckpt`; of the files there, the newest `keep` good ones stay.
 
-    **Returns:** the path. **Raises:** as `save` does.
+    **Returns:** the path. **Raises:** as `save` does; `UsageError` where `keep` is not at least 1.
     """
+    if not (isinstance(keep, int) and keep >= 1):
+        raise UsageError(f"keep={keep}: give a whole number of checkpoints to keep, 1 or more")
     path = Path(directory) / f"{step:012d}.ckpt"
     save(path, tree)
     good = 0

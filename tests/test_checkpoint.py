@@ -106,6 +106,9 @@ def test_keeps_the_newest(tmp_path):
     (tmp_path / "c" / "notes.ckpt").write_text("mine")  # other people's files stay
     save_checkpoint(tmp_path / "c", 1, 300, keep=1)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["000000000300.ckpt", "notes.ckpt"]
+    with pytest.raises(UsageError, match="keep=0: give a whole number of checkpoints"):
+        save_checkpoint(tmp_path / "c", 1, 400, keep=0)
+    assert (tmp_path / "c" / "000000000300.ckpt").exists()
 
 
 @pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-3])])
