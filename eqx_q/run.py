@@ -6,9 +6,11 @@ A configuration is a nested dictionary with the keys of `conf/config.yaml`. The 
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import logging
+import operator
 import pkgutil
 import platform
 import time
@@ -86,19 +88,22 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
         agent = make_agent(config, env)
         run_state = _restored(config, directory, env) if resume else None
         crew = _crew(config, directory, env, run_state, stack)
-        try:
-            agent, _ = train(
-                agent,
-                env,
-                total_steps=whole(config, "total_steps", least=1),
-                key=jax.random.fold_in(jax.random.key(whole(config, "seed")), 1),
-                callbacks=crew.callbacks,
-                run_state=run_state,
-                log_every=config["log_every"],
-            )
-        except DivergedError as error:
-            raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
-    save(directory / "agent.eqx", agent)
+        total = whole(config, "total_steps", least=1)
+        if run_state is not None and _env_steps(run_state.agent) >= total:
+            _end_again(directory, crew, run_state, total)
+        else:
+            try:
+                train(
+                    agent,
+                    env,
+                    total_steps=total,
+                    key=jax.random.fold_in(jax.random.key(whole(config, "seed")), 1),
+                    callbacks=crew.callbacks,
+                    run_state=run_state,
+                    log_every=config["log_every"],
+                )
+            except DivergedError as error:
+                raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
     summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
@@ -107,11 +112,41 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
 def _restored(config: Config, directory: Path, env: Env) -> RunState:
     run_state = restore(directory / "checkpoints", env)
     done, total = _env_steps(run_state.agent), whole(config, "total_steps")
-    if done >= total:
+    if done >= total and _has_results(directory, done):
         raise UsageError(
             f"this run has made its {done:,} steps: give a larger total_steps to go on"
         )
     return run_state
+
+
+def _has_results(directory: Path, env_steps: int) -> bool:
+    """Whether the agent and the summary of a run that made so many steps are there."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+        return summary["env_steps"] >= env_steps and (directory / "agent.eqx").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _end_again(directory: Path, crew: "_Crew", run_state: RunState, total_steps: int) -> None:
+    """What was left to do where a run was killed after its last checkpoint.
+
+    How long training took is not known any more.
+    """
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        crew.recorder(run_state, json.loads(line) | {"total_steps": total_steps})
+    metrics = {
+        "env_steps": _env_steps(run_state.agent),
+        "total_steps": total_steps,
+        "transitions": np.asarray(run_state.transitions),
+        "compile_seconds": np.nan,
+        "train_seconds": np.nan,
+        "done": True,
+    }
+    for callback in (crew.evaluation, crew.keeper):
+        if callback is not None:
+            callback(run_state, metrics)
+    crew.recorder.last = metrics
 
 
 class _Crew(NamedTuple):
@@ -120,6 +155,7 @@ class _Crew(NamedTuple):
     callbacks: list[Any]
     interrupt: Interrupt
     evaluation: Evaluation | None
+    keeper: "_Keeper"
     checkpoint: Checkpoint
     recorder: "_Recorder"
 
@@ -132,18 +168,33 @@ def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Cr
     interrupt = stack.enter_context(Interrupt())
     evaluation = _evaluation(config, env, budget, stack)
     recorder = _Recorder(begin)
+    keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(config, env, directory)
     callbacks = [
         interrupt,
         evaluation,
         recorder,
+        keeper,
         checkpoint,
         tracker,
         _closing(stack, Progress()),
         _video(config, env, directory, tracker, budget, stack),
     ]
     present = [callback for callback in callbacks if callback is not None]
-    return _Crew(present, interrupt, evaluation, checkpoint, recorder)
+    return _Crew(present, interrupt, evaluation, keeper, checkpoint, recorder)
+
+
+class _Keeper:
+    """Saves the agent at the end; before the checkpoint, which is larger and may not fit."""
+
+    overlap = True
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+        if metrics["done"]:
+            save(self._path, run_state.agent)
 
 
 class _Recorder:
@@ -158,7 +209,7 @@ class _Recorder:
         self.last = metrics
         if metrics["env_steps"] > 0.9 * metrics["total_steps"]:
             episodes = np.atleast_1d(metrics["episodes"])
-            returns = np.nan_to_num(np.atleast_1d(metrics["episode_return"]))
+            returns = np.nan_to_num(np.array(metrics["episode_return"], float, ndmin=1))
             self._episodes = self._episodes + episodes
             self._returns = self._returns + episodes * returns
 
@@ -230,10 +281,12 @@ def evaluate_run(
 def whole(config: Config, name: str, *, least: int = 0) -> int:
     """A whole number of the configuration, also where it is written `5e5`.
 
+    **Arguments:** `name`: of the key, with dots between levels.
+
     **Raises:** `UsageError` where it is something else, or below `least`.
     """
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    value: Any = functools.reduce(operator.getitem, name.split("."), config)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
         raise UsageError(f"{name}={value}: give a whole number")
     if value < least:
         raise UsageError(f"{name}={value}: give a whole number of at least {least}")
@@ -267,7 +320,7 @@ def _checkpoint(config, env, directory) -> Checkpoint:
     return Checkpoint(
         directory / "checkpoints",
         every=_every(config, "checkpoint", parts=10),
-        keep=config["checkpoint"]["keep"],
+        keep=whole(config, "checkpoint.keep", least=1),
         with_env=not env.on_host,
     )
 
@@ -305,7 +358,7 @@ def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
 def _every(config: Config, section: str, *, parts: int) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
     if config[section]["every"]:
-        return whole(config[section], "every", least=1)
+        return whole(config, f"{section}.every", least=1)
     return max(1, whole(config, "total_steps") // parts)
 
 

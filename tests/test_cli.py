@@ -90,6 +90,19 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
     np.testing.assert_array_equal(result["returns"], expected)
     assert f"{expected.mean():.2f}" in out
 
+    # Killed between the last checkpoint and the results: they are made up for.
+    (run / "agent.eqx").unlink()
+    (run / "summary.json").write_text("")
+    assert script("train", "resume=run")[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), agent)
+    again = json.loads((run / "summary.json").read_text())
+    assert again["train_seconds"] is None
+    for key in ("status", "env_steps", "transitions", "eval_return_per_seed"):
+        assert again[key] == summary[key]
+    np.testing.assert_allclose(again["train_return_per_seed"], summary["train_return_per_seed"])
+    status, _, err = script("train", "resume=run")
+    assert status == 1 and "give a larger total_steps to go on" in err
+
 
 def test_total_steps_stretch_the_schedules(script, tmp_path):
     script("train", *SMALL, *QUIET, "total_steps=1000", "hydra.run.dir=a")
@@ -162,6 +175,9 @@ BAD_INPUT = {
     "total_steps=soon": "total_steps=soon: give a number",
     "total_steps=1.5": "total_steps=1.5: give a whole number",
     "num_seeds=0": "num_seeds=0: give a whole number of at least 1",
+    "total_steps=inf": "total_steps=inf: give a whole number",
+    "checkpoint.keep=0": "checkpoint.keep=0: give a whole number of at least 1",
+    "checkpoint.keep=null": "checkpoint.keep=None: give a whole number",
     "devices=2": "devices=2: only devices=1 is supported so far",
     "hydra.run.dir=file/run": "cannot write to the run directory",
     "hydra.run.dir=used": "already holds a run: continue it with resume=",
