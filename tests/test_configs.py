@@ -84,7 +84,7 @@ def test_tuned_values_are_those_of_the_papers_code():
     assert expected.items() <= atari["agent"].items()
     cleanrl = composed("env=atari", "tuned=cleanrl_atari")
     assert (cleanrl["total_steps"], cleanrl["num_envs"]) == (10_000_000, 8)
-    expected = {"rollout_length": 128, "num_epochs": 4, "num_minibatches": 4, "epsilon_end": 0.01}
+    expected = {"rollout_length": 128, "num_epochs": 4, "num_minibatches": 4, "max_grad_norm": 5.0}
     assert expected.items() <= cleanrl["agent"].items()
 
 
