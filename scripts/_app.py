@@ -11,7 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import hydra
+try:  # the scripts take `hydra` from here, so that this comes first
+    import hydra
+except ModuleNotFoundError:
+    sys.exit("error: the scripts need Hydra: run `pip install 'eqx_q[train]'`")
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
@@ -108,8 +112,14 @@ def stored_config(directory: Path) -> DictConfig:
     path = Path(directory) / "config.yaml"
     if not path.exists():
         raise UsageError(f"'{directory}' is not a run directory: there is no config.yaml in it")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, DictConfig) or "env" not in config:
+        raise UsageError(
+            f"'{path}' is damaged: copy that of a run made in the same way, or start the run anew"
+        )
     return config
 
 

@@ -3,13 +3,12 @@
 import logging
 from pathlib import Path
 
-import hydra
-from _app import launch, settings, stored_config, task
+from _app import hydra, launch, settings, stored_config, task
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
-from eqx_q.run import evaluate_run, whole, write_json
+from eqx_q.run import evaluate_run, whole, whole_or_none, write_json
 
 logger = logging.getLogger("eqx_q")
 
@@ -26,10 +25,10 @@ def main(config: DictConfig) -> float:
         settings(stored_config(directory)),
         directory,
         episodes=whole(given, "episodes", least=1),
-        num_envs=given["num_envs"],
+        num_envs=whole_or_none(given, "num_envs"),
         seed=whole(given, "seed"),
         epsilon=given["epsilon"],
-        max_episode_steps=given["max_episode_steps"],
+        max_episode_steps=whole_or_none(given, "max_episode_steps"),
         protocol=given.get("protocol"),
         video=given["video"],
     )

@@ -3,10 +3,10 @@
 import logging
 import os
 
-import hydra
-from _app import launch, log_tuned_values, resumed, run_directory, settings, task
+from _app import hydra, launch, log_tuned_values, resumed, run_directory, settings, task
 from omegaconf import DictConfig, OmegaConf
 
+from eqx_q.files import write_whole
 from eqx_q.run import train_run
 
 logger = logging.getLogger("eqx_q")
@@ -25,7 +25,7 @@ def main(config: DictConfig) -> float | None:
     if config.deterministic:  # read when JAX first touches a device, which is later
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    OmegaConf.save(config, directory / "config.yaml", resolve=True)
+    write_whole(directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()])
     logger.info("run directory: %s", directory)
     summary = train_run(settings(config), directory, resume=resume)
     logger.info("%s", _in_words(summary))
