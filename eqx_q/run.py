@@ -28,6 +28,7 @@ from .callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, 
 from .checkpoint import load, save
 from .errors import DivergedError, UnknownNameError, UsageError
 from .evaluation import evaluate
+from .files import write_whole
 from .media import record_episode, write_gif
 from .tracking import JsonlTracker, Tracker, Trackers
 from .training import Metrics, RunState, train
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 
 _LANES_IN_JAX, _LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
+_MOST_LANES = 2**24
 _SUITE_PACKAGES = ("gymnasium", "gymnax", "envpool")
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
@@ -46,7 +48,14 @@ def make_env(config: Config, num_envs: int) -> Env:
     """The environment that `config["env"]` describes; options that are null keep their default."""
     options = _given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
-    return make(f"{suite}/{name}", num_envs, seed=whole(config, "seed"), **options)
+    seed = _emulator_seed(whole(config, "seed"), "training")
+    return make(f"{suite}/{name}", num_envs, seed=seed, **options)
+
+
+def _emulator_seed(seed: int, role: str) -> int:
+    """A seed that is far from those of other runs and roles: lane `i` takes it plus `i`."""
+    (spread,) = np.random.SeedSequence([seed, *role.encode()]).generate_state(1)
+    return int(spread) % (2**31 - _MOST_LANES)  # with the lanes on top it fits 32 bits, signed
 
 
 def make_agent(config: Config, env: Env) -> Agent:
@@ -100,10 +109,17 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
                     key=jax.random.fold_in(jax.random.key(whole(config, "seed")), 1),
                     callbacks=crew.callbacks,
                     run_state=run_state,
-                    log_every=config["log_every"],
+                    log_every=whole_or_none(config, "log_every"),
                 )
             except DivergedError as error:
                 raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UsageError(
+                    "the device is out of memory: lower num_envs, num_seeds, agent.rollout_length "
+                    f"or eval.num_envs; {crew.checkpoint.last_in_words()}"
+                ) from error
     summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
@@ -250,14 +266,15 @@ def evaluate_run(
         one = _closing(stack, make_env(config, members))
         lanes = num_envs or min(episodes, _LANES_ON_HOST if one.on_host else _LANES_IN_JAX)
         options = _given(config["protocol"] if protocol is None else protocol)
-        env = _closing(stack, one.replicate(members * lanes, seed=seed, **options))
+        emulator_seed = _emulator_seed(seed, "afterwards")
+        env = _closing(stack, one.replicate(members * lanes, seed=emulator_seed, **options))
         cap = max_episode_steps or _episode_cap(env)
         key = jax.random.key(seed)
         returns = evaluate(
             agent, env, num_episodes=episodes, key=key, epsilon=epsilon, max_episode_steps=cap
         )
         if video:
-            scene = _closing(stack, one.replicate(members, seed=seed, **options))
+            scene = _closing(stack, one.replicate(members, seed=emulator_seed, **options))
             frames, _ = record_episode(agent, scene, key=key)
             if frames:
                 write_gif(directory / "media" / "evaluation.gif", frames)
@@ -285,7 +302,7 @@ def whole(config: Config, name: str, *, least: int = 0) -> int:
 
     **Raises:** `UsageError` where it is something else, or below `least`.
     """
-    value: Any = functools.reduce(operator.getitem, name.split("."), config)
+    value = _at(config, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
         raise UsageError(f"{name}={value}: give a whole number")
     if value < least:
@@ -293,25 +310,38 @@ def whole(config: Config, name: str, *, least: int = 0) -> int:
     return int(value)
 
 
+def whole_or_none(config: Config, name: str) -> int | None:
+    """Like `whole`, of at least 1, where the key may be null."""
+    given = _at(config, name) is not None
+    return whole(config, name, least=1) if given else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; what is not finite becomes `null`."""
-    path.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    write_whole(path, [text.encode()])
 
 
 def _evaluation(config, env, budget, stack) -> Evaluation | None:
     options = config["eval"]
     if options["every"] == 0:
         return None
-    lanes = options["num_envs"] or (_LANES_ON_HOST if env.on_host else _LANES_IN_JAX)
-    seed = whole(config, "seed") + 1
-    env = env.replicate(_lanes(config, lanes), seed=seed, **_given(config["protocol"]))
+    lanes = whole_or_none(config, "eval.num_envs") or (
+        _LANES_ON_HOST if env.on_host else _LANES_IN_JAX
+    )
+    seed = whole(config, "seed")
+    env = env.replicate(
+        _lanes(config, lanes),
+        seed=_emulator_seed(seed, "evaluation"),
+        **_given(config["protocol"]),
+    )
     return Evaluation(
         _closing(stack, env),
         every=_every(config, "eval", parts=20),
-        num_episodes=options["num_episodes"] or lanes,
-        seed=seed,
+        num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
+        seed=seed + 1,
         epsilon=options["epsilon"],
-        max_episode_steps=options["max_episode_steps"] or _episode_cap(env),
+        max_episode_steps=whole_or_none(config, "eval.max_episode_steps") or _episode_cap(env),
         budget=budget,
     )
 
@@ -328,13 +358,14 @@ def _checkpoint(config, env, directory) -> Checkpoint:
 def _video(config, env, directory, tracker, budget, stack) -> Video | None:
     if config["video"]["every"] == 0:
         return None
-    env = env.replicate(_lanes(config, 1), seed=whole(config, "seed") + 2)
+    seed = _emulator_seed(whole(config, "seed"), "video")
+    env = env.replicate(_lanes(config, 1), seed=seed)
     return Video(
         _closing(stack, env),
         directory / "media",
         every=_every(config, "video", parts=4),
         tracker=tracker,
-        max_steps=config["video"]["max_steps"],
+        max_steps=whole(config, "video.max_steps", least=1),
         budget=budget,
     )
 
@@ -362,12 +393,19 @@ def _every(config: Config, section: str, *, parts: int) -> int:
     return max(1, whole(config, "total_steps") // parts)
 
 
+def _at(config: Config, name: str) -> Any:
+    return functools.reduce(operator.getitem, name.split("."), config)
+
+
 def _env_steps(agent: Agent) -> int:
     return int(np.max(agent.env_steps))
 
 
 def _lanes(config: Config, per_seed: int) -> int:
-    return per_seed * whole(config, "num_seeds", least=1)
+    lanes = per_seed * whole(config, "num_seeds", least=1)
+    if lanes > _MOST_LANES:
+        raise UsageError(f"{lanes:,} lanes are too many: lower num_envs or num_seeds")
+    return lanes
 
 
 def _episode_cap(env: Env) -> int | None:

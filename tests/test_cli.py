@@ -17,6 +17,7 @@ import pytest
 
 import eqx_q
 from eqx_q.checkpoint import load
+from eqx_q.run import _emulator_seed, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -178,6 +179,12 @@ BAD_INPUT = {
     "total_steps=inf": "total_steps=inf: give a whole number",
     "checkpoint.keep=0": "checkpoint.keep=0: give a whole number of at least 1",
     "checkpoint.keep=null": "checkpoint.keep=None: give a whole number",
+    "log_every=1.5": "log_every=1.5: give a whole number",
+    "eval.every=50 eval.num_envs=0": "eval.num_envs=0: give a whole number of at least 1",
+    "eval.every=50 eval.num_episodes=few": "eval.num_episodes=few: give a whole number",
+    "eval.every=50 eval.max_episode_steps=-1": "eval.max_episode_steps=-1: give a whole number",
+    "num_envs=1000000000000": "1,000,000,000,000 lanes are too many: lower num_envs",
+    "resume=damaged": "config.yaml' is damaged: ",
     "devices=2": "devices=2: only devices=1 is supported so far",
     "hydra.run.dir=file/run": "cannot write to the run directory",
     "hydra.run.dir=used": "already holds a run: continue it with resume=",
@@ -194,6 +201,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("arguments", BAD_INPUT)
 def test_bad_input_gets_one_line(script, tmp_path, arguments):
     (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text("")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text("{}\n")
     status, _, err = script("train", *SMALL, *QUIET, "total_steps=100", *arguments.split())
@@ -217,6 +226,28 @@ def test_bad_input_of_an_evaluation(script, arguments, message):
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert message in err
+
+
+def test_without_hydra_the_extra_is_named(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.delitem(sys.modules, "_app", raising=False)
+    for name in ("train", "evaluate"):
+        with pytest.raises(SystemExit, match=r"run `pip install 'eqx_q\[train\]'`"):
+            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+
+def test_lanes_of_emulators_never_share_a_seed():
+    options = {"suite": "gymnasium", "name": "CartPole-v1", "vectorization": "sync"}
+    starts = []
+    for seed in range(3):
+        env = make_env({"seed": seed, "env": options}, 4)
+        starts.extend(np.asarray(env.reset(jax.random.key(0))[1].obs))
+        env.close()
+    assert len(np.unique(starts, axis=0)) == 12
+    roles = ("training", "evaluation", "video", "afterwards")
+    seeds = np.sort([_emulator_seed(seed, role) for seed in range(10) for role in roles])
+    assert seeds.min() >= 0 and seeds.max() < 2**31 - 2**24
+    assert np.diff(seeds).min() > 1024
 
 
 def test_a_missing_extra_is_named(script, monkeypatch):
