@@ -37,6 +37,7 @@ def q_lambda(
     continues = ~(terminated | truncated).at[-1].set(True)  # the last step has no trace either
     trace = lambda_ * continues
     bootstrap = discount * ~terminated
+    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
     # G_t = offset_t + factor_t G_{t+1}: all but the recurrence is done outside the scan.
     offset = reward + bootstrap * (1 - trace) * next_value
     factor = bootstrap * trace

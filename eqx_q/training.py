@@ -24,6 +24,7 @@ Metrics = dict[str, Any]
 _CHUNK_SECONDS = 1.0
 _MIN_CHUNKS = 100
 _MAX_HISTORY = 1000
+_MAX_STEPS = 2**32  # counted in uint32
 
 
 class RunState(eqx.Module):
@@ -76,6 +77,11 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
                 f"the agent's {name} is {ours}, the environment's {theirs}: "
                 f"create the agent with env.{name}"
             )
+    if env.num_envs % (agent.num_members or 1):
+        raise UsageError(
+            f"{env.num_envs} lanes do not divide over {agent.num_members} members: "
+            "make the environment with members x lanes"
+        )
     reset_key, key = jax.random.split(key)
     env_state, timestep = env.reset(reset_key)
     memory = agent.initial_memory(env.num_envs)
@@ -224,23 +230,27 @@ def train(
     - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
         cut into chunks changes nothing in its result.
 
-    **Returns:** the trained agent, and `history`: the metrics of each boundary (thinned out evenly
-    beyond 1000 of them).
+    **Returns:** the trained agent, and `history`: the metrics of each boundary, without
+    distributions (thinned out evenly beyond 1000 of them).
 
     **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
     member's loss is no longer finite.
     """
-    members = agent.num_members or 1
-    if env.num_envs % members:
-        raise UsageError(f"{env.num_envs} lanes do not divide over {members} members")
-    if not total_steps > 0:
-        raise UsageError(f"total_steps must be positive, got {total_steps}")
+    if not 0 < total_steps < _MAX_STEPS:
+        raise UsageError(f"total_steps must be positive and below 2**32, got {total_steps}")
+    if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
+        raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
     state = start(agent, env, key=key) if run_state is None else run_state
-    agent = state.agent.with_schedule(total_steps)
-    state = _copy(eqx.tree_at(lambda s: s.agent, state, agent))
+    agent = state.agent
+    members = agent.num_members or 1
     steps_per_update = agent.rollout_length * (env.num_envs // members)
+    done = int(state.num_updates)
+    # What the agent had learnt from before this run shifts its schedules, it does not end them.
+    before = jnp.asarray(agent.env_steps, jnp.float32) - done * steps_per_update
+    agent = agent.with_schedule(before + jnp.float32(total_steps))
+    state = _copy(eqx.tree_at(lambda s: s.agent, state, agent))
     boundaries = _Boundaries(
-        done=int(state.num_updates),
+        done=done,
         end=math.ceil(total_steps / steps_per_update),
         steps_per_update=steps_per_update,
         callbacks=list(callbacks),
@@ -253,7 +263,7 @@ def _run(
     run_state: RunState, env: Env, boundaries: "_Boundaries", members: int
 ) -> tuple[Agent, list[Metrics]]:
     """Chunk after chunk, with the host's work on one done while the next is running."""
-    history = _History()
+    history = _History(run_state.agent.num_members)
     started = time.perf_counter()
     run_state, _ = jax.block_until_ready(_advance_chunk(env, run_state, jnp.asarray(0)))
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
@@ -274,12 +284,16 @@ def _run(
             metrics |= boundaries.metrics(run_state, members * length / seconds)
             metrics["done"] = stopped or boundaries.finished
             _check_finite(metrics)
-            history.append(metrics)
-            run_state, stopped_here = _call(_blocking(due), run_state, metrics)
+            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
+            snapshot = _copy(run_state) if boundaries.callbacks else run_state
+            seen, stopped_here = _call(_blocking(due), snapshot, metrics)
+            if seen is not snapshot:
+                run_state = _copy(seen)
             stopped |= stopped_here
             metrics["done"] = stopped or boundaries.finished
+            history.append(metrics)
             observers = _observers(boundaries.callbacks if stopped else due)
-            observe = functools.partial(_observe, observers, _copy(run_state), metrics)
+            observe = functools.partial(_observe, observers, seen, metrics)
     if observe is not None:
         observe()
     return run_state.agent, history.rows
@@ -307,8 +321,7 @@ def _call(callbacks, run_state, metrics) -> tuple[RunState, bool]:
             stopped = True
             continue
         if replaced is not None:
-            # A copy, since the next chunk is given this memory to reuse.
-            run_state = _copy(replaced)
+            run_state = replaced
     return run_state, stopped
 
 
@@ -380,16 +393,30 @@ class _Boundaries:
 
 
 class _History:
-    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one."""
+    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one.
 
-    def __init__(self):
-        self.rows: list[Metrics] = []
+    Distributions are left out, the last row is always there.
+    """
+
+    def __init__(self, num_members: int | None = None):
+        self._scalar_axes = 0 if num_members is None else 1
+        self._rows: list[Metrics] = []
         self._stride, self._seen = 1, 0
+        self._last: Metrics | None = None
 
-    def append(self, row: Metrics) -> None:
+    @property
+    def rows(self) -> list[Metrics]:
+        """In order."""
+        if self._last is None or self._rows[-1] is self._last:
+            return self._rows
+        return [*self._rows, self._last]
+
+    def append(self, metrics: Metrics) -> None:
+        row = {name: x for name, x in metrics.items() if np.ndim(x) <= self._scalar_axes}
         if self._seen % self._stride == 0:
-            self.rows.append(row)
+            self._rows.append(row)
         self._seen += 1
-        if len(self.rows) >= _MAX_HISTORY:
-            self.rows = self.rows[::2]
+        self._last = row
+        if len(self._rows) >= _MAX_HISTORY:
+            self._rows = self._rows[::2]
             self._stride *= 2

@@ -77,3 +77,12 @@ def test_trailing_axes_are_independent():
         reward[:, 1, 0], no[:, 1, 0], no[:, 1, 0], value[:, 1, 0], discount=0.9, lambda_=0.5
     )
     np.testing.assert_allclose(together[:, 1, 0], alone, rtol=1e-6)
+
+
+def test_the_value_of_a_terminal_observation_is_never_looked_at():
+    terminated = jnp.array([False, True, False])
+    value = jnp.array([2.0, jnp.nan, 4.0])
+    targets = q_lambda(
+        jnp.ones(3), terminated, jnp.zeros(3, bool), value, discount=0.5, lambda_=0.9
+    )
+    np.testing.assert_allclose(targets, [1 + 0.5 * (0.1 * 2 + 0.9 * 1), 1, 3], rtol=1e-6)

@@ -67,8 +67,8 @@ class Agent(eqx.Module):
         """
 
     @abc.abstractmethod
-    def with_schedule(self, steps: Scalar) -> "Agent":
-        """The same agent with `schedule_steps` set to `steps` where it is unset."""
+    def with_schedule(self, steps: Float[Array, "*S"]) -> "Agent":
+        """The same agent with `schedule_steps` set to `steps`, unless its creator has set it."""
 
     @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:

@@ -10,8 +10,14 @@ from ..types import Scalar
 def legal(
     q_values: Float[Array, "*lanes A"], action_mask: Bool[Array, "*lanes A"] | None
 ) -> Float[Array, "*lanes A"]:
-    """Q-values with illegal actions at -inf."""
-    return q_values if action_mask is None else jnp.where(action_mask, q_values, -jnp.inf)
+    """Q-values with illegal actions at -inf.
+
+    Where nothing is legal (games say so when they are over) everything is: values stay finite.
+    """
+    if action_mask is None:
+        return q_values
+    over = ~jnp.any(action_mask, axis=-1, keepdims=True)
+    return jnp.where(action_mask | over, q_values, -jnp.inf)
 
 
 def epsilon_greedy(
@@ -34,5 +40,5 @@ def epsilon_greedy(
         explore_key, choice_key = jax.random.split(key)
         explore = jax.random.uniform(explore_key, lanes)
         choice = jax.random.uniform(choice_key, q_values.shape)
-        random = jnp.argmax(jnp.where(action_mask, choice, -1.0), axis=-1)
+        random = jnp.argmax(legal(choice, action_mask), axis=-1)
     return jnp.where(explore < epsilon, random, greedy)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
-from ..types import Decision, Memory, Rollout, Scalar
+from ..types import Decision, Memory, Rollout
 from .agent import Agent
 
 
@@ -103,9 +103,10 @@ class Population(Agent):
         )(self.members, self._split_rollout(rollout), keys)
         return Population(members), metrics
 
-    def with_schedule(self, steps: Scalar) -> "Population":
+    def with_schedule(self, steps: Float[Array, "*S"]) -> "Population":
         """See `Agent`."""
-        return Population(self.members.with_schedule(steps))
+        with_schedule = eqx.filter_vmap(lambda member, steps: member.with_schedule(steps))
+        return Population(with_schedule(self.members, steps))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
         """See `Agent`."""

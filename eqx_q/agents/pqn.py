@@ -11,6 +11,7 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError
@@ -50,7 +51,7 @@ class PQN(Agent):
         over the fraction `epsilon_decay` of the schedule.
     - `reward_scale`: *traced*; rewards are multiplied by it before targets are formed.
     - `schedule_steps`: *traced*; lane-steps of the schedules, infinite where unset: progress then
-        stays at 0. `train` fills it in.
+        stays at 0. `train` fills it in, unless it `schedule_is_given`.
     - `env_steps`: lane-steps learnt from so far.
     """
 
@@ -69,6 +70,7 @@ class PQN(Agent):
     epsilon_decay: Float[Array, ""]
     reward_scale: Float[Array, ""]
     schedule_steps: Float[Array, ""]
+    schedule_is_given: Bool[Array, ""]
 
     observation_space: Box = eqx.field(static=True)
     action_space: Discrete = eqx.field(static=True)
@@ -121,9 +123,20 @@ class PQN(Agent):
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
         }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise UsageError(f"{name} must be a whole number of at least 1, got {size!r}")
+        traced: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "learning_rate_end": learning_rate if learning_rate_end is None else learning_rate_end,
+            "max_grad_norm": max_grad_norm,
+            "discount": discount,
+            "lambda_": lambda_,
+            "epsilon_start": epsilon_start,
+            "epsilon_end": epsilon_end,
+            "epsilon_decay": epsilon_decay,
+            "reward_scale": reward_scale,
+            "schedule_steps": jnp.inf if schedule_steps is None else schedule_steps,
+        }
+        _check_sizes(sizes)
+        _check_ranges(traced)
         if isinstance(network, str):
             network = make_network(
                 network, observation_space, int(action_space.n), key=key, **(network_options or {})
@@ -133,30 +146,18 @@ class PQN(Agent):
         network = as_network(network)
         _check_network(network, observation_space, action_space)
         parameters = eqx.filter(network, eqx.is_inexact_array)
-
-        def traced(value):
-            return jnp.asarray(value, jnp.float32)
-
         return cls(
             network=network,
             statistics=network.initial_statistics(),
             optimizer_state=optax.radam(0.0).init(parameters),
             env_steps=jnp.zeros((), jnp.uint32),
-            learning_rate=traced(learning_rate),
-            learning_rate_end=traced(
-                learning_rate if learning_rate_end is None else learning_rate_end
-            ),
-            max_grad_norm=traced(max_grad_norm),
-            discount=traced(discount),
-            lambda_=traced(lambda_),
-            epsilon_start=traced(epsilon_start),
-            epsilon_end=traced(epsilon_end),
-            epsilon_decay=traced(epsilon_decay),
-            reward_scale=traced(reward_scale),
-            schedule_steps=traced(jnp.inf if schedule_steps is None else schedule_steps),
+            schedule_is_given=jnp.asarray(schedule_steps is not None),
             observation_space=observation_space,
             action_space=action_space,
-            **sizes,
+            rollout_length=rollout_length,
+            num_epochs=num_epochs,
+            num_minibatches=num_minibatches,
+            **jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), traced),
         )
 
     @property
@@ -210,11 +211,12 @@ class PQN(Agent):
             action, value = action[0], value[0]
         return Decision(action, value, output.memory)
 
-    def with_schedule(self, steps: Scalar) -> "PQN":
+    def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
         """See `Agent`."""
-        unset = ~jnp.isfinite(self.schedule_steps)
-        filled = jnp.where(unset, jnp.float32(steps), self.schedule_steps)
-        return eqx.tree_at(lambda agent: agent.schedule_steps, self, filled)
+        steps = jnp.where(
+            self.schedule_is_given, self.schedule_steps, jnp.asarray(steps, jnp.float32)
+        )
+        return dataclasses.replace(self, schedule_steps=steps)
 
     def measure(self, fn, rollout):
         """See `Agent`."""
@@ -287,13 +289,17 @@ class PQN(Agent):
         """Q(λ) targets of a rollout; those of steps that are not `rollout.real` mean nothing."""
         timesteps = rollout.timesteps
 
-        def values(obs):
-            return jnp.max(self.network(obs, self.statistics).q_values, axis=-1)
+        def values(steps: slice) -> Float[Array, "steps N"]:
+            obs, mask = jax.tree.map(
+                lambda x: jnp.asarray(x)[steps], (timesteps.obs, timesteps.action_mask)
+            )
+            q_values = self.network(obs, self.statistics).q_values
+            return jnp.max(legal(q_values, mask), axis=-1)
 
         if rollout.values is None:
-            next_values = values(timesteps.obs)[1:]
+            next_values = values(slice(1, None))
         else:
-            next_values = jnp.concatenate([rollout.values[1:], values(timesteps.obs[-1:])])
+            next_values = jnp.concatenate([rollout.values[1:], values(slice(-1, None))])
         return q_lambda(
             timesteps.reward[1:] * self.reward_scale,
             timesteps.terminated[1:],
@@ -324,15 +330,43 @@ def _loss(parameters, rest, statistics, batch: Batch):
     q_values = output.q_values[0]
     chosen = jnp.take_along_axis(q_values, batch.action[:, None], axis=-1)[:, 0]
     weight = batch.real / jnp.maximum(jnp.sum(batch.real), 1)
-    td_error = jax.lax.stop_gradient(batch.target) - chosen
+    td_error = jnp.where(batch.real, jax.lax.stop_gradient(batch.target) - chosen, 0.0)
     loss = 0.5 * jnp.sum(weight * td_error**2)
     metrics = {
         "loss": loss,
         "td_error": jnp.sum(weight * jnp.abs(td_error)),
         "q_value": jnp.sum(weight * chosen),
-        "target": jnp.sum(weight * batch.target),
+        "target": jnp.sum(jnp.where(batch.real, weight * batch.target, 0.0)),
     }
     return loss, (output.statistics, metrics)
+
+
+# Where a hyperparameter makes sense.
+_RANGES = {
+    "learning_rate": (0.0, jnp.inf),
+    "learning_rate_end": (0.0, jnp.inf),
+    "max_grad_norm": (0.0, jnp.inf),
+    "discount": (0.0, 1.0),
+    "lambda_": (0.0, 1.0),
+    "epsilon_start": (0.0, 1.0),
+    "epsilon_end": (0.0, 1.0),
+    "epsilon_decay": (0.0, jnp.inf),
+    "schedule_steps": (1.0, jnp.inf),
+}
+
+
+def _check_sizes(sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"{name} must be a whole number of at least 1, got {size!r}")
+
+
+def _check_ranges(traced: dict[str, Scalar]) -> None:
+    """Checks what is known before tracing: under `vmap` values are not."""
+    for name, (low, high) in _RANGES.items():
+        value = traced[name]
+        if not isinstance(value, Tracer) and not low <= float(value) <= high:
+            raise UsageError(f"{name}={value} makes no sense: choose it from {low:g} to {high:g}")
 
 
 def _check_network(network, observation_space: Box, action_space: Discrete) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import eqx_q
 from eqx_q.errors import UsageError
+from eqx_q.returns import q_lambda
 from eqx_q.types import Episode, Rollout, TimeStep
 
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -160,6 +161,32 @@ def test_values_from_acting_are_what_update_computes_itself():
     np.testing.assert_allclose(a.network.module.weight, b.network.module.weight, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_values", [False, True])
+def test_targets_bootstrap_from_legal_actions_alone(with_values):
+    """One lane, one step, then a window's end: the best action is illegal there."""
+    agent, rollout = make_agent(reward_scale=1.0), make_rollout()
+    rng = np.random.default_rng(3)
+    mask = rng.random((T + 1, N, 2)) < 0.6
+    timesteps = eqx.tree_at(
+        lambda t: t.action_mask, rollout.timesteps, jnp.asarray(mask), is_leaf=lambda x: x is None
+    )
+    obs = np.asarray(timesteps.obs)
+    q_values = obs @ np.asarray(agent.network.module.weight).T + agent.network.module.bias
+    open_mask = mask | ~mask.any(-1, keepdims=True)  # nothing is legal: the game is over
+    values = np.where(open_mask, q_values, -np.inf).max(-1)
+    expected = q_lambda(
+        timesteps.reward[1:],
+        timesteps.terminated[1:],
+        timesteps.truncated[1:],
+        values[1:],
+        discount=0.9,
+        lambda_=0.7,
+    )
+    acted = jnp.asarray(values[:-1]) if with_values else None
+    targets = agent.targets(Rollout(timesteps, rollout.actions, None, acted))
+    np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_update_leaves_the_old_agent_alone():
     agent = make_agent()
     before = np.array(agent.network.module.weight)
@@ -226,6 +253,9 @@ def test_schedules_follow_progress():
         (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {}, "discretise"),
         (gymnasium.spaces.Discrete(3), ACT, {}, "FlattenObservation"),
         (OBS, ACT, {"rollout_length": 0}, "rollout_length must be a whole number"),
+        (OBS, ACT, {"discount": 5}, "discount=5 makes no sense: choose it from 0 to 1"),
+        (OBS, ACT, {"learning_rate": float("nan")}, "learning_rate=nan makes no sense"),
+        (OBS, ACT, {"schedule_steps": 0}, "schedule_steps=0 makes no sense"),
         (OBS, gymnasium.spaces.Discrete(5), {}, "output size must be 5"),
         (gymnasium.spaces.Box(-1, 1, (7,)), ACT, {}, "cannot take observations of shape"),
         (OBS, ACT, {"network_options": {"norm": "none"}}, "named networks"),
