@@ -150,7 +150,8 @@ def test_repository_locked_by_another_process(tmp_path, caplog):
         import os
         from filelock import SoftFileLock
         os.makedirs({str(tmp_path / ".aim/locks")!r})
-        SoftFileLock({str(tmp_path / ".aim/locks/structured_db_lock")!r}).acquire()
+        lock = SoftFileLock({str(tmp_path / ".aim/locks/structured_db_lock")!r})
+        lock.acquire()  # held for as long as `lock` is
     """),
         caplog.at_level(logging.WARNING),
     ):
