@@ -7,7 +7,11 @@ Each is a function of the shape of one observation that composes layers. They sh
     `layers.INITIALIZERS`; the defaults are those of each encoder's published code.
 - `input_scale`: a factor for the observations.
 - `channels_first`: whether images are `[C, H, W]`.
+- `lowering`: how convolutions are computed, see `layers.Conv`.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -19,6 +23,7 @@ from .layers import (
     Conv,
     Flatten,
     Linear,
+    Lowering,
     MaxPool,
     Padding,
     Product,
@@ -103,14 +108,16 @@ def _convolutional(
     init: str,
     input_scale: float,
     channels_first: bool,
+    lowering: Lowering,
 ) -> Sequential:
     """Convolutions (window, stride, channels), then linear layers."""
     dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
     inputs = shape[0] if channels_first else shape[-1]
-    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
+    conv = partial(Conv, padding=padding, init=init, lowering=lowering)
     layers: list[AbstractLayer] = []
     for (window, stride, channels), k in zip(convolutions, keys, strict=True):
-        layers.append(Conv(inputs, channels, window, stride, padding, key=k, init=init, **raw))
+        layers.append(conv(inputs, channels, window, stride, key=k, **raw))
         layers.append(make_norm(norm, output_shape(Sequential(tuple(layers)), shape)))
         layers.append(Activation(activation))
         inputs, raw = channels, {}
@@ -131,6 +138,7 @@ def minatar_cnn(
     init: str = "he_normal",
     input_scale: float = 1.0,
     channels_first: bool = False,
+    lowering: Lowering = "auto",
 ) -> Sequential:
     """One 3 × 3 convolution and a linear layer (Young & Tian 2019; purejaxql's `pqn_minatar`)."""
     _image_shape(shape, channels_first, smallest=3)
@@ -145,6 +153,7 @@ def minatar_cnn(
         init=init,
         input_scale=input_scale,
         channels_first=channels_first,
+        lowering=lowering,
     )
 
 
@@ -159,6 +168,7 @@ def nature_cnn(
     init: str = "he_normal",
     input_scale: float = 1.0,
     channels_first: bool = False,
+    lowering: Lowering = "auto",
 ) -> Sequential:
     """Three convolutions and a linear layer (Mnih et al. 2015, Methods)."""
     _image_shape(shape, channels_first, smallest=36)
@@ -173,6 +183,7 @@ def nature_cnn(
         init=init,
         input_scale=input_scale,
         channels_first=channels_first,
+        lowering=lowering,
     )
 
 
@@ -187,6 +198,7 @@ def impala(
     init: str = "he_normal",
     input_scale: float = 1.0,
     channels_first: bool = False,
+    lowering: Lowering = "auto",
 ) -> Sequential:
     """The residual network of IMPALA (Espeholt et al. 2018, Figure 3, right).
 
@@ -194,18 +206,19 @@ def impala(
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
-    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
+    conv = partial(Conv, padding="SAME", init=init, lowering=lowering)
     layers: list[AbstractLayer] = []
     for size, section_key in zip(channels, keys, strict=True):
         first_key, *block_keys = jax.random.split(section_key, 5)
         height, width = -(-height // 2), -(-width // 2)
-        layers.append(Conv(inputs, size, 3, padding="SAME", key=first_key, init=init, **raw))
+        layers.append(conv(inputs, size, 3, key=first_key, **raw))
         layers.append(MaxPool(3, 2))
         halves = [
             (
                 make_norm(norm, (height, width, size)),
                 Activation(activation),
-                Conv(size, size, 3, padding="SAME", key=k, init=init),
+                conv(size, size, 3, key=k),
             )
             for k in block_keys
         ]
@@ -228,6 +241,7 @@ def hadamax(
     init: str | None = None,
     input_scale: float = 1.0,
     channels_first: bool = False,
+    lowering: Lowering = "auto",
 ) -> Sequential:
     """The Hadamax encoder (Kooi et al. 2025, arXiv 2505.15345, §4 and Appendix B).
 
@@ -237,15 +251,15 @@ def hadamax(
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 4)
-    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
+    conv = partial(Conv, padding="SAME", init=init or "xavier_normal", lowering=lowering)
     layers: list[AbstractLayer] = []
     blocks = ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1))
     for (window, size, pool, stride), block_key in zip(blocks, keys, strict=True):
-        conv = {"padding": "SAME", "init": init or "xavier_normal", **raw}
         branches = [
             Sequential(
                 (
-                    Conv(inputs, size, window, key=k, **conv),
+                    conv(inputs, size, window, key=k, **raw),
                     make_norm(norm, (height, width, size)),
                     Activation(activation),
                 )

@@ -105,6 +105,22 @@ def test_the_head_is_lecun_normal_by_default():
     np.testing.assert_allclose(np.var(head.weight), 1 / 400, rtol=0.03)
 
 
+@pytest.mark.parametrize("name", ["minatar_cnn", "nature_cnn", "impala", "hadamax"])
+def test_lowering_reaches_every_convolution(name):
+    network = make_network(name, FRAMES, 3, key=KEY, hidden_sizes=(8,), lowering="conv")
+    convolutions = modules(network, Conv)
+    assert convolutions and all(conv.lowering == "conv" for conv in convolutions)
+    assert [conv.channels_first for conv in convolutions].count(True) == 1 + (name == "hadamax")
+
+
+def test_no_hidden_layer():
+    network = make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=(), norm="none")
+    (head,) = modules(network, Linear)
+    obs = jax.random.normal(KEY, (1, 2, 4))
+    expected = obs[0] @ head.weight.T + head.bias
+    np.testing.assert_allclose(network(obs, None).q_values[0], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_options_may_be_lists():
     a = make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=[8, 8])
     assert eqx.tree_equal(a, make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=(8, 8)))
