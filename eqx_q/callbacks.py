@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from .checkpoint import load_latest, save_checkpoint
 from .errors import UsageError
-from .evaluation import evaluate
+from .evaluation import compile_evaluation, evaluate
 from .media import record_episode, write_gif
 from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class TimeBudget:
     """The share of a run's wall-clock time that side work may take.
 
-    What cost `cost` the last time is affordable while the sum stays within the share. The first
-    round is not charged: most of it is compilation, which the final one needs in any case.
+    Each kind of work has a final round whatever it costs, so that much is held in reserve: as much
+    as the last round took. Only a first round, whose cost nobody knows, may go beyond the share.
     """
 
     def __init__(self, fraction: float):
@@ -50,7 +50,8 @@ class TimeBudget:
         Says so once where it does not.
         """
         elapsed = time.perf_counter() - self._started
-        fits = self._spent + self._costs.get(work, guess) <= self.fraction * elapsed
+        cost, reserve = self._costs.get(work, guess), sum(self._costs.values())
+        fits = self._spent + cost + reserve <= self.fraction * elapsed
         if not fits and work in self._costs and not self._warned:
             self._warned = True
             logger.info(
@@ -63,9 +64,8 @@ class TimeBudget:
 
     def charge(self, work: str, seconds: float) -> None:
         """Notes that a round of `work` took so long."""
-        if work in self._costs:
-            self._spent += seconds
-        self._costs[work] = seconds if work in self._costs else 0.0
+        self._spent += seconds
+        self._costs[work] = seconds
 
 
 class Evaluation:
@@ -104,12 +104,16 @@ class Evaluation:
             "max_episode_steps": max_episode_steps,
         }
         self._key = jax.random.key(seed)
+        self._compiled = False
         self._budget = budget or TimeBudget(math.inf)
 
     def __call__(self, run_state: RunState, metrics: Metrics) -> None:
         """Evaluates, unless it is over budget."""
         if not (metrics["done"] or self._budget.affords("evaluation")):
             return
+        if not self._compiled:  # not charged to the budget: the final round needs it in any case
+            compile_evaluation(run_state.agent, self._env, **self._options)
+            self._compiled = True
         started = time.perf_counter()
         key = jax.random.fold_in(self._key, int(run_state.num_updates))
         returns = np.asarray(evaluate(run_state.agent, self._env, key=key, **self._options))

@@ -57,29 +57,8 @@ def evaluate(
 
     **Raises:** `UsageError` where lanes do not divide over members.
     """
-    members = agent.num_members or 1
-    if env.num_envs % members or num_episodes < 1:
-        raise UsageError(
-            f"evaluation needs at least one episode and lanes that divide over members, got "
-            f"{num_episodes} episodes, {env.num_envs} lanes, {members} members"
-        )
-    per_lane = math.ceil(num_episodes / (env.num_envs // members))
-    reset_key, key = jax.random.split(key)
-    env_state, timestep = env.reset(reset_key)
-    lanes = env.num_envs
-    state = _State(
-        env_state=env_state,
-        timestep=timestep,
-        memory=agent.initial_memory(lanes),
-        key=key,
-        returns=jnp.zeros((lanes, per_lane)),
-        finished=jnp.zeros(lanes, jnp.int32),
-        capped=jnp.zeros((lanes, per_lane), bool),
-        length=jnp.zeros(lanes, jnp.int32),
-        offset=jnp.zeros(lanes),
-    )
-    cap = jnp.asarray(np.iinfo(np.int32).max if max_episode_steps is None else max_episode_steps)
-    state = _play(env, state, agent, jnp.asarray(epsilon, jnp.float32), cap)
+    state = _initial(agent, env, num_episodes, key)
+    state = _play(env, state, agent, *_limits(epsilon, max_episode_steps))
     num_capped = int(jnp.sum(state.capped))
     if num_capped:
         warnings.warn(
@@ -90,7 +69,52 @@ def evaluate(
     returns = np.asarray(state.returns)
     if agent.num_members is None:
         return returns.reshape(-1)
-    return returns.reshape(members, -1)
+    return returns.reshape(agent.num_members, -1)
+
+
+def compile_evaluation(
+    agent: Agent,
+    env: Env,
+    *,
+    num_episodes: int = 128,
+    epsilon: Scalar = 0.0,
+    max_episode_steps: int | None = None,
+) -> None:
+    """Compiles what `evaluate` runs with the same arguments, and plays nothing."""
+    state = _initial(agent, env, num_episodes, jax.random.key(0))
+    finished = jnp.full_like(state.finished, state.returns.shape[1])
+    state = eqx.tree_at(lambda state: state.finished, state, finished)
+    jax.block_until_ready(_play(env, state, agent, *_limits(epsilon, max_episode_steps)).finished)
+
+
+def _limits(epsilon: Scalar, max_episode_steps: int | None) -> tuple[Array, Array]:
+    cap = np.iinfo(np.int32).max if max_episode_steps is None else max_episode_steps
+    return jnp.asarray(epsilon, jnp.float32), jnp.asarray(cap)
+
+
+def _initial(agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray) -> _State:
+    """Every lane at the start of its first episode."""
+    members = agent.num_members or 1
+    if env.num_envs % members or num_episodes < 1:
+        raise UsageError(
+            f"evaluation needs at least one episode and lanes that divide over members, got "
+            f"{num_episodes} episodes, {env.num_envs} lanes, {members} members"
+        )
+    per_lane = math.ceil(num_episodes / (env.num_envs // members))
+    reset_key, key = jax.random.split(key)
+    env_state, timestep = env.reset(reset_key)
+    lanes = env.num_envs
+    return _State(
+        env_state=env_state,
+        timestep=timestep,
+        memory=agent.initial_memory(lanes),
+        key=key,
+        returns=jnp.zeros((lanes, per_lane)),
+        finished=jnp.zeros(lanes, jnp.int32),
+        capped=jnp.zeros((lanes, per_lane), bool),
+        length=jnp.zeros(lanes, jnp.int32),
+        offset=jnp.zeros(lanes),
+    )
 
 
 @eqx.filter_jit

@@ -59,17 +59,17 @@ def test_a_budget_lets_side_work_take_its_share_and_no_more(monkeypatch, caplog)
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     budget = TimeBudget(0.1)
-    spent, rounds = 0.0, 0
+    spent, first = 0.0, 20.0
     with caplog.at_level("INFO", "eqx_q"):
         for _ in range(1000):
             now += 1.0
             if budget.affords("evaluation"):
-                cost = 20.0 if rounds == 0 else 3.0  # the first one compiles
+                cost = 3.0 if spent else first
                 now += cost
                 budget.charge("evaluation", cost)
-                spent += cost if rounds else 0.0
-                rounds += 1
-            assert spent <= 0.1 * now + 3.0  # one round may overshoot before its cost is known
+                spent += cost
+            # There is always room for the final round, but for what the first one took too much.
+            assert spent + (3.0 if spent > first else first) <= max(0.1 * now, 2 * first)
     assert spent > 0.08 * now
     assert not TimeBudget(0.1).affords("recording", guess=1.0)
     assert len(caplog.records) == 1 and "eval.time_fraction" in caplog.text
@@ -79,9 +79,10 @@ def test_evaluations_over_budget_are_skipped_but_the_last(env, monkeypatch):
     calls = []
     fake = lambda agent, env, **_: calls.append(int(agent.env_steps)) or np.ones(3)  # noqa: E731
     monkeypatch.setattr(callbacks, "evaluate", fake)
+    monkeypatch.setattr(callbacks, "compile_evaluation", lambda agent, env, **_: None)
     budget = TimeBudget(0.0)
     train(env, 80, [Evaluation(env, every=16, num_episodes=3, budget=budget)])
-    assert calls == [16, 32, 80]  # one that compiles, one that tells the cost, the last
+    assert calls == [16, 80]  # one that tells the cost, the last
 
 
 def test_checkpoints_come_after_steps_or_seconds_and_at_the_end(env, tmp_path):

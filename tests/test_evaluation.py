@@ -7,6 +7,7 @@ from environments import Clock, Guess
 
 import eqx_q
 from eqx_q.errors import UsageError
+from eqx_q.evaluation import _play, compile_evaluation
 
 
 def make_agent(env):
@@ -36,6 +37,18 @@ def test_epsilon_one_acts_at_random():
     agent = make_agent(env)
     returns = eqx_q.evaluate(agent, env, num_episodes=2000, key=jax.random.key(0), epsilon=1.0)
     np.testing.assert_allclose(returns.mean(), -1 / 3, atol=0.1)
+
+
+def test_compiling_apart_plays_nothing_and_serves():
+    env = Clock(3)
+    agent = make_agent(env)
+    options = {"num_episodes": 6, "epsilon": 0.5, "max_episode_steps": 9}
+    before = _play._cached._cache_size()
+    compile_evaluation(agent, env, **options)
+    assert _play._cached._cache_size() == before + 1
+    returns = eqx_q.evaluate(agent, env, key=jax.random.key(0), **options)
+    assert _play._cached._cache_size() == before + 1
+    np.testing.assert_array_equal(returns, [1, 1, 2, 2, 3, 3])
 
 
 def test_bad_input():
