@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +202,7 @@ def make(
             options = _rendering(spec.entry_point) | options
         one = functools.partial(_one, create, options)
         if vector is None and vectorization == "async":
+            one = functools.partial(_ignoring_interrupts, os.getpid(), one)
             # Not forked from here, where JAX has threads.
             vector = AsyncVectorEnv([one] * num_envs, context="forkserver")
         elif vector is None:
@@ -226,6 +229,13 @@ def _one(create: Callable[..., gymnasium.Env], options: dict[str, Any]) -> gymna
         raise TypeError(f"the function must return a gymnasium.Env, not a {type(env).__name__}")
     is_box = isinstance(env.observation_space, gymnasium.spaces.Box)
     return env if is_box else FlattenObservation(env)
+
+
+def _ignoring_interrupts(parent: int, create: Callable[[], gymnasium.Env]) -> gymnasium.Env:
+    """`create()`; a worker then leaves Ctrl-C, which every process gets, to its parent."""
+    if os.getpid() != parent:  # which makes one too, to see its spaces
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return create()
 
 
 def _vectorised(spec: EnvSpec, num_envs: int, options: dict[str, Any]) -> VectorEnv | None:

@@ -1,5 +1,8 @@
 """Gymnasium environments, against themselves stepped by hand."""
 
+import os
+import signal
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -101,6 +104,12 @@ def test_processes_equal_one_after_the_other():
     apart = wrappers.make("gymnasium/Acrobot-v1", 2, seed=1, vectorization="async")
     assert_equal(play(sync, 0, 1)[1], play(apart, 0, 1)[1])
     assert apart.max_episode_steps == 500
+    # Ctrl-C reaches every process; it is for the parent alone.
+    handler = signal.getsignal(signal.SIGINT)
+    assert handler is signal.default_int_handler
+    for process in apart.host.vector.processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert_equal(play(sync, 1, 1)[1], play(apart, 1, 1)[1])
     sync.close()
     apart.close()
 
