@@ -6,6 +6,7 @@ A configuration is a nested dictionary with the keys of `conf/config.yaml`. The 
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from .agents import Agent, Population
 from .callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
@@ -79,6 +81,21 @@ def make_agent(config: Config, env: Env) -> Agent:
     return Population(eqx.filter_vmap(member)(jax.vmap(_agent_key)(seeds)))
 
 
+def changeable(config: Config) -> set[str]:
+    """Hyperparameters that a run in progress may change: those that are leaves of the agent."""
+    return _traced(config) & set(config["agent"])
+
+
+def _traced(config: Config) -> set[str]:
+    """Fields of the agent that hold one value, and that learning does not change: by their type."""
+
+    def is_traced(kind: Any) -> bool:
+        return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
+
+    fields = dataclasses.fields(pkgutil.resolve_name(config["agent"]["_target_"]))
+    return {field.name for field in fields if is_traced(field.type)}
+
+
 def _agent_key(seed):
     return jax.random.fold_in(jax.random.key(seed), 0)
 
@@ -95,7 +112,7 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
     with contextlib.ExitStack() as stack:
         env = _closing(stack, make_env(config, _lanes(config, whole(config, "num_envs"))))
         agent = make_agent(config, env)
-        run_state = _restored(config, directory, env) if resume else None
+        run_state = _restored(config, directory, env, agent) if resume else None
         crew = _crew(config, directory, env, run_state, stack)
         total = whole(config, "total_steps", least=1)
         if run_state is not None and _env_steps(run_state.agent) >= total:
@@ -125,14 +142,23 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
     return summary
 
 
-def _restored(config: Config, directory: Path, env: Env) -> RunState:
+def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> RunState:
+    """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
     run_state = restore(directory / "checkpoints", env)
     done, total = _env_steps(run_state.agent), whole(config, "total_steps")
     if done >= total and _has_results(directory, done):
         raise UsageError(
             f"this run has made its {done:,} steps: give a larger total_steps to go on"
         )
-    return run_state
+    if done >= total:
+        return run_state
+    names = sorted(_traced(config))
+
+    def values(agent):
+        members = getattr(agent, "members", agent)
+        return [getattr(members, name) for name in names]
+
+    return eqx.tree_at(lambda s: values(s.agent), run_state, values(fresh))
 
 
 def _has_results(directory: Path, env_steps: int) -> bool:

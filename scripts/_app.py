@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import UnknownNameError, UsageError
+from eqx_q.run import changeable
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
@@ -129,9 +130,17 @@ def resumed(config: DictConfig) -> DictConfig:
     **Raises:** `UsageError` where there is no such run, or it cannot be changed so.
     """
     stored = stored_config(config.resume)
+    free = changeable(settings(stored))
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+~")
-        if key.split(".")[0] in _FIXED:
+        group, _, name = key.partition(".")
+        if group == "agent" and name:
+            if name not in free:
+                raise UsageError(
+                    f"resume continues a run as it was made: leave out '{override}' (of the "
+                    f"agent it can change {', '.join(sorted(free))})"
+                )
+        elif group in _FIXED:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     return stored

@@ -114,6 +114,24 @@ def test_total_steps_stretch_the_schedules(script, tmp_path):
     assert load(tmp_path / "b" / "agent.eqx").schedule_steps == 77
 
 
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_seeds):
+    options = [*SMALL, *QUIET, "total_steps=1000", f"num_seeds={num_seeds}", "hydra.run.dir=run"]
+    assert script("train", *options)[0] == 0
+    change = ["total_steps=2000", "agent.learning_rate=1e-5", "agent.schedule_steps=99"]
+    status, _, err = script("train", "resume=run", *change)
+    assert status == 0, err
+    assert script("train", "resume=run", "total_steps=2500")[0] == 0  # what was changed stays so
+    agent = load(tmp_path / "run" / "agent.eqx")
+    agent = agent if num_seeds == 1 else agent.member(1)
+    assert agent.env_steps == 2560
+    assert agent.learning_rate == np.float32(1e-5) and agent.schedule_steps == 99
+    assert agent.discount == np.float32(0.99)
+    status, _, err = script("train", "resume=run", "total_steps=3000", "agent.num_epochs=2")
+    assert status == 1
+    assert "leave out 'agent.num_epochs=2' (of the agent it can change discount, epsilon_" in err
+
+
 def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_path):
     options = [*SMALL, *QUIET, "total_steps=60_000", "checkpoint.every=2000", "checkpoint.keep=3"]
     assert script("train", *options, "hydra.run.dir=whole")[0] == 0
