@@ -81,6 +81,7 @@ _PUREJAXQL = {
     "EPS_DECAY": "agent.epsilon_decay",
     "REW_SCALE": "agent.reward_scale",
 }
+# CleanRL clips at 10 the gradient of a loss twice ours: its own default is our 5.
 _CLEANRL = {
     "num_envs": "num_envs",
     "total_timesteps": "total_steps",
@@ -89,7 +90,6 @@ _CLEANRL = {
     "update_epochs": "agent.num_epochs",
     "num_minibatches": "agent.num_minibatches",
     "learning_rate": "agent.learning_rate",
-    "max_grad_norm": "agent.max_grad_norm",
     "gamma": "agent.discount",
     "q_lambda": "agent.lambda_",
     "start_e": "agent.epsilon_start",
