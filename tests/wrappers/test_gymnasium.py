@@ -99,14 +99,21 @@ def test_a_vectorised_entry_point_that_runs_on_jax_is_not_called_back_from_jax()
     env.close()
 
 
-def test_processes_equal_one_after_the_other():
+@pytest.fixture
+def interruptible():
+    """The usual answer to Ctrl-C; a shell that runs tests in the background switches it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_processes_equal_one_after_the_other(interruptible):
     sync = wrappers.make("gymnasium/Acrobot-v1", 2, seed=1, vectorization="sync")
     apart = wrappers.make("gymnasium/Acrobot-v1", 2, seed=1, vectorization="async")
     assert_equal(play(sync, 0, 1)[1], play(apart, 0, 1)[1])
     assert apart.max_episode_steps == 500
     # Ctrl-C reaches every process; it is for the parent alone.
-    handler = signal.getsignal(signal.SIGINT)
-    assert handler is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for process in apart.host.vector.processes:
         os.kill(process.pid, signal.SIGINT)
     assert_equal(play(sync, 1, 1)[1], play(apart, 1, 1)[1])
