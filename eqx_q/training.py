@@ -339,7 +339,8 @@ def _to_host(metrics) -> Metrics:
 
 
 def _check_finite(metrics: Metrics) -> None:
-    finite = np.isfinite(metrics.get("loss", 0.0))
+    # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
+    finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
     if not np.any(finite):
         raise DivergedError(
             f"the loss is not finite after {metrics['env_steps']} steps: lower learning_rate or "

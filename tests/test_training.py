@@ -217,6 +217,13 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     assert seen.steps == []
 
 
+def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
+    row = {"env_steps": 64, "loss": 1.0}
+    with pytest.raises(DivergedError):
+        loop._check_finite(row | {"grad_norm": float("nan")})
+    loop._check_finite(row | {"grad_norm": np.array([np.nan, 1.0])})  # one member still learns
+
+
 def test_history_is_bounded():
     history = loop._History()
     for i in range(100_000):
