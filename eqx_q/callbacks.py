@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from .checkpoint import load_latest, save_checkpoint
+from .checkpoint import load_latest, newest_checkpoint, save_checkpoint
 from .errors import UsageError
 from .evaluation import compile_evaluation, evaluate
 from .media import record_episode, write_gif
@@ -133,7 +133,7 @@ class Checkpoint:
 
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
     time. `keep`: the newest files that stay. `with_env`: `False` where the environment lives
-    outside JAX, so that its state cannot be saved. **Attributes:** `last`: the newest file.
+    outside JAX, so that its state cannot be saved.
     """
 
     overlap = True
@@ -147,7 +147,6 @@ class Checkpoint:
         keep: int = 2,
         with_env: bool = True,
     ):
-        self.last: Path | None = None
         self._directory, self._with_env = directory, with_env
         self._every, self._seconds, self._keep = every, seconds, keep
         self._next_step = every
@@ -172,14 +171,15 @@ class Checkpoint:
         """Saves now."""
         if not self._with_env:
             run_state = _with_outside_parts(run_state, (None, None, None))
-        self.last = save_checkpoint(self._directory, run_state, env_steps, keep=self._keep)
+        path = save_checkpoint(self._directory, run_state, env_steps, keep=self._keep)
         self._next_step = (env_steps // self._every + 1) * self._every
         self._saved_at = time.perf_counter()
-        return self.last
+        return path
 
     def last_in_words(self) -> str:
-        """Where the newest checkpoint is, for a message."""
-        return f"the last good checkpoint is {self.last}" if self.last else "no checkpoint was due"
+        """Where the newest good checkpoint is, for a message: maybe from before a resume."""
+        last = newest_checkpoint(self._directory)
+        return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
 
 
 def restore(directory: Path, env: Env) -> RunState:

@@ -122,6 +122,11 @@ def load_latest(directory: str | os.PathLike) -> tuple[PyTree, Path]:
     raise UsageError(f"there is no checkpoint in '{directory}': give the directory of a run")
 
 
+def newest_checkpoint(directory: str | os.PathLike) -> Path | None:
+    """The newest good checkpoint in a directory, if there is one."""
+    return next(filter(_is_good, _checkpoints(Path(directory))), None)
+
+
 def _checkpoints(directory: Path) -> list[Path]:
     """Checkpoints in a directory, the newest first."""
     found = [p for p in directory.glob("*.ckpt") if _CHECKPOINT_NAME.fullmatch(p.name)]

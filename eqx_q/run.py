@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 
 from .agents import Agent, Population
 from .callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
-from .checkpoint import load, save
+from .checkpoint import load, newest_checkpoint, save
 from .errors import DivergedError, UnknownNameError, UsageError
 from .evaluation import evaluate
 from .files import write_whole
@@ -286,7 +286,7 @@ def evaluate_run(
 
     **Returns:** returns per member with their statistics, and how they were come by.
     """
-    agent = load(directory / "agent.eqx")
+    agent = _trained_agent(directory)
     members = agent.num_members or 1
     with contextlib.ExitStack() as stack:
         one = _closing(stack, make_env(config, members))
@@ -319,6 +319,16 @@ def evaluate_run(
         "returns": returns.tolist(),
         **_provenance(),
     }
+
+
+def _trained_agent(directory: Path) -> Agent:
+    path = directory / "agent.eqx"
+    if not path.exists() and newest_checkpoint(directory / "checkpoints"):
+        raise UsageError(
+            f"the run in '{directory}' has not come to its end: finish it with "
+            f"`python scripts/train.py resume={directory}`"
+        )
+    return load(path)
 
 
 def whole(config: Config, name: str, *, least: int = 0) -> int:

@@ -12,7 +12,7 @@ import pytest
 import eqx_q
 from eqx_q import callbacks
 from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
-from eqx_q.checkpoint import load
+from eqx_q.checkpoint import load, newest_checkpoint
 from eqx_q.errors import UsageError
 
 
@@ -94,7 +94,7 @@ def test_checkpoints_come_after_steps_or_seconds_and_at_the_end(env, tmp_path):
     assert saved == [24, 48, 64]
     names = sorted(path.name for path in (tmp_path / "steps").iterdir())
     assert names == [f"{steps:012d}.ckpt" for steps in saved]
-    assert checkpoint.last == tmp_path / "steps" / names[-1]
+    assert newest_checkpoint(tmp_path / "steps") == tmp_path / "steps" / names[-1]
 
     train(env, 32, [Checkpoint(tmp_path / "seconds", every=10**9, seconds=0.0, keep=2)])
     names = sorted(path.name for path in (tmp_path / "seconds").iterdir())
@@ -137,7 +137,7 @@ def test_a_run_of_python_environments_is_restored_without_their_state(tmp_path, 
     env = eqx_q.make(lambda: gymnasium.make("CartPole-v1"), num_envs=2)
     checkpoint = Checkpoint(tmp_path, every=16, with_env=False)
     agent, _ = train(env, 32, [checkpoint])
-    assert load(checkpoint.last).timestep is None
+    assert load(newest_checkpoint(tmp_path)).timestep is None
     with caplog.at_level("INFO", "eqx_q"):
         run_state = restore(tmp_path, env)
     assert "their episodes start anew" in caplog.text
@@ -161,8 +161,9 @@ def test_a_signal_ends_the_run_at_the_next_boundary(env, tmp_path):
     assert interrupt.received
     assert signal.getsignal(signal.SIGTERM) is before
     assert int(agent.env_steps) == 24
-    assert checkpoint.last is not None and checkpoint.last.name == "000000000024.ckpt"
-    assert_same(load(checkpoint.last).agent, agent)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "000000000024.ckpt"
+    assert_same(load(newest).agent, agent)
 
 
 def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):

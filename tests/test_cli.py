@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
@@ -278,17 +279,50 @@ def test_a_missing_extra_is_named(script, monkeypatch):
     assert "run `pip install 'eqx_q[atari]'`" in err
 
 
-def test_a_diverged_run_names_its_last_good_checkpoint(script, tmp_path):
-    options = [*SMALL, *QUIET, "total_steps=20_000", "log_every=1", "checkpoint.every=64"]
-    options += ["agent.learning_rate_end=1e12", "hydra.run.dir=run"]  # it rises
-    status, _, err = script("train", *options)
-    assert status == 1
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "the loss is not finite" in line
-    newest = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
-    assert f"the last good checkpoint is {newest}" in line
-    leaves = jax.tree.leaves(load(newest).agent.network)
-    assert all(np.isfinite(leaf).all() for leaf in leaves if hasattr(leaf, "dtype"))
+class Spoiled(gymnasium.Env):
+    """Rewards are not a number from some step of the process on."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    steps_left = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        Spoiled.steps_left -= 1
+        reward = 1.0 if Spoiled.steps_left > 0 else np.nan
+        return np.zeros(2, np.float32), reward, Spoiled.steps_left % 7 == 0, False, {}
+
+
+@pytest.mark.filterwarnings("ignore:.*reward is a NaN")
+def test_a_diverged_run_names_its_last_good_checkpoint(script, tmp_path, monkeypatch):
+    gymnasium.register("Spoiled-v0", entry_point=Spoiled)
+    options = [*SMALL, *QUIET, "env=gymnasium", "env.name=Spoiled-v0", "env.vectorization=sync"]
+    options += ["total_steps=2048", "log_every=1", "checkpoint.every=256", "hydra.run.dir=run"]
+
+    def failure(*arguments):
+        status, _, err = script("train", *arguments)
+        assert status == 1
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "the loss is not finite" in line
+        return line
+
+    try:
+        monkeypatch.setattr(Spoiled, "steps_left", 600)
+        line = failure(*options)
+        newest = max((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+        assert newest.stem == f"{512:012d}"
+        assert f"the last good checkpoint is {newest}" in line
+        leaves = jax.tree.leaves(load(newest).agent.network)
+        assert all(np.isfinite(leaf).all() for leaf in leaves if hasattr(leaf, "dtype"))
+        # Also where a resumed run fails before it could write one of its own; and it has no agent.
+        assert f"the last good checkpoint is {newest}" in failure("resume=run")
+        status, _, err = script("evaluate", "run=run")
+        assert status == 1 and "finish it with `python scripts/train.py resume=run`" in err
+    finally:
+        del gymnasium.registry["Spoiled-v0"]
 
 
 def test_help_names_every_choice(script):
