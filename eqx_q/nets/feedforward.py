@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from ..errors import UsageError
 from ..types import Memory
@@ -30,6 +30,8 @@ class FeedForward(AbstractQNetwork):
         memory: Memory = None,
         *,
         first: Bool[Array, "T B"] | None = None,
+        last_action: Int[Array, "T B"] | None = None,
+        last_reward: Float[Array, "T B"] | None = None,
         batch_mask: Bool[Array, "T B"] | None = None,
     ) -> NetworkOutput:
         rows = obs.reshape(-1, *obs.shape[2:])
@@ -56,6 +58,8 @@ class FromModule(AbstractQNetwork):
         memory: Memory = None,
         *,
         first: Bool[Array, "T B"] | None = None,
+        last_action: Int[Array, "T B"] | None = None,
+        last_reward: Float[Array, "T B"] | None = None,
         batch_mask: Bool[Array, "T B"] | None = None,
     ) -> NetworkOutput:
         return NetworkOutput(jax.vmap(jax.vmap(self.module))(obs))

@@ -3,7 +3,7 @@
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from ..types import Memory
 
@@ -40,6 +40,8 @@ class AbstractQNetwork(eqx.Module):
         memory: Memory = None,
         *,
         first: Bool[Array, "T B"] | None = None,
+        last_action: Int[Array, "T B"] | None = None,
+        last_reward: Float[Array, "T B"] | None = None,
         batch_mask: Bool[Array, "T B"] | None = None,
     ) -> NetworkOutput:
         """**Arguments:**
@@ -48,6 +50,8 @@ class AbstractQNetwork(eqx.Module):
         - `statistics`: running normalisation statistics.
         - `memory`: memory before `obs[0]`.
         - `first`: where an episode starts: memory is reset *before* that observation.
+        - `last_action`, `last_reward`: what led to each observation, given to networks with memory;
+            they mean nothing where `first`. The reward is `None` where the caller has none.
         - `batch_mask`: given in training only. Normalisation then uses (and updates the running
             statistics with) the statistics of this batch, over the rows that are `True`.
         """
