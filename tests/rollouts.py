@@ -11,6 +11,11 @@ CHUNK = 20  # always the same, so that little is compiled
 traces = {"roll": 0}
 
 
+def agents(env: Env) -> tuple[int, ...]:
+    """The axis of a team's agents, where there is a team."""
+    return () if env.num_agents is None else (env.num_agents,)
+
+
 @eqx.filter_jit
 def roll(env: Env, state, key):
     """`CHUNK` random steps. Returns the state, and the actions and the timesteps, stacked."""
@@ -18,7 +23,8 @@ def roll(env: Env, state, key):
 
     def step(state, key):
         action_key, step_key = jax.random.split(key)
-        action = jax.random.randint(action_key, (env.num_envs,), 0, int(env.action_space.n))
+        shape = (env.num_envs, *agents(env))
+        action = jax.random.randint(action_key, shape, 0, int(env.action_space.n))
         state, timestep = env.step(state, action, step_key)
         return state, (action, timestep)
 
@@ -26,7 +32,7 @@ def roll(env: Env, state, key):
 
 
 def play(env: Env, seed: int, chunks: int) -> tuple[np.ndarray, TimeStep]:
-    """Actions `[T, N]`, and the timesteps `[T+1, N]` from reset on, as NumPy."""
+    """Actions `[T, N, *M]`, and the timesteps `[T+1, N]` from reset on, as NumPy."""
     reset_key, *keys = jax.random.split(jax.random.key(seed), chunks + 1)
     state, timestep = env.reset(reset_key)
     actions, timesteps = [], [jax.tree.map(lambda x: np.asarray(x)[None], timestep)]

@@ -4,7 +4,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from rollouts import CHUNK, assert_equal, play, roll, traces
+from rollouts import CHUNK, agents, assert_equal, play, roll, traces
 
 import eqx_q.wrappers as wrappers
 
@@ -66,12 +66,12 @@ def played(env):
 
 def test_shapes_and_types_are_those_of_the_spaces(env, played):
     actions, timesteps = played
-    space, lanes = env.observation_space, (STEPS + 1, LANES)
+    space, lanes, team = env.observation_space, (STEPS + 1, LANES), agents(env)
     assert isinstance(env, wrappers.Env)
     assert isinstance(space, gymnasium.spaces.Box)
     assert isinstance(env.action_space, gymnasium.spaces.Discrete)
-    assert env.num_envs == LANES and env.num_agents is None
-    assert timesteps.obs.shape == (*lanes, *space.shape)
+    assert env.num_envs == LANES
+    assert timesteps.obs.shape == (*lanes, *team, *space.shape)
     assert timesteps.obs.dtype == space.dtype and space.dtype in (np.uint8, np.float32)
     assert all(space.contains(obs) for obs in timesteps.obs.reshape(-1, *space.shape))
     types = {"reward": np.float32, "terminated": bool, "truncated": bool, "first": bool}
@@ -83,7 +83,13 @@ def test_shapes_and_types_are_those_of_the_spaces(env, played):
     assert episode.length.dtype == np.int32 and episode.length.shape == lanes
     assert len(np.unique(actions)) == env.action_space.n
     if timesteps.action_mask is not None:
-        assert timesteps.action_mask.shape == (*lanes, env.action_space.n)
+        assert timesteps.action_mask.shape == (*lanes, *team, env.action_space.n)
+        assert timesteps.action_mask.any(-1).all()
+    if team:
+        assert timesteps.agent_reward.shape == (*lanes, *team)
+    if timesteps.agent_mask is not None:
+        assert timesteps.agent_mask.shape == (*lanes, *team)
+        assert timesteps.agent_mask[timesteps.first].all()
 
 
 def test_boundaries_step_by_step(env, played):
@@ -188,7 +194,7 @@ def test_a_replica_is_of_the_same_kind(case, env, played):
     assert replica.observation_space == env.observation_space
     assert replica.max_episode_steps == env.max_episode_steps
     _, timesteps = play(replica, 5, 1)
-    assert timesteps.obs.shape == (CHUNK + 1, 2, *env.observation_space.shape)
+    assert timesteps.obs.shape == (CHUNK + 1, 2, *agents(env), *env.observation_space.shape)
     replica.close()
     # The one it was made from goes on, undisturbed.
     again = make(case)
