@@ -14,7 +14,8 @@ from ..types import AnyArray, Episode, TimeStep
 class Report(eqx.Module):
     """What a suite reports of a step or a reset, of one lane or of all. `None`: has no such thing.
 
-    After a reset, reward and flags are ignored.
+    After a reset, reward and flags are ignored. `game_reward` is what `episode.returns` counts,
+    where that is not the learner's `reward`.
     """
 
     obs: Shaped[Array, "*lanes_and_obs"]
@@ -25,6 +26,7 @@ class Report(eqx.Module):
     action_mask: Bool[Array, "*lanes_and_actions"] | None = None
     agent_mask: Bool[Array, "*lanes M"] | None = None
     agent_reward: Float[Array, "*lanes M"] | None = None
+    game_reward: Float[Array, "*lanes"] | None = None
 
 
 class Running(eqx.Module):
@@ -50,7 +52,8 @@ class Running(eqx.Module):
         terminated = report.terminated & ~first
         truncated = report.truncated & ~report.terminated & ~first
         ended = terminated | truncated
-        returns = jnp.where(first, 0.0, self.returns + reward)
+        counted = report.reward if report.game_reward is None else report.game_reward
+        returns = jnp.where(first, 0.0, self.returns + counted)
         length = jnp.where(first, 0, self.length + 1)
         timestep = TimeStep(
             report.obs,
