@@ -7,159 +7,100 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import gymnasium
-import jax
-import jax.numpy as jnp
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, VectorizeMode, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
-from jax.experimental import io_callback
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Int
 
 from ..errors import UnknownNameError, UsageError
-from ..spaces import Box, Discrete
-from ..types import TimeStep
-from .autoreset import Report, Running
-from .drawing import quiet_pygame
-from .env import Env
+from ..spaces import Discrete
+from ..types import AnyArray
+from .host import Host, HostEnv, Reported, cast_box, shapes_of
 
 VECTORIZATIONS = ("auto", "sync", "async")
 
 
-class Host:
-    """The Python environments. Hashed by identity: compiled code is bound to the one it calls.
+class GymnasiumHost(Host):
+    """A Gymnasium vector environment.
 
-    Its methods are called back from compiled code, where JAX must not be used: all is NumPy.
+    Observations are `float32`, or `uint8` where they are so; spaces other than `Box` are flattened
+    (`Discrete` becomes one-hot). An `info["action_mask"]` becomes the action mask.
     """
 
-    def __init__(self, vector: VectorEnv, seed: int, recipe: tuple[Any, dict[str, Any]]):
-        self.vector: VectorEnv | None = vector
-        self.seed: int | None = seed
-        self.recipe = recipe
+    num_agents = None
+
+    def __init__(
+        self,
+        vector: VectorEnv,
+        seed: int,
+        max_episode_steps: int | None,
+        recipe: tuple[Any, dict[str, Any]],
+    ):
+        self.vector = vector
+        self.is_open = True
+        self.max_episode_steps = max_episode_steps
         self.num_envs = vector.num_envs
         space, actions = vector.single_observation_space, vector.single_action_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise UsageError(f"Q-learning needs Discrete actions, not {actions}: discretise them")
         if not isinstance(space, gymnasium.spaces.Box):
             raise UsageError(f"observations of {space} cannot be made one flat array")
-        dtype = np.uint8 if space.dtype == np.uint8 else np.float32
-        with np.errstate(over="ignore"):  # the largest float64 becomes infinite
-            low, high = space.low.astype(dtype), space.high.astype(dtype)
-        self.observation_space = Box(gymnasium.spaces.Box(low, high, space.shape, dtype))
+        self.observation_space = cast_box(space)
         self.action_space = Discrete(gymnasium.spaces.Discrete(int(actions.n)))
-        self.first_action = int(actions.start)
-        self.has_mask = "action_mask" in vector.reset(seed=seed)[1]
+        self._first_action = int(actions.start)
+        self._recipe = recipe
+        self._seed: int | None = seed
+        obs, info = vector.reset(seed=seed)
+        self._has_mask = "action_mask" in info
+        self.shapes = shapes_of(self._fresh(obs, info))
 
-    def reset(self) -> tuple[np.ndarray, ...]:
-        """Observations and, if there are any, action masks. The first reset takes the seed."""
-        obs, info = self.open().reset(seed=self.seed)
-        self.seed = None
-        return (self._cast(obs), *self._mask(info))
+    def reset(self) -> Reported:
+        obs, info = self.vector.reset(seed=self._seed)
+        self._seed = None
+        return self._fresh(obs, info)
 
-    def step(self, action: Int[Array, " N"]) -> tuple[np.ndarray, ...]:
-        """Observations, rewards, both flags and, if there are any, action masks."""
-        actions = np.asarray(action, np.int64) + self.first_action
-        obs, reward, terminated, truncated, info = self.open().step(actions)
-        return (
-            self._cast(obs),
-            np.asarray(reward, np.float32),
-            np.asarray(terminated, bool),
-            np.asarray(truncated, bool),
-            *self._mask(info),
-        )
+    def step(self, action: Int[AnyArray, " N"]) -> Reported:
+        actions = np.asarray(action, np.int64) + self._first_action
+        return self._report(*self.vector.step(actions))
 
-    def open(self) -> VectorEnv:
-        """The environments. Raises `UsageError` after `close`."""
-        if self.vector is None:
-            raise UsageError("this environment is closed: make it anew")
-        return self.vector
+    def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "GymnasiumHost":
+        source, made_with = self._recipe
+        return _host(source, num_envs, seed=seed, **(made_with | options))
 
-    def _cast(self, obs: Any) -> np.ndarray:
-        return np.asarray(obs, self.observation_space.dtype)
+    def render(self, lane: int) -> Any:
+        if self.vector.render_mode != "rgb_array":
+            return None
+        if isinstance(self.vector, SyncVectorEnv):
+            return self.vector.envs[lane].render()
+        frames = self.vector.render()
+        return None if frames is None else frames[lane]
 
-    def _mask(self, info: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    def close(self) -> None:
+        self.is_open = False
+        self.vector.close()
+
+    def _fresh(self, obs: Any, info: dict[str, Any]) -> Reported:
+        no = np.zeros(self.num_envs, bool)
+        return self._report(obs, no, no, no, info)
+
+    def _report(self, obs, reward, terminated, truncated, info: dict[str, Any]) -> Reported:
+        report = {
+            "obs": np.asarray(obs, self.observation_space.dtype),
+            "reward": np.asarray(reward, np.float32),
+            "terminated": np.asarray(terminated, bool),
+            "truncated": np.asarray(truncated, bool),
+        }
+        return report | ({"action_mask": self._mask(info)} if self._has_mask else {})
+
+    def _mask(self, info: dict[str, Any]) -> np.ndarray:
         """Lanes that give no mask now may do anything."""
-        if not self.has_mask:
-            return ()
         masks = np.ones((self.num_envs, int(self.action_space.n)), bool)
         given = info.get("_action_mask", np.zeros(self.num_envs, bool))
         if given.any():
             masks[given] = info["action_mask"][given]
-        return (masks,)
-
-
-class GymnasiumEnv(Env):
-    """Python environments in lockstep, called back from compiled code in order.
-
-    Observations are `float32`, or `uint8` where they are so; spaces other than `Box` are flattened
-    (`Discrete` becomes one-hot). An `info["action_mask"]` becomes the action mask.
-    The environments are seeded when they are made, and `reset` ignores its key.
-    """
-
-    host: Host = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
-    num_envs: int = eqx.field(static=True)
-    num_agents: None = eqx.field(static=True)
-    on_host: bool = eqx.field(static=True)
-    max_episode_steps: int | None = eqx.field(static=True)
-
-    def __init__(self, host: Host, max_episode_steps: int | None):
-        self.host = host
-        self.observation_space = host.observation_space
-        self.action_space = host.action_space
-        self.num_envs = host.num_envs
-        self.num_agents = None
-        self.on_host = True
-        self.max_episode_steps = max_episode_steps
-
-    def reset(self, key: PRNGKeyArray) -> tuple[Running, TimeStep]:
-        self.host.open()
-        obs, _, _, _, *mask = self._shapes()
-        obs, *mask = io_callback(self.host.reset, (obs, *mask), ordered=True)
-        zero, no = jnp.zeros(self.num_envs), jnp.zeros(self.num_envs, bool)
-        report = Report(obs, zero, no, no, action_mask=mask[0] if mask else None)
-        return Running.start(self.num_envs).follow(report)
-
-    def step(
-        self, state: Running, action: Int[Array, " N"], key: PRNGKeyArray
-    ) -> tuple[Running, TimeStep]:
-        self.host.open()
-        obs, reward, terminated, truncated, *mask = io_callback(
-            self.host.step, self._shapes(), action, ordered=True
-        )
-        mask = mask[0] if mask else None
-        return state.follow(Report(obs, reward, terminated, truncated, action_mask=mask))
-
-    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "GymnasiumEnv":
-        source, made_with = self.host.recipe
-        return make(source, num_envs, seed=seed, **(made_with | options))
-
-    def render(self, state: Running, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
-        vector = self.host.vector
-        if vector is None or vector.render_mode != "rgb_array":
-            return None
-        jax.effects_barrier()  # no step may be under way
-        quiet_pygame()
-        if isinstance(vector, SyncVectorEnv):
-            return np.asarray(vector.envs[lane].render())
-        frames = vector.render()
-        return None if frames is None else np.asarray(frames[lane])
-
-    def close(self) -> None:
-        if self.host.vector is not None:
-            jax.effects_barrier()
-            self.host.vector.close()
-            self.host.vector = None
-
-    def _shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        n, space = self.num_envs, self.observation_space
-        obs = jax.ShapeDtypeStruct((n, *space.shape), space.dtype)
-        reward, flag = jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n,), bool)
-        mask = jax.ShapeDtypeStruct((n, int(self.action_space.n)), bool)
-        return (obs, reward, flag, flag, *([mask] if self.host.has_mask else []))
+        return masks
 
 
 def ids() -> list[str]:
@@ -179,7 +120,7 @@ def make(
     seed: int = 0,
     vectorization: str = "auto",
     **options: Any,
-) -> GymnasiumEnv:
+) -> HostEnv:
     """Makes a vector of Python environments.
 
     **Arguments:**
@@ -192,6 +133,12 @@ def make(
         of its own, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
     - `options`: of `gymnasium.make` and of the environment, or keyword arguments of the function.
     """
+    return HostEnv(_host(source, num_envs, seed=seed, vectorization=vectorization, **options))
+
+
+def _host(
+    source: Any, num_envs: int, *, seed: int, vectorization: str, **options: Any
+) -> GymnasiumHost:
     if vectorization not in VECTORIZATIONS:
         raise UnknownNameError("vectorization", vectorization, VECTORIZATIONS)
     recipe = (source, {"vectorization": vectorization, **options})
@@ -211,7 +158,7 @@ def make(
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise UsageError(f"Gymnasium cannot make {source!r}: {error}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
-    return GymnasiumEnv(Host(vector, seed, recipe), limit)
+    return GymnasiumHost(vector, seed, limit, recipe)
 
 
 def _resolve(source: Any) -> tuple[EnvSpec | None, Callable[..., gymnasium.Env]]:

@@ -29,6 +29,7 @@ class Suite(NamedTuple):
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
+    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),  # before it, for functions
     "gymnasium": Suite(".gymnasium", "gymnasium", None),
 }
 
@@ -39,7 +40,7 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
     **Arguments:**
 
     - `source`: `"suite/name"`, or one's own: a gymnax environment, a pair of it and its
-        parameters, or a function that returns a `gymnasium.Env`.
+        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
     - `options`: of the suite.
@@ -63,7 +64,8 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
             return _load(name).make(source, num_envs, seed=seed, **options)
     raise UsageError(
         f"cannot make an environment of {source!r}: give 'suite/name', a gymnax environment "
-        "(alone or with its parameters), or a function that returns a gymnasium.Env"
+        "(alone or with its parameters), or a function that returns a gymnasium.Env "
+        "or a PettingZoo environment"
     )
 
 
