@@ -60,7 +60,9 @@ class _Player:
 
     def legal(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, " own_actions"]:
         """What its mask allows; all where there is no mask, or one that allows nothing."""
-        mask = obs["action_mask"] if self.gives_mask and obs is not None else info.get("action_mask")
+        mask = (
+            obs["action_mask"] if self.gives_mask and obs is not None else info.get("action_mask")
+        )
         if mask is None or not np.any(mask):
             return np.ones(self.num_actions, bool)
         return np.asarray(mask, bool)
@@ -274,7 +276,7 @@ def accepts(source: Any) -> bool:
 
 
 def make(
-    source: str | Callable[..., ParallelEnv | AECEnv],
+    source: Any,
     num_envs: int,
     *,
     seed: int = 0,

@@ -1,9 +1,13 @@
 """What holds for every suite. A new suite adds its cases here, and nothing else."""
 
+import functools
+from typing import ClassVar
+
 import gymnasium
 import jax
 import numpy as np
 import pytest
+from pettingzoo import ParallelEnv
 from rollouts import CHUNK, agents, assert_equal, play, roll, traces
 
 import eqx_q.wrappers as wrappers
@@ -27,6 +31,37 @@ class Walk(gymnasium.Env):
         return np.array([self.place / 4]), float(at_end), at_end, self.time == 12, {}
 
 
+class Fading(ParallelEnv):
+    """Somebody's own team of two: each acts for a while, and no longer than 12 steps."""
+
+    metadata: ClassVar = {"name": "fading", "render_modes": []}
+    possible_agents: ClassVar = ["left", "right"]
+    action_space = staticmethod(functools.cache(lambda agent: gymnasium.spaces.Discrete(2)))
+    observation_space = staticmethod(
+        functools.cache(lambda agent: gymnasium.spaces.Box(0.0, 20.0, (2,), np.float64))
+    )
+    random = np.random.default_rng()
+
+    def observe(self):
+        return {agent: np.array([self.time, self.left[agent]]) for agent in self.agents}
+
+    def reset(self, seed=None, options=None):
+        self.random = self.random if seed is None else np.random.default_rng(seed)
+        self.agents, self.time = list(self.possible_agents), 0
+        self.left = {agent: int(self.random.integers(3, 20)) for agent in self.agents}
+        return self.observe(), {agent: {} for agent in self.agents}
+
+    def step(self, actions):
+        self.time += 1
+        for agent, action in actions.items():
+            self.left[agent] -= action
+        over = {agent: self.left[agent] == 0 for agent in self.agents}
+        late = dict.fromkeys(self.agents, self.time == 12)
+        report = (self.observe(), over.copy(), over, late, {agent: {} for agent in self.agents})
+        self.agents = [agent for agent in self.agents if not over[agent] and not late[agent]]
+        return report
+
+
 CASES = {
     "cartpole": ("gymnax/CartPole-v1", {"max_steps_in_episode": 20}),
     "breakout": ("gymnax/Breakout-MinAtar", {}),
@@ -37,6 +72,8 @@ CASES = {
     "gymnasium_vector": ("gymnasium/CartPole-v1", {}),
     "gymnasium_taxi": ("gymnasium/Taxi-v4", {"max_episode_steps": 15}),
     "own": (Walk, {}),
+    "pettingzoo": ("pettingzoo/mpe2.simple_spread_v3", {"max_cycles": 15}),
+    "own_team": (Fading, {}),
 }
 CHUNKS, LANES = 4, 3
 STEPS = CHUNKS * CHUNK

@@ -41,7 +41,11 @@ def test_bad_input_is_told_how_to_be_mended(source, num_envs, options, message):
 
 @pytest.mark.parametrize(
     ("suite", "package", "extra"),
-    [("gymnax", "gymnax", "jax-envs"), ("envpool", "envpool", "atari")],
+    [
+        ("gymnax", "gymnax", "jax-envs"),
+        ("envpool", "envpool", "atari"),
+        ("pettingzoo", "pettingzoo", "multi-agent"),
+    ],
 )
 def test_a_missing_package_names_its_extra(monkeypatch, suite, package, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,0 +1,345 @@
+"""Teams of PettingZoo's, against themselves stepped by hand."""
+
+from typing import ClassVar
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pettingzoo
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete
+from mpe2 import simple_speaker_listener_v4, simple_spread_v3
+from pettingzoo import ParallelEnv
+from pettingzoo.utils import parallel_to_aec
+from rollouts import CHUNK, assert_equal, play
+
+import eqx_q.wrappers as wrappers
+from eqx_q.errors import MissingExtraError, UsageError
+
+
+class Fates(ParallelEnv):
+    """Each agent's end is written: the step it comes in, and whether it is the task or the limit.
+
+    An agent observes the time, its number, and what it did last; it is paid its number a step.
+    """
+
+    metadata: ClassVar = {"name": "fates", "is_parallelizable": True, "render_modes": []}
+    render_mode = None
+
+    def __init__(self, fates, masks=None, pay=1.0, shape=(3,)):
+        self.fates, self.masks, self.pay, self.shape = fates, masks, pay, shape
+        self.possible_agents = list(fates)
+
+    def observation_space(self, agent):
+        box = Box(1.0, 9.0, (3,), np.float64)
+        if self.masks != "obs":
+            return box
+        return Dict({"observation": box, "action_mask": Box(0, 1, (3,), np.int8)})
+
+    def action_space(self, agent):
+        return Discrete(3, start=4)
+
+    def number(self, agent):
+        return 1 + self.possible_agents.index(agent)
+
+    def mask(self, agent):
+        return np.array([1, self.time % 2, self.number(agent) == 2], np.int8)
+
+    def observe(self, agent):
+        obs = np.resize([1 + self.time, self.number(agent), self.last[agent]], self.shape)
+        return {"observation": obs, "action_mask": self.mask(agent)} if self.masks == "obs" else obs
+
+    def tell(self, agents):
+        return {x: {"action_mask": self.mask(x)} if self.masks == "info" else {} for x in agents}
+
+    def reset(self, seed=None, options=None):
+        self.time, self.agents = 0, list(self.possible_agents)
+        self.last = dict.fromkeys(self.agents, 1)
+        return {x: self.observe(x) for x in self.agents}, self.tell(self.agents)
+
+    def step(self, actions):
+        assert set(actions) == set(self.agents) and set(actions.values()) <= {4, 5, 6}
+        acting, self.time, self.last = self.agents, self.time + 1, actions
+        over = {x: self.fates[x][1] for x in acting if self.fates[x][0] == self.time}
+        self.agents = [x for x in acting if x not in over]
+        return (
+            {x: self.observe(x) for x in acting},
+            {x: self.pay * self.number(x) for x in acting},
+            {x: over.get(x) in ("task", "both") for x in acting},
+            {x: over.get(x) in ("limit", "both") for x in acting},
+            self.tell(acting),
+        )
+
+
+def by_hand(raw, players, actions, seed):
+    """What the environment itself says over time, in the arrays of one lane."""
+    fields = ("obs", "agent_reward", "agent_mask", "terminated", "truncated", "first")
+    said = {name: [] for name in fields}
+    over = True
+    for t in range(len(actions) + 1):
+        rewards, ended = {}, (False, False)
+        if first := over:
+            obs, _ = raw.reset(seed=seed)
+            seed, alive = None, set(raw.agents)
+        else:
+            acting = {x: int(actions[t - 1, players.index(x)]) for x in raw.agents}
+            obs, rewards, _, truncated, _ = raw.step(acting)
+            alive = set(raw.agents)
+            if not alive:
+                alive = {x for x in acting if truncated[x]}
+                ended = (not alive, bool(alive))
+        over = any(ended)
+        said["first"].append(first)
+        said["terminated"].append(ended[0])
+        said["truncated"].append(ended[1])
+        size = max(raw.observation_space(x).shape[0] for x in players)
+        seen = [np.resize(obs[x], len(obs[x])) if x in obs else np.zeros(0) for x in players]
+        said["obs"].append([np.pad(one, (0, size - len(one))) for one in seen])
+        said["agent_reward"].append([rewards.get(x, 0) for x in players])
+        said["agent_mask"].append([x in alive for x in players])
+    return {name: np.asarray(one, np.float32) for name, one in said.items()}
+
+
+def assert_says(timesteps, lane, said):
+    for name, expected in said.items():
+        seen = getattr(timesteps, name)[:, lane]
+        # Equal, but that XLA may make 0 of numbers that are all but that.
+        np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-37, err_msg=name)
+    np.testing.assert_allclose(timesteps.reward[:, lane], said["agent_reward"].sum(-1), rtol=1e-6)
+
+
+def legal_play(env, seed, steps):
+    """As `play`, but by the masks."""
+    generator = np.random.default_rng(seed)
+    state, timestep = env.reset(jax.random.key(0))
+    actions, timesteps = [], [timestep]
+    for _ in range(steps):
+        wishes = generator.random(timestep.action_mask.shape) * timestep.action_mask
+        actions.append(wishes.argmax(-1))
+        state, timestep = env.step(state, jnp.asarray(actions[-1]), jax.random.key(0))
+        timesteps.append(timestep)
+    return np.stack(actions), jax.tree.map(lambda *x: np.stack(x), *timesteps)
+
+
+def test_equals_the_environment_stepped_by_hand():
+    env = wrappers.make("pettingzoo/mpe2.simple_spread_v3", 2, seed=3, max_cycles=7)
+    assert env.num_agents == 3 and env.action_space.n == 5
+    assert env.observation_space == Box(-np.inf, np.inf, (18,), np.float32)
+    actions, timesteps = play(env, 0, 2)
+    for lane in range(2):
+        raw = simple_spread_v3.parallel_env(max_cycles=7)
+        said = by_hand(raw, raw.possible_agents, actions[:, lane], 3 + lane)
+        assert_says(timesteps, lane, said)
+        assert said["truncated"].sum() == 2 * CHUNK // 8
+    assert timesteps.action_mask is None
+    env.close()
+
+
+def test_agents_that_act_in_turn_are_converted_by_pettingzoo():
+    def converted():
+        return simple_spread_v3.env(max_cycles=7)
+
+    def own():
+        return parallel_to_aec(Fates({"a": (2, "task"), "b": (4, "limit")}))
+
+    env = wrappers.make(converted, 2, seed=3)
+    same = wrappers.make("pettingzoo/mpe2.simple_spread_v3", 2, seed=3, max_cycles=7)
+    assert_equal(play(env, 0, 1)[1], play(same, 0, 1)[1])
+    assert wrappers.make(own, 1).num_agents == 2
+    env.close()
+    same.close()
+
+
+def test_agents_that_differ_are_padded():
+    name = "pettingzoo/mpe2.simple_speaker_listener_v4"
+    env = wrappers.make(name, 2, seed=5, pad=True, max_cycles=4)
+    assert env.observation_space.shape == (11,) and env.action_space.n == 5
+    actions, timesteps = legal_play(env, 0, 12)
+    for lane in range(2):
+        raw = simple_speaker_listener_v4.parallel_env(max_cycles=4)
+        said = by_hand(raw, ["speaker_0", "listener_0"], actions[:, lane], 5 + lane)
+        assert_says(timesteps, lane, said)
+    assert (timesteps.obs[:, :, 0, 3:] == 0).all() and timesteps.obs[:, :, 1, 3:].any()
+    assert actions[:, :, 0].max() == 2 and actions[:, :, 1].max() == 4
+    legal = np.broadcast_to([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], timesteps.action_mask.shape)
+    np.testing.assert_array_equal(timesteps.action_mask, legal)
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_padding_is_no_action(caplog):
+    env = wrappers.make("pettingzoo/mpe2.simple_speaker_listener_v4", 1, pad=True)
+    state, _ = env.reset(jax.random.key(0))
+    with pytest.raises(Exception, match="has 3 actions, action 3 is padding"):
+        jax.block_until_ready(env.step(state, jnp.array([[3, 4]]), jax.random.key(0)))
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("fates", "alive", "terminated"),
+    [
+        # One dies, the other meets the limit: there is somebody left to bootstrap.
+        ({"a": (1, "task"), "b": (3, "limit")}, ["ab", "b", "b", "b"], False),
+        ({"a": (3, "task"), "b": (3, "limit")}, ["ab", "ab", "ab", "b"], False),
+        ({"a": (2, "limit"), "b": (3, "limit")}, ["ab", "ab", "b", "b"], False),
+        ({"a": (2, "limit"), "b": (2, "limit")}, ["ab", "ab", "ab"], False),
+        # Whoever was left has come to the end of the task.
+        ({"a": (3, "task"), "b": (1, "limit")}, ["ab", "a", "a", ""], True),
+        ({"a": (1, "task"), "b": (3, "task")}, ["ab", "b", "b", ""], True),
+        ({"a": (2, "task"), "b": (2, "both")}, ["ab", "ab", ""], True),
+    ],
+)
+def test_how_a_team_ends(fates, alive, terminated):
+    env = wrappers.make(lambda: Fates(fates), 1)
+    actions, timesteps = play(env, 0, 1)
+    last = len(alive) - 1
+    for t in range(CHUNK + 1):
+        time = t % len(alive)
+        mask = [agent in alive[time] for agent in "ab"]
+        np.testing.assert_array_equal(timesteps.agent_mask[t, 0], mask)
+        assert timesteps.first[t, 0] == (time == 0)
+        assert timesteps.terminated[t, 0] == (time == last and terminated)
+        assert timesteps.truncated[t, 0] == (time == last and not terminated)
+        for m, agent in enumerate("ab"):
+            there = time <= fates[agent][0]
+            acted = there and time > 0
+            did = actions[t - 1, 0, m] + 4 if acted else 1
+            expected = [1 + time, m + 1, did] if there else [0, 0, 0]
+            np.testing.assert_array_equal(timesteps.obs[t, 0, m], expected)
+            assert timesteps.agent_reward[t, 0, m] == (m + 1 if acted else 0)
+    # The dead see zeros, which the agents' own spaces do not hold.
+    assert env.observation_space.low.max() == 0
+    env.close()
+
+
+@pytest.mark.parametrize("masks", ["info", "obs"])
+def test_masks(masks):
+    fates = {"a": (2, "task"), "b": (4, "limit")}
+    env = wrappers.make(lambda: Fates(fates, masks), 2)
+    _, timesteps = legal_play(env, 0, 10)
+    for t in range(11):
+        time = t % 5
+        own = [[1, time % 2, 0], [1, time % 2, 1]]
+        if time > 2:
+            own[0] = [1, 1, 1]  # nobody asks the dead
+        np.testing.assert_array_equal(timesteps.action_mask[t], [own, own])
+        np.testing.assert_array_equal(timesteps.obs[t, :, 1, :2], [[1 + time, 2]] * 2)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("team_reward", "rewards"), [("sum", [0, 6, 5, 5]), ("mean", [0, 2, 5 / 3, 5 / 3])]
+)
+def test_team_rewards(team_reward, rewards):
+    fates = {"a": (1, "task"), "b": (3, "task"), "c": (3, "task")}
+    env = wrappers.make(lambda: Fates(fates), 1, team_reward=team_reward)
+    _, timesteps = play(env, 0, 1)
+    np.testing.assert_allclose(timesteps.reward[:8, 0], rewards * 2, rtol=1e-6)
+    np.testing.assert_array_equal(timesteps.agent_reward[:4, 0].sum(-1), [0, 6, 5, 5])
+    np.testing.assert_allclose(timesteps.episode.returns[3, 0], np.sum(rewards), rtol=1e-6)
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_shared_reward_is_taken_once_and_must_be_shared(caplog):
+    env = wrappers.make(
+        "pettingzoo/mpe2.simple_spread_v3", 1, team_reward="shared", local_ratio=0.0
+    )
+    _, timesteps = play(env, 0, 1)
+    np.testing.assert_allclose(timesteps.reward, timesteps.agent_reward[..., 1])
+    assert (timesteps.reward[1:] < 0).all()
+    env.close()
+    unlike = wrappers.make(
+        lambda: Fates({"a": (2, "task"), "b": (2, "task")}), 1, team_reward="shared"
+    )
+    state, _ = unlike.reset(jax.random.key(0))
+    with pytest.raises(Exception, match=r"agents were paid 1\.0, 2\.0: use sum or mean"):
+        jax.block_until_ready(unlike.step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
+    unlike.close()
+
+
+def test_the_seed_is_for_the_first_reset_and_later_ones_go_on():
+    env = wrappers.make("pettingzoo/mpe2.simple_spread_v3", 2, seed=4)
+    again = env.replicate(2, seed=4)
+    starts = [one.reset(jax.random.key(0))[1].obs for one in (env, env, again, again)]
+    assert not np.array_equal(starts[0], starts[1])
+    assert not np.array_equal(starts[0][0], starts[0][1])
+    np.testing.assert_array_equal(starts[0], starts[2])
+    np.testing.assert_array_equal(starts[1], starts[3])
+    for one in (env, again):
+        one.close()
+
+
+def test_names():
+    names = wrappers.env_ids("pettingzoo")
+    assert {"pettingzoo/mpe2.simple_tag_v3", "pettingzoo/butterfly.pistonball_v6"} <= set(names)
+    for name in ("classic.rps_v2", "pettingzoo.classic.rps_v2"):
+        env = wrappers.make(f"pettingzoo/{name}", 1)
+        assert env.num_agents == 2 and env.action_space.n == 3
+        assert env.observation_space == Box(0, 1, (4,), np.float32)  # one-hot
+        env.close()
+
+
+def test_pictures_of_each_lane():
+    env = wrappers.make("pettingzoo/mpe2.simple_spread_v3", 2)
+    state, _ = env.reset(jax.random.key(0))
+    left, right = env.render(state, 0), env.render(state, 1)
+    assert left.shape == (700, 700, 3) and not np.array_equal(left, right)
+    plain = env.replicate(1, render_mode=None)
+    state, _ = plain.reset(jax.random.key(0))
+    assert plain.render(state) is None
+    env.close()
+    assert env.render(state) is None
+    with pytest.raises(UsageError, match="closed"):
+        env.reset(jax.random.key(0))
+
+
+def make_pair(**options):
+    return Fates({"a": (1, "task"), "b": (1, "task")}, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("pettingzoo/mpe.simple_spread_v3", {}, "the nearest are mpe2.simple_spread_v3"),
+        ("pettingzoo/mpe2.simple_spred_v3", {}, "the nearest are mpe2.simple_spread_v3"),
+        ("pettingzoo/butterfly.pistonbal_v6", {}, "the nearest are butterfly.pistonball_v6"),
+        ("pettingzoo/json", {}, "no function 'parallel_env' or 'env'"),
+        ("pettingzoo/mpe2.simple_spread_v3", {"cycles": 3}, "unexpected keyword argument 'cycles'"),
+        ("pettingzoo/mpe2.simple_spread_v3", {"team_reward": "men"}, "the nearest are mean"),
+        ("pettingzoo/mpe2.simple_spread_v3", {"continuous_actions": True}, "needs Discrete"),
+        ("pettingzoo/mpe2.simple_speaker_listener_v4", {}, "have 3, 5 actions: pad=true"),
+        ("pettingzoo/mpe2.simple_adversary_v3", {}, "shapes (8,), (10,): pad=true"),
+        ("pettingzoo/classic.connect_four_v3", {}, "take turns"),
+        (make_pair(), {}, "give a function that makes it"),
+        (make_pair, {"colour": 3}, "unexpected keyword argument 'colour'"),
+        (
+            make_pair,
+            {"shape": (4,)},
+            "'a' observes an array of shape (4,), but its space says (3,)",
+        ),
+    ],
+)
+def test_bad_input_is_told_how_to_be_mended(source, options, message):
+    with pytest.raises(UsageError) as error:
+        wrappers.make(source, 2, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name.partition(".")[0])
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    host = wrappers.pettingzoo
+    with pytest.raises(MissingExtraError, match=r"'mpe2'.*pip install 'eqx_q\[multi-agent\]'"):
+        host.make("mpe2.simple_spread_v3", 1)
+
+
+def test_gymnasium_functions_stay_gymnasiums():
+    assert pettingzoo.parallel_registry  # it is imported, and asked first
+    env = wrappers.make(lambda: gymnasium.make("CartPole-v1"), 1)
+    assert env.num_agents is None
+    env.close()
