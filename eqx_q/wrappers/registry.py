@@ -29,8 +29,8 @@ class Suite(NamedTuple):
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
-    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),  # before it, for functions
-    "gymnasium": Suite(".gymnasium", "gymnasium", None),
+    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),
+    "gymnasium": Suite(".gymnasium", "gymnasium", None),  # last: it accepts any function
 }
 
 
