@@ -133,6 +133,7 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
             state.memory,
             first=state.timestep.first,
             action_mask=state.timestep.action_mask,
+            reward=state.timestep.reward,
             epsilon=epsilon,
             key=act_key,
         )

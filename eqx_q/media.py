@@ -122,7 +122,11 @@ def _step(
     agent: Agent, env: Env, state: PyTree, timestep: TimeStep, memory: Memory, key: PRNGKeyArray
 ) -> tuple[PyTree, TimeStep, Memory]:
     decision = agent.act(
-        timestep.obs, memory, first=timestep.first, action_mask=timestep.action_mask
+        timestep.obs,
+        memory,
+        first=timestep.first,
+        action_mask=timestep.action_mask,
+        reward=timestep.reward,
     )
     state, timestep = env.step(state, jnp.asarray(decision.action), key)
     return state, timestep, decision.memory

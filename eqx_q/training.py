@@ -32,7 +32,8 @@ class RunState(eqx.Module):
 
     **Fields:** the `agent`; the environment's state and last timestep; the agent's `memory` of the
     running episodes; the `key` of all randomness to come; `num_updates` so far, and how many
-    `transitions` really happened (`[S]` in a population).
+    `transitions` really happened (`[S]` in a population); `burn_in`: the last steps of the rollout
+    before, with the memory at their start, where the agent asks for them.
     """
 
     agent: Agent
@@ -42,6 +43,7 @@ class RunState(eqx.Module):
     key: PRNGKeyArray
     num_updates: Int[Array, ""]
     transitions: UInt[Array, "*S"]
+    burn_in: Rollout | None = None
 
 
 class StopTraining(Exception):
@@ -70,7 +72,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
 
     **Raises:** `UsageError` where the spaces of agent and environment differ.
     """
-    for name in ("observation_space", "action_space"):
+    for name in ("observation_space", "action_space", "num_agents"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:
             raise UsageError(
@@ -93,7 +95,20 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
         key=key,
         num_updates=jnp.zeros((), jnp.int32),
         transitions=jnp.zeros(agent.env_steps.shape, jnp.uint32),
+        burn_in=_empty_burn_in(agent, timestep, memory),
     )
+
+
+def _empty_burn_in(agent: Agent, timestep: TimeStep, memory: Memory) -> Rollout | None:
+    """Steps that never happened: each starts an episode, so that memory stays as at a start."""
+    if not agent.burn_in:
+        return None
+    decision = agent.act(timestep.obs, memory)
+    timesteps, actions, values = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (agent.burn_in, *x.shape)),
+        (timestep, decision.action, decision.value),
+    )
+    return Rollout(timesteps, actions, memory, values)
 
 
 def advance(
@@ -126,33 +141,14 @@ def advance(
 
 def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str, Array]]]:
     """One rollout and one update."""
-    agent = run_state.agent
     key, act_key, update_key = jax.random.split(run_state.key, 3)
-
-    def step(carry, key):
-        env_state, timestep, memory = carry
-        act_key, env_key = jax.random.split(key)
-        decision = agent.act(
-            timestep.obs,
-            memory,
-            first=timestep.first,
-            action_mask=timestep.action_mask,
-            key=act_key,
-        )
-        env_state, next_timestep = env.step(env_state, decision.action, env_key)
-        carry = (env_state, next_timestep, decision.memory)
-        return carry, (timestep, decision.action, decision.value)
-
-    (env_state, timestep, memory), (timesteps, actions, values) = jax.lax.scan(
-        step,
-        (run_state.env_state, run_state.timestep, run_state.memory),
-        jax.random.split(act_key, agent.rollout_length),
+    carry, rollout, burn_in = _collect(run_state, env, act_key)
+    agent, learnt = run_state.agent.update(
+        _joined(run_state.burn_in, rollout) if run_state.burn_in else rollout, key=update_key
     )
-    timesteps = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), timesteps, timestep)
-    rollout = Rollout(timesteps, actions, run_state.memory, values)
-    agent, learnt = agent.update(rollout, key=update_key)
     metrics = {"means": learnt, **agent.measure(_measure, rollout)}
     transitions = agent.measure(lambda r: jnp.sum(r.real, dtype=jnp.uint32), rollout)
+    env_state, timestep, memory = carry
     run_state = RunState(
         agent=agent,
         env_state=env_state,
@@ -161,8 +157,60 @@ def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str
         key=key,
         num_updates=run_state.num_updates + 1,
         transitions=run_state.transitions + transitions,
+        burn_in=burn_in,
     )
     return run_state, metrics
+
+
+def _collect(
+    run_state: RunState, env: Env, key: PRNGKeyArray
+) -> tuple[tuple[PyTree, TimeStep, Memory], Rollout, Rollout | None]:
+    """Where the environment and the memory stand after a rollout, it, and the next burn-in."""
+    agent = run_state.agent
+    length, overlap = agent.rollout_length, agent.burn_in
+
+    def step(carry, step):
+        env_state, timestep, memory, kept = carry
+        index, key = step
+        if overlap:
+            starts = index == length - overlap
+            kept = jax.tree.map(lambda new, old: jnp.where(starts, new, old), memory, kept)
+        act_key, env_key = jax.random.split(key)
+        decision = agent.act(
+            timestep.obs,
+            memory,
+            first=timestep.first,
+            action_mask=timestep.action_mask,
+            reward=timestep.reward,
+            key=act_key,
+        )
+        env_state, next_timestep = env.step(env_state, decision.action, env_key)
+        carry = (env_state, next_timestep, decision.memory, kept)
+        return carry, (timestep, decision.action, decision.value)
+
+    memory = run_state.memory
+    (env_state, timestep, memory_after, kept), steps = jax.lax.scan(
+        step,
+        (run_state.env_state, run_state.timestep, memory, memory),
+        (jnp.arange(length), jax.random.split(key, length)),
+    )
+    timesteps, actions, values = steps
+    burn_in = None
+    if overlap:
+        timesteps_there, actions_there, values_there = jax.tree.map(lambda x: x[-overlap:], steps)
+        burn_in = Rollout(timesteps_there, actions_there, kept, values_there)
+    timesteps = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), timesteps, timestep)
+    rollout = Rollout(timesteps, actions, memory, values)
+    return (env_state, timestep, memory_after), rollout, burn_in
+
+
+def _joined(before: Rollout, after: Rollout) -> Rollout:
+    """Two rollouts as one; the first without the timestep that the second starts with."""
+    timesteps, actions, values = (
+        jax.tree.map(lambda *x: jnp.concatenate(x), getattr(before, name), getattr(after, name))
+        for name in ("timesteps", "actions", "values")
+    )
+    return Rollout(timesteps, actions, before.memory, values)
 
 
 def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
@@ -178,7 +226,7 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
         "episode_length": over_ended(episode.length),
     }
     sums |= {f"episode_{name}": over_ended(x) for name, x in episode.metrics.items()}
-    samples = {} if rollout.values is None else {"q_values": rollout.values[-1]}
+    samples = {} if rollout.values is None else {"q_values": rollout.values[-1].reshape(-1)}
     return {"sums": sums, "samples": samples}
 
 

@@ -17,7 +17,9 @@ class Agent(eqx.Module):
     **Attributes:**
 
     - `observation_space`, `action_space`: Gymnasium spaces of one lane.
+    - `num_agents`: `None`, or `M` for a team, whose observations and actions are `[N, M, ...]`.
     - `rollout_length`: `T`, the steps per lane that one `update` learns from.
+    - `burn_in`: steps before those that a rollout must have too, to warm up memory.
     - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
     - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
     - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
@@ -25,7 +27,9 @@ class Agent(eqx.Module):
 
     observation_space: AbstractVar[gymnasium.Space]
     action_space: AbstractVar[gymnasium.spaces.Discrete]
+    num_agents: AbstractVar[int | None]
     rollout_length: AbstractVar[int]
+    burn_in: AbstractVar[int]
     num_members: AbstractVar[int | None]
     env_steps: AbstractVar[Shaped[Array, "*S"]]
     schedule_steps: AbstractVar[Float[Array, "*S"]]
@@ -42,6 +46,7 @@ class Agent(eqx.Module):
         *,
         first: Bool[AnyArray, "..."] | None = None,
         action_mask: Bool[AnyArray, "..."] | None = None,
+        reward: Float[AnyArray, "..."] | None = None,
         epsilon: Float[AnyArray, "..."] | Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
@@ -50,9 +55,11 @@ class Agent(eqx.Module):
         **Arguments:**
 
         - `obs`: with or without a lane axis; NumPy or JAX.
-        - `memory`: from the decision before, or from `initial_memory`.
+        - `memory`: from the decision before, or from `initial_memory` (for one lane, without a lane
+            axis in `obs`); by default that of an episode's start.
         - `first`: where an episode starts, so that memory is reset.
         - `action_mask`: legal actions.
+        - `reward`: that led to `obs`, for networks that look at it.
         - `epsilon`: probability of a random legal action; by default the schedule's.
         - `key`: randomness. Without it the choice is greedy.
         """

@@ -51,6 +51,16 @@ class Population(Agent):
         return self.members.action_space
 
     @property
+    def num_agents(self) -> int | None:
+        """That of every member."""
+        return self.members.num_agents
+
+    @property
+    def burn_in(self) -> int:
+        """That of every member."""
+        return self.members.burn_in
+
+    @property
     def rollout_length(self) -> int:
         """That of every member."""
         return self.members.rollout_length
@@ -75,19 +85,33 @@ class Population(Agent):
         return jax.tree.map(lambda x: jnp.tile(x, (self.num_members, *[1] * (x.ndim - 1))), memory)
 
     def act(
-        self, obs, memory=None, *, first=None, action_mask=None, epsilon=None, key=None
+        self,
+        obs,
+        memory=None,
+        *,
+        first=None,
+        action_mask=None,
+        reward=None,
+        epsilon=None,
+        key=None,
     ) -> Decision:
         """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
         self._lanes(obs.shape[0])
-        lanes = self._split((obs, memory, first, action_mask), axis=0)
+        lanes = self._split((obs, memory, first, action_mask, reward), axis=0)
         if epsilon is not None:
             epsilon = jnp.broadcast_to(epsilon, self.num_members)
         keys = None if key is None else jax.random.split(key, self.num_members)
 
         def act(member, lanes, epsilon, key):
-            obs, memory, first, action_mask = lanes
+            obs, memory, first, action_mask, reward = lanes
             return member.act(
-                obs, memory, first=first, action_mask=action_mask, epsilon=epsilon, key=key
+                obs,
+                memory,
+                first=first,
+                action_mask=action_mask,
+                reward=reward,
+                epsilon=epsilon,
+                key=key,
             )
 
         decision = eqx.filter_vmap(act)(self.members, lanes, epsilon, keys)

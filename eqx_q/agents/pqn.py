@@ -1,9 +1,12 @@
 """PQN: parallelised Q-learning without replay buffer or target network.
 
-Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811).
+Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811). With a
+network that has memory it is PQN-RNN, with a mixer PQN-VDN.
 """
 
 import dataclasses
+import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,30 +14,46 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError
 from ..nets import AbstractQNetwork, as_network, make_network
 from ..returns import q_lambda
 from ..spaces import Box, Discrete, action_discrete, observation_box
-from ..types import AnyArray, Decision, Memory, Rollout, Scalar
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
 from .agent import Agent
+from .checks import check_network, check_ranges, check_sizes
 from .exploration import epsilon_greedy, legal
+from .mixers import AbstractMixer, make_mixer
 from .schedules import linear
 
 
 class Batch(eqx.Module):
-    """Flat transitions with their targets; `real` says which of them happened."""
+    """Flat transitions of `M` agents, with `K` targets (see `mixers`).
 
-    obs: Shaped[Array, "B *obs"]
-    action: Int[Array, " B"]
-    target: Float[Array, " B"]
-    real: Bool[Array, " B"]
+    `acting` says whose transition happened: neither into a reset, nor of an agent that was dead.
+    """
+
+    obs: Shaped[Array, "B M *obs"]
+    action: Int[Array, "B M"]
+    target: Float[Array, "B K"]
+    acting: Bool[Array, "B M"]
+
+
+class PQNMemory(eqx.Module):
+    """What an agent remembers, a row per lane and agent: the network's memory, the last action."""
+
+    network: PyTree[Array]
+    last_action: Int[Array, " B"]
 
 
 class PQN(Agent):
     """Parallelised Q-learning with Q(λ) targets.
+
+    Without memory it learns from single transitions, with targets computed once an update. A
+    network with memory learns from whole lanes, unrolled from the memory at their start, with
+    targets computed anew in every gradient step (PQN-RNN). In a team the mixer's values are
+    learnt (PQN-VDN); an agent on its own is a team of one.
 
     Hyperparameters marked *traced* are array leaves: another value compiles nothing, and `vmap`
     runs over them. The others are static.
@@ -42,6 +61,8 @@ class PQN(Agent):
     **Attributes:**
 
     - `rollout_length`: steps per lane in one update.
+    - `burn_in`: steps before those, to warm up memory with today's parameters: nothing is learnt
+        from them, and no gradient flows through them (R2D2, Kapturowski et al. 2019, §3).
     - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps in a pass.
     - `learning_rate`, `learning_rate_end`: *traced*; of rectified Adam (Liu et al. 2020), falling
         linearly over the schedule.
@@ -56,6 +77,7 @@ class PQN(Agent):
     """
 
     network: AbstractQNetwork
+    mixer: AbstractMixer
     statistics: PyTree[Array]
     optimizer_state: PyTree[Array]
     env_steps: UInt[Array, ""]
@@ -74,7 +96,9 @@ class PQN(Agent):
 
     observation_space: Box = eqx.field(static=True)
     action_space: Discrete = eqx.field(static=True)
+    num_agents: int | None = eqx.field(static=True)
     rollout_length: int = eqx.field(static=True)
+    burn_in: int = eqx.field(static=True)
     num_epochs: int = eqx.field(static=True)
     num_minibatches: int = eqx.field(static=True)
 
@@ -85,9 +109,12 @@ class PQN(Agent):
         action_space: gymnasium.Space,
         *,
         key: PRNGKeyArray,
+        num_agents: int | None = None,
         network: str | eqx.Module = "auto",
         network_options: dict[str, Any] | None = None,
+        mixer: str = "independent",
         rollout_length: int = 32,
+        burn_in: int = 0,
         num_epochs: int = 2,
         num_minibatches: int = 32,
         learning_rate: Scalar = 5e-4,
@@ -105,11 +132,14 @@ class PQN(Agent):
 
         **Arguments:**
 
-        - `observation_space`, `action_space`: Gymnasium spaces of one lane: `Box`, `Discrete`.
+        - `observation_space`, `action_space`: Gymnasium spaces of one lane, in a team of one agent
+            of it: `Box`, `Discrete`.
         - `key`: for the network's parameters.
         - `network`: the name of a shipped network (`eqx_q.nets.make_network`), or an Equinox
             module: an `AbstractQNetwork`, or any that maps one observation to Q-values `[A]`.
+        - `num_agents`: `M` of a team, else `None`.
         - `network_options`: options of the named network.
+        - `mixer`: `"vdn"` or `"independent"`; without a team they are the same.
         - `learning_rate_end`: by default the learning rate stays constant.
 
         Every other argument is an attribute of the class.
@@ -135,26 +165,39 @@ class PQN(Agent):
             "reward_scale": reward_scale,
             "schedule_steps": jnp.inf if schedule_steps is None else schedule_steps,
         }
-        _check_sizes(sizes)
-        _check_ranges(traced)
+        check_sizes(sizes)
+        check_ranges(traced)
         if isinstance(network, str):
             network = make_network(
-                network, observation_space, int(action_space.n), key=key, **(network_options or {})
+                network,
+                observation_space,
+                int(action_space.n),
+                key=key,
+                **({} if num_agents is None else {"num_agents": num_agents}),
+                **(network_options or {}),
             )
         elif network_options:
             raise UsageError("network_options are for named networks: drop them, or name a network")
         network = as_network(network)
-        _check_network(network, observation_space, action_space)
+        check_network(network, observation_space, action_space, num_agents or 1)
+        if burn_in and network.initial_memory(num_agents or 1) is None:
+            raise UsageError(
+                f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or "
+                "choose a memory (network_options.memory)"
+            )
         parameters = eqx.filter(network, eqx.is_inexact_array)
         return cls(
             network=network,
+            mixer=make_mixer(mixer),
             statistics=network.initial_statistics(),
             optimizer_state=optax.radam(0.0).init(parameters),
             env_steps=jnp.zeros((), jnp.uint32),
             schedule_is_given=jnp.asarray(schedule_steps is not None),
             observation_space=observation_space,
             action_space=action_space,
+            num_agents=num_agents,
             rollout_length=rollout_length,
+            burn_in=burn_in,
             num_epochs=num_epochs,
             num_minibatches=num_minibatches,
             **jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), traced),
@@ -171,9 +214,16 @@ class PQN(Agent):
         progress = self.env_steps / self.schedule_steps
         return linear(self.epsilon_start, self.epsilon_end, progress, self.epsilon_decay)
 
-    def initial_memory(self, num_envs: int) -> Memory:
+    @property
+    def has_memory(self) -> bool:
+        """Whether the network has memory."""
+        return self.network.initial_memory(self.num_agents or 1) is not None
+
+    def initial_memory(self, num_envs: int) -> PQNMemory | None:
         """See `Agent`."""
-        return self.network.initial_memory(num_envs)
+        lanes = num_envs * (self.num_agents or 1)
+        memory = self.network.initial_memory(lanes)
+        return None if memory is None else PQNMemory(memory, jnp.zeros(lanes, jnp.int32))
 
     def act(
         self,
@@ -182,34 +232,61 @@ class PQN(Agent):
         *,
         first: Bool[AnyArray, "..."] | None = None,
         action_mask: Bool[AnyArray, "..."] | None = None,
+        reward: Float[AnyArray, "..."] | None = None,
         epsilon: Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
         """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
+        lanes = self._lanes(obs.shape)
+        if memory is None:
+            memory = self.initial_memory(math.prod(lanes) // (self.num_agents or 1))
+        network_memory, last_action = _unpacked(memory)
+
+        def rows(x):  # one step of all lanes and agents, as a network takes it
+            return None if x is None else self._of_each_agent(x).reshape(1, -1)
+
         shape = self.observation_space.shape
-        if obs.shape[-len(shape) :] != shape or obs.ndim - len(shape) not in (0, 1):
-            raise UsageError(
-                f"obs has shape {tuple(obs.shape)}; the agent expects {shape}, "
-                f"or (lanes, {', '.join(map(str, shape))})"
-            )
-        single = obs.ndim == len(shape)
-        obs = jnp.asarray(obs, self.observation_space.dtype)
-        start = None if first is None else jnp.asarray(first)
+        output = self.network(
+            jnp.asarray(obs, self.observation_space.dtype).reshape(1, -1, *shape),
+            self.statistics,
+            network_memory,
+            first=rows(first),
+            last_action=None if last_action is None else last_action[None],
+            last_reward=rows(reward),
+        )
         mask = None if action_mask is None else jnp.asarray(action_mask)
-        if single:
-            obs, start, mask = jax.tree.map(lambda x: x[None], (obs, start, mask))
-        sequence, start = jax.tree.map(lambda x: x[None], (obs, start))
-        output = self.network(sequence, self.statistics, memory, first=start)
-        q_values = legal(output.q_values[0], mask)
+        q_values = legal(output.q_values.reshape(*lanes, -1), mask)
         if key is None:
             action = jnp.argmax(q_values, axis=-1)
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             action = epsilon_greedy(q_values, epsilon, key, mask)
-        value = jnp.max(q_values, axis=-1)
-        if single:
-            action, value = action[0], value[0]
-        return Decision(action, value, output.memory)
+        if memory is not None:
+            memory = PQNMemory(output.memory, action.reshape(-1))
+        return Decision(action, jnp.max(q_values, axis=-1), memory)
+
+    def _lanes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of `shape` before those of one observation: lanes, if any; agents, in a team."""
+        own = self.observation_space.shape
+        team = () if self.num_agents is None else (self.num_agents,)
+        lanes = shape[: len(shape) - len(own)]
+        if (
+            shape != (*lanes, *own)
+            or len(lanes) - len(team) not in (0, 1)
+            or (lanes[len(lanes) - len(team) :] != team)
+        ):
+            one = (*team, *own)
+            raise UsageError(
+                f"obs has shape {shape}; the agent expects {one}, "
+                f"or (lanes, {', '.join(map(str, one))})"
+            )
+        return lanes
+
+    def _of_each_agent(self, x: Shaped[AnyArray, "*lanes"]) -> Shaped[Array, "*lanes_and_agents"]:
+        """What a whole lane has, for each of its agents."""
+        if self.num_agents is None:
+            return jnp.asarray(x)
+        return jnp.broadcast_to(x[..., None], (*x.shape, self.num_agents))
 
     def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
         """See `Agent`."""
@@ -227,18 +304,26 @@ class PQN(Agent):
     ) -> tuple["PQN", dict[str, Float[Array, ""]]]:
         """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
 
-        **Raises:** `UsageError` where `num_minibatches` does not divide the transitions.
+        **Raises:** `UsageError` where `num_minibatches` does not divide the transitions (with
+        memory: the lanes), or where an agent with memory is given a rollout without.
         """
-        transitions = self._transitions(jax.tree.map(jnp.asarray, rollout))
-        indices, learning_rates = self._minibatches(rollout.actions.size, key)
+        rollout = self._as_team(jax.tree.map(jnp.asarray, rollout))
+        num_steps, num_lanes, _ = rollout.actions.shape
+        size = (num_steps - self.burn_in) * num_lanes
+        if self.has_memory:
+            num_items, loss, batch_of = num_lanes, self._sequence_loss, partial(_lanes_of, rollout)
+        else:
+            transitions = self._transitions(rollout)
+            num_items, loss = size, self._transition_loss
+            batch_of = lambda index: jax.tree.map(lambda x: x[index], transitions)  # noqa: E731
+        indices, learning_rates = self._minibatches(num_items, size, key)
         parameters, rest = eqx.partition(self.network, eqx.is_inexact_array)
 
         def gradient_step(carry, step):
             parameters, statistics, optimizer_state = carry
             index, learning_rate = step
-            batch = jax.tree.map(lambda x: x[index], transitions)
-            gradients, (statistics, metrics) = jax.grad(_loss, has_aux=True)(
-                parameters, rest, statistics, batch
+            gradients, (statistics, metrics) = jax.grad(loss, has_aux=True)(
+                parameters, rest, statistics, batch_of(index)
             )
             gradients, metrics["grad_norm"] = clip_by_global_norm(gradients, self.max_grad_norm)
             updates, optimizer_state = optax.radam(learning_rate).update(gradients, optimizer_state)
@@ -255,59 +340,207 @@ class PQN(Agent):
             network=eqx.combine(parameters, rest),
             statistics=statistics,
             optimizer_state=optimizer_state,
-            env_steps=self.env_steps + jnp.uint32(rollout.actions.size),
+            env_steps=self.env_steps + jnp.uint32(size),
         )
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics |= {"epsilon": self.epsilon, "learning_rate": jnp.mean(learning_rates)}
         return agent, metrics
 
-    def _transitions(self, rollout: Rollout) -> Batch:
-        """All steps of all lanes in one row."""
-        num_steps, num_lanes = rollout.actions.shape
-        size = num_steps * num_lanes
-        if size % self.num_minibatches:
+    def targets(self, rollout: Rollout) -> Float[Array, "T N *M"]:
+        """Q(λ) targets of a rollout; those of steps that are not `rollout.real` mean nothing.
+
+        One a lane, or one for each agent of a team that learns independently.
+        """
+        targets = self._targets(self._as_team(jax.tree.map(jnp.asarray, rollout)))
+        return targets[..., 0] if targets.shape[-1] == 1 else targets
+
+    def _as_team(self, rollout: Rollout) -> Rollout:
+        """An agent on its own as a team of one: with an agent axis after the lanes'."""
+        if self.has_memory and rollout.memory is None:
             raise UsageError(
-                f"num_minibatches={self.num_minibatches} does not divide the {size} transitions of "
-                f"a rollout ({num_steps} steps x {num_lanes} lanes): change num_minibatches, "
-                "num_envs or rollout_length"
+                "this agent has memory: give the rollout that before its first timestep, "
+                "Rollout(timesteps, actions, memory)"
             )
-        columns = (rollout.timesteps.obs[:-1], rollout.actions, self.targets(rollout), rollout.real)
-        return Batch(*(jnp.reshape(x, (size, *x.shape[2:])) for x in columns))
+        if self.num_agents is not None:
+            return rollout
+
+        def parts(x: Rollout):
+            return x.timesteps.obs, x.timesteps.action_mask, x.actions, x.values
+
+        widened = jax.tree.map(lambda x: x[:, :, None], parts(rollout))
+        return eqx.tree_at(parts, rollout, widened, is_leaf=lambda x: x is None)
 
     def _minibatches(
-        self, size: int, key: PRNGKeyArray
+        self, num_items: int, num_steps: int, key: PRNGKeyArray
     ) -> tuple[Int[Array, "G B"], Float[Array, " G"]]:
-        """For each of `G` gradient steps: which transitions to take, and the learning rate."""
+        """For each of `G` gradient steps: which items to take, and the learning rate."""
+        if num_items % self.num_minibatches:
+            items = "lanes" if self.has_memory else "transitions"
+            raise UsageError(
+                f"num_minibatches={self.num_minibatches} does not divide the {num_items} {items} "
+                "of a rollout: change num_minibatches, num_envs or rollout_length"
+            )
         # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
-        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, size)), axis=-1)
+        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, num_items)), axis=-1)
         indices = shuffled.reshape(self.num_epochs * self.num_minibatches, -1)
-        steps = self.env_steps + jnp.linspace(0, size, len(indices), endpoint=False)
+        steps = self.env_steps + jnp.linspace(0, num_steps, len(indices), endpoint=False)
         progress = steps / self.schedule_steps
         return indices, linear(self.learning_rate, self.learning_rate_end, progress)
 
-    def targets(self, rollout: Rollout) -> Float[Array, "T N"]:
-        """Q(λ) targets of a rollout; those of steps that are not `rollout.real` mean nothing."""
-        timesteps = rollout.timesteps
+    def _transitions(self, rollout: Rollout) -> Batch:
+        """All steps of all lanes in one row, with their targets."""
+        columns = (
+            rollout.timesteps.obs[:-1],
+            rollout.actions,
+            self._targets(rollout),
+            _acting(rollout),
+        )
+        return Batch(*(jnp.reshape(x, (-1, *x.shape[2:])) for x in columns))
 
-        def values(steps: slice) -> Float[Array, "steps N"]:
-            obs, mask = jax.tree.map(
-                lambda x: jnp.asarray(x)[steps], (timesteps.obs, timesteps.action_mask)
+    def _transition_loss(self, parameters, rest, statistics, batch: Batch):
+        """The loss of flat transitions, whose targets are there."""
+        network = eqx.combine(parameters, rest)
+        obs = batch.obs.reshape(1, -1, *batch.obs.shape[2:])
+        output = network(obs, statistics, batch_mask=batch.acting.reshape(1, -1))
+        q_values = output.q_values.reshape(*batch.action.shape, -1)
+        loss, metrics = self._loss(q_values, batch.action, batch.target, batch.acting)
+        return loss, (output.statistics, metrics)
+
+    def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
+        """The loss of whole lanes; their targets come from the same pass over them."""
+        network = eqx.combine(parameters, rest)
+        rollout = self._warmed_up(network, statistics, rollout)
+        acting = _acting(rollout)
+        ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
+        q_values, _, statistics = self._unroll(
+            network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
+        )
+        values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
+        targets = self._targets_of(values, rollout.timesteps)
+        loss, metrics = self._loss(q_values[:-1], rollout.actions, targets, acting)
+        return loss, (statistics, metrics)
+
+    def _loss(
+        self,
+        q_values: Float[Array, "*steps M A"],
+        action: Int[Array, "*steps M"],
+        target: Float[Array, "*steps K"],
+        acting: Bool[Array, "*steps M"],
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Half the mean squared TD error over what happened."""
+        chosen = jnp.take_along_axis(q_values, action[..., None], axis=-1)[..., 0]
+        chosen = self.mixer.mix(jnp.where(acting, chosen, 0.0))
+        real = self.mixer.acts(acting)
+        weight = real / jnp.maximum(jnp.sum(real), 1)
+        td_error = jnp.where(real, jax.lax.stop_gradient(target) - chosen, 0.0)
+        loss = 0.5 * jnp.sum(weight * td_error**2)
+        return loss, {
+            "loss": loss,
+            "td_error": jnp.sum(weight * jnp.abs(td_error)),
+            "q_value": jnp.sum(weight * chosen),
+            "target": jnp.sum(jnp.where(real, weight * target, 0.0)),
+        }
+
+    def _targets(self, rollout: Rollout) -> Float[Array, "T N K"]:
+        """Targets from the values that acting computed, where there are any."""
+        if rollout.values is None or self.has_memory:
+            rollout = self._warmed_up(self.network, self.statistics, rollout)
+            q_values, *_ = self._unroll(self.network, self.statistics, rollout)
+            return self._targets_of(self._values(q_values, rollout.timesteps), rollout.timesteps)
+        last = jax.tree.map(lambda x: x[-1:], rollout.timesteps)
+        output = self.network(last.obs.reshape(1, -1, *last.obs.shape[3:]), self.statistics)
+        last_values = self._values(output.q_values.reshape(1, *rollout.values.shape[1:], -1), last)
+        values = jnp.concatenate([rollout.values, last_values])
+        return self._targets_of(values, rollout.timesteps)
+
+    def _values(self, q_values: Float[Array, "T N M A"], timesteps) -> Float[Array, "T N M"]:
+        """Each agent's best legal action's."""
+        return jnp.max(legal(q_values, timesteps.action_mask), axis=-1)
+
+    def _targets_of(
+        self, values: Float[Array, "steps N M"], timesteps: TimeStep
+    ) -> Float[Array, "T N K"]:
+        """Targets, given the values at all timesteps. Of the dead nothing is to be expected."""
+        if timesteps.agent_mask is not None:
+            values = jnp.where(timesteps.agent_mask, values, 0.0)
+        next_values = self.mixer.mix(values[1:])
+        later = jax.tree.map(lambda x: x[1:], timesteps)
+        reward, terminated, truncated = (
+            jnp.broadcast_to(x, next_values.shape)
+            for x in (
+                self.mixer.reward(later) * self.reward_scale,
+                later.terminated[..., None],
+                later.truncated[..., None],
             )
-            q_values = self.network(obs, self.statistics).q_values
-            return jnp.max(legal(q_values, mask), axis=-1)
-
-        if rollout.values is None:
-            next_values = values(slice(1, None))
-        else:
-            next_values = jnp.concatenate([rollout.values[1:], values(slice(-1, None))])
+        )
         return q_lambda(
-            timesteps.reward[1:] * self.reward_scale,
-            timesteps.terminated[1:],
-            timesteps.truncated[1:],
+            reward,
+            terminated,
+            truncated,
             next_values,
             discount=self.discount,
             lambda_=self.lambda_,
         )
+
+    def _warmed_up(self, network, statistics, rollout: Rollout) -> Rollout:
+        """The rollout after its burn-in, with the memory that today's parameters have there."""
+        if not self.burn_in:
+            return rollout
+        timesteps, actions = rollout.timesteps, rollout.actions
+
+        def part(steps: slice, memory: Memory) -> Rollout:
+            return Rollout(jax.tree.map(lambda x: x[steps], timesteps), actions[steps], memory)
+
+        before = part(slice(self.burn_in), rollout.memory)
+        _, memory, _ = jax.lax.stop_gradient(self._unroll(network, statistics, before))
+        memory = PQNMemory(memory, before.actions[-1].reshape(-1))
+        return part(slice(self.burn_in, None), memory)
+
+    def _unroll(
+        self, network, statistics, rollout: Rollout, batch_mask=None
+    ) -> tuple[Float[Array, "T N M A"], Memory, PyTree]:
+        """Q-values at all timesteps, from the memory at their start; memory after; statistics."""
+        steps = rollout.timesteps
+        lengths = steps.obs.shape[:3]
+        memory, last_action = _unpacked(rollout.memory)
+
+        def rows(x):
+            return x.reshape(x.shape[0], -1)
+
+        if last_action is not None:
+            last_action = jnp.concatenate([last_action[None], rows(rollout.actions)])[: lengths[0]]
+        output = network(
+            steps.obs.reshape(lengths[0], -1, *steps.obs.shape[3:]),
+            statistics,
+            memory,
+            first=rows(self._of_each_agent(steps.first)),
+            last_action=last_action,
+            last_reward=rows(self._of_each_agent(steps.reward)),
+            batch_mask=None if batch_mask is None else rows(batch_mask),
+        )
+        return output.q_values.reshape(*lengths, -1), output.memory, output.statistics
+
+
+def _unpacked(memory: PQNMemory | None) -> tuple[Memory, Int[Array, " B"] | None]:
+    return (None, None) if memory is None else (memory.network, memory.last_action)
+
+
+def _acting(rollout: Rollout) -> Bool[Array, "T N M"]:
+    """Whose transition happened: it led into no reset, and the agent was alive."""
+    acting = jnp.broadcast_to(rollout.real[..., None], rollout.actions.shape)
+    mask = rollout.timesteps.agent_mask
+    return acting if mask is None else acting & mask[:-1]
+
+
+def _lanes_of(rollout: Rollout, index: Int[Array, " B"]) -> Rollout:
+    """Some lanes of a rollout."""
+    num_lanes = rollout.actions.shape[1]
+    timesteps, actions = jax.tree.map(lambda x: x[:, index], (rollout.timesteps, rollout.actions))
+
+    def rows(x):  # of all agents of these lanes
+        return x.reshape(num_lanes, -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
+
+    return Rollout(timesteps, actions, jax.tree.map(rows, rollout.memory))
 
 
 def clip_by_global_norm(
@@ -321,68 +554,3 @@ def clip_by_global_norm(
     norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradients)))
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda x: scale * x, gradients), norm
-
-
-def _loss(parameters, rest, statistics, batch: Batch):
-    """Half the mean squared TD error over the transitions that happened."""
-    network = eqx.combine(parameters, rest)
-    output = network(batch.obs[None], statistics, batch_mask=batch.real[None])
-    q_values = output.q_values[0]
-    chosen = jnp.take_along_axis(q_values, batch.action[:, None], axis=-1)[:, 0]
-    weight = batch.real / jnp.maximum(jnp.sum(batch.real), 1)
-    td_error = jnp.where(batch.real, jax.lax.stop_gradient(batch.target) - chosen, 0.0)
-    loss = 0.5 * jnp.sum(weight * td_error**2)
-    metrics = {
-        "loss": loss,
-        "td_error": jnp.sum(weight * jnp.abs(td_error)),
-        "q_value": jnp.sum(weight * chosen),
-        "target": jnp.sum(jnp.where(batch.real, weight * batch.target, 0.0)),
-    }
-    return loss, (output.statistics, metrics)
-
-
-# Where a hyperparameter makes sense.
-_RANGES = {
-    "learning_rate": (0.0, jnp.inf),
-    "learning_rate_end": (0.0, jnp.inf),
-    "max_grad_norm": (0.0, jnp.inf),
-    "discount": (0.0, 1.0),
-    "lambda_": (0.0, 1.0),
-    "epsilon_start": (0.0, 1.0),
-    "epsilon_end": (0.0, 1.0),
-    "epsilon_decay": (0.0, jnp.inf),
-    "schedule_steps": (1.0, jnp.inf),
-}
-
-
-def _check_sizes(sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"{name} must be a whole number of at least 1, got {size!r}")
-
-
-def _check_ranges(traced: dict[str, Scalar]) -> None:
-    """Checks what is known before tracing: under `vmap` values are not."""
-    for name, (low, high) in _RANGES.items():
-        value = traced[name]
-        if not isinstance(value, Tracer) and not low <= float(value) <= high:
-            raise UsageError(f"{name}={value} makes no sense: choose it from {low:g} to {high:g}")
-
-
-def _check_network(network, observation_space: Box, action_space: Discrete) -> None:
-    """Refuses a network that does not map one observation to one Q-value per action."""
-    obs = jax.ShapeDtypeStruct((1, 1, *observation_space.shape), observation_space.dtype)
-    try:
-        output = eqx.filter_eval_shape(
-            lambda obs: network(obs, network.initial_statistics(), network.initial_memory(1)), obs
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"the network cannot take observations of shape {observation_space.shape}: {error}"
-        ) from error
-    expected = (1, 1, int(action_space.n))
-    if output.q_values.shape != expected:
-        raise UsageError(
-            f"the network gives Q-values of shape {output.q_values.shape[2:]}, but the environment "
-            f"has {expected[-1]} actions: its output size must be {expected[-1]}"
-        )
