@@ -185,6 +185,11 @@ class PQN(Agent):
                 f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or "
                 "choose a memory (network_options.memory)"
             )
+        if burn_in > rollout_length:
+            raise UsageError(
+                f"burn_in={burn_in} is longer than rollout_length={rollout_length}: it comes from "
+                "the rollout before"
+            )
         parameters = eqx.filter(network, eqx.is_inexact_array)
         return cls(
             network=network,
@@ -415,7 +420,7 @@ class PQN(Agent):
         q_values, _, statistics = self._unroll(
             network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
         )
-        values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
+        values = self._values(q_values, rollout.timesteps)
         targets = self._targets_of(values, rollout.timesteps)
         loss, metrics = self._loss(q_values[:-1], rollout.actions, targets, acting)
         return loss, (statistics, metrics)
