@@ -72,6 +72,9 @@ def make_agent(config: Config, env: Env) -> Agent:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, set(known) - {"key"})
 
+    if env.num_agents is not None:
+        options["num_agents"] = env.num_agents
+
     def member(key):
         return create(env.observation_space, env.action_space, key=key, **options)
 
