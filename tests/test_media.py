@@ -74,12 +74,15 @@ class Counter(Agent):
     env_steps: jax.Array
     schedule_steps: jax.Array
     rollout_length: int = 1
+    burn_in: int = 0
+    num_agents: None = None
     num_members: None = None
 
     def initial_memory(self, num_envs):
         return jnp.zeros(num_envs, int)
 
-    def act(self, obs, memory=None, *, first=None, action_mask=None, epsilon=None, key=None):
+    def act(self, obs, memory=None, *, first=None, action_mask=None, reward=None, epsilon=None,
+            key=None):  # fmt: skip
         assert key is None
         memory = jnp.where(first, 0, memory) + 1
         return Decision(memory % 2, jnp.zeros(memory.shape), memory)
