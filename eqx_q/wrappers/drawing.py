@@ -27,6 +27,25 @@ def draw_grid(grid: Float[np.ndarray, "height width *channels"]) -> UInt8[np.nda
     return np.kron(np.uint8(255 * picture), np.ones((scale, scale, 1), np.uint8))
 
 
+def draw_discs(
+    centres: Float[np.ndarray, "K 2"],
+    radii: Float[np.ndarray, " K"],
+    colours: UInt8[np.ndarray, "K 3"],
+    low: Float[np.ndarray, "2"],
+    high: Float[np.ndarray, "2"],
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Discs on black, the last on top, in the rectangle from `low` to `high` (y upwards)."""
+    width, height = high - low
+    scale = _SIDE / max(width, height)
+    x = low[0] + (np.arange(round(width * scale)) + 0.5) / scale
+    y = high[1] - (np.arange(round(height * scale)) + 0.5) / scale
+    picture = np.zeros((len(y), len(x), 3), np.uint8)
+    for centre, radius, colour in zip(centres, radii, colours, strict=True):
+        inside = (x - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 <= radius**2
+        picture[inside] = colour
+    return picture
+
+
 def quiet_pygame() -> None:
     """Keeps pygame from looking, loudly, for a sound card, and for a screen where there is none."""
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")

@@ -29,6 +29,7 @@ class Suite(NamedTuple):
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
+    "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
     "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),
     "gymnasium": Suite(".gymnasium", "gymnasium", None),  # last: it accepts any function
 }

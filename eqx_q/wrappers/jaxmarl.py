@@ -1,0 +1,533 @@
+"""JaxMARL: SMAX, Overcooked, MPE and more teams in JAX (github.com/FLAIROx/JaxMARL)."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
+
+from ..errors import UnknownNameError, UsageError
+from ..spaces import Box, Discrete
+from ..types import AnyArray, TimeStep
+from . import autoreset
+from .autoreset import LaneState, Report
+from .drawing import draw_discs
+from .env import Env
+
+# One of its imports puts Python's own streams in the place of whatever catches the output.
+with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+    from jaxmarl import environments, registered_envs
+    from jaxmarl.environments import MultiAgentEnv, spaces
+    from jaxmarl.environments.smax.heuristic_enemy_smax_env import EnemySMAX
+    from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
+
+TeamReward = Literal["sum", "mean", "shared"]
+TimeLimit = Literal["truncate", "terminate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What JaxMARL's interface does not tell of an environment, but its state does.
+
+    **Attributes**, all functions but the last two (`env`, then one lane's state):
+
+    - `terminated`: of `env`, the state before, the actions, the state after, and JaxMARL's `done`:
+        whether the task itself ended the episode. Where `done` and not this, it was a time limit.
+    - `longest`: the steps of an episode that only the limit ends; `None` where there is no limit.
+    - `agent_mask`: which agents live.
+    - `action_masks`: by agent, the actions that are legal.
+    - `metrics`: what else to say of an episode.
+    - `draw`: a picture.
+    - `team_reward`: how the agents' rewards make the team's, where the caller does not say.
+    - `shaped`: whether there are shaped rewards beside the game's own.
+    """
+
+    terminated: Callable[..., Bool[Array, ""]] = lambda env, before, action, after, done: done
+    longest: Callable[[Any], int | None] = lambda env: None
+    agent_mask: Callable[..., Bool[Array, " M"] | None] = lambda env, state: None
+    action_masks: Callable[..., Mapping[str, Array] | None] = lambda env, state: None
+    metrics: Callable[..., dict[str, AnyArray]] = lambda env, state: {}
+    draw: Callable[..., UInt8[np.ndarray, "height width 3"] | None] = lambda env, state: None
+    team_reward: TeamReward = "sum"
+    shaped: bool = False
+
+
+class Play(eqx.Module):
+    """The state of one lane. `steps` counts on over all its episodes, resets included."""
+
+    game: PyTree
+    steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Game:
+    """A JaxMARL environment and how it is brought under the contract.
+
+    Hashed by identity, and shared by equal calls of `make`: what is compiled for one serves all.
+
+    **Attributes:**
+
+    - `source`, `options`: what it was made from.
+    - `team_reward`, `time_limit`, `pad`, `shaped_reward_horizon`, `shaped_reward_lanes`: as in
+        `make`.
+    - `observation_space`: of one agent, without bounds, since JaxMARL's are often not true.
+    - `action_mask`: which actions each agent has, where they have different ones.
+    """
+
+    source: Any
+    options: dict[str, Any]
+    env: MultiAgentEnv
+    rules: Rules
+    team_reward: TeamReward
+    time_limit: TimeLimit
+    pad: bool
+    shaped_reward_horizon: float
+    shaped_reward_lanes: int | None
+    observation_space: Box = dataclasses.field(init=False)
+    action_space: Discrete = dataclasses.field(init=False)
+    action_mask: Bool[np.ndarray, "M A"] | None = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        counts = [self._num_actions(agent) for agent in self.env.agents]
+        shapes = self._observation_shapes()
+        for what, values in (("observations of shapes", shapes), ("numbers of actions", counts)):
+            if len(set(values)) > 1 and not self.pad:
+                raise UsageError(
+                    f"the agents of {self.env.name} have different {what} "
+                    f"({', '.join(map(str, sorted(set(values))))}): give pad=true to fill up"
+                )
+        if len({len(shape) for shape in shapes}) > 1:
+            raise UsageError(
+                f"the agents of {self.env.name} observe {sorted(set(shapes))}: "
+                "only shapes of equally many axes can be padded"
+            )
+        mask = np.arange(max(counts)) < np.array(counts)[:, None]
+        shape = tuple(int(size) for size in np.max(shapes, axis=0))
+        box = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        object.__setattr__(self, "observation_space", Box(box))
+        object.__setattr__(self, "action_space", Discrete(gymnasium.spaces.Discrete(max(counts))))
+        object.__setattr__(self, "action_mask", None if mask.all() else mask)
+
+    def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
+        """Starts an episode in one lane."""
+        obs, state = self.env.reset(key)
+        no, zeros = jnp.array(False), jnp.zeros(len(self.env.agents))
+        return Play(state, jnp.int32(0)), self._report(obs, state, zeros, zeros, no, no)
+
+    def step(
+        self, play: Play, action: Int[Array, " M"], key: PRNGKeyArray, lanes: int
+    ) -> tuple[Play, Report]:
+        """Acts in one lane. Not JaxMARL's `step`, which resets at once and hides where it did.
+
+        **Arguments:** `lanes`: how many step at once, by which a shaped reward is annealed.
+        """
+        before = play.game
+        actions = {agent: action[i] for i, agent in enumerate(self.env.agents)}
+        obs, after, rewards, done, info = self.env.step_env(key, before, actions)
+        done = jnp.asarray(done["__all__"], bool)
+        if self.time_limit == "terminate":
+            terminated = done
+        else:
+            terminated = done & self.rules.terminated(self.env, before, action, after, done)
+        reward = self._by_agent(rewards)
+        shaped = jnp.zeros_like(reward)
+        if self.shaped_reward_horizon > 0:
+            progress = play.steps * (lanes / self.shaped_reward_horizon)
+            shaped = self._by_agent(info["shaped_reward"]) * jnp.maximum(1.0 - progress, 0.0)
+        report = self._report(obs, after, reward, shaped, terminated, done & ~terminated)
+        return Play(after, play.steps), report
+
+    def render(self, play: Play) -> UInt8[np.ndarray, "height width 3"] | None:
+        """One lane, where there are rules to draw it by."""
+        return self.rules.draw(self.env, play.game)
+
+    def _report(self, obs, state, reward, shaped, terminated, truncated) -> Report:
+        if self.team_reward == "shared":
+            game_reward, bonus = reward[0], shaped.sum()  # what is shaped, each has of its own
+        else:
+            team = jnp.sum if self.team_reward == "sum" else jnp.mean
+            game_reward, bonus = team(reward), team(shaped)
+        return Report(
+            self._observe(obs),
+            game_reward + bonus,
+            terminated,
+            truncated,
+            self.rules.metrics(self.env, state),
+            self._legal(state),
+            self.rules.agent_mask(self.env, state),
+            reward + shaped,
+            game_reward,
+        )
+
+    def _by_agent(self, values: Mapping[str, Array]) -> Float[Array, " M"]:
+        return jnp.stack([jnp.asarray(values[a], jnp.float32) for a in self.env.agents])
+
+    def _observe(self, obs: Mapping[str, Array]) -> Float[Array, "M *obs"]:
+        """As `float32`: what JaxMARL gives as bytes are features, not pixels."""
+        shape = self.observation_space.shape
+        return jnp.stack([_fill(obs[a].astype(jnp.float32), shape) for a in self.env.agents])
+
+    def _legal(self, state: PyTree) -> Bool[Array, "M A"] | None:
+        masks = self.rules.action_masks(self.env, state)
+        if masks is None:
+            return None if self.action_mask is None else jnp.asarray(self.action_mask)
+        shape = (int(self.action_space.n),)
+        return jnp.stack([_fill(jnp.asarray(masks[a], bool), shape) for a in self.env.agents])
+
+    def _num_actions(self, agent: str) -> int:
+        space = self.env.action_space(agent)
+        if not isinstance(space, spaces.Discrete):
+            raise UsageError(
+                f"{self.env.name} has actions of {type(space).__name__}: "
+                "Q-learning needs Discrete ones"
+            )
+        return int(space.n)
+
+    def _observation_shapes(self) -> list[tuple[int, ...]]:
+        key = jax.random.key(0)
+        first, state = jax.eval_shape(self.env.reset, key)
+        actions = {agent: jnp.int32(0) for agent in self.env.agents}
+        if not isinstance(first, dict) or not all(hasattr(first.get(a), "shape") for a in actions):
+            raise UsageError(f"{self.env.name} must observe one array for each of its agents")
+        later = jax.eval_shape(self.env.step_env, key, state, actions)[0]
+        for agent in actions:
+            if first[agent].shape != later[agent].shape:
+                raise UsageError(
+                    f"{agent} of {self.env.name} observes shape {first[agent].shape} after reset, "
+                    f"but {later[agent].shape} after step: they must be the same"
+                )
+        return [first[agent].shape for agent in actions]
+
+
+class JaxMARLEnv(Env):
+    """Lanes of one JaxMARL environment."""
+
+    game: Game = eqx.field(static=True)
+    observation_space: Box = eqx.field(static=True)
+    action_space: Discrete = eqx.field(static=True)
+    num_envs: int = eqx.field(static=True)
+    num_agents: int = eqx.field(static=True)
+    on_host: bool = eqx.field(static=True)
+    max_episode_steps: int | None = eqx.field(static=True)
+
+    def __init__(self, game: Game, num_envs: int):
+        self.game = game
+        self.observation_space = game.observation_space
+        self.action_space = game.action_space
+        self.num_envs = num_envs
+        self.num_agents = len(game.env.agents)
+        self.on_host = False
+        self.max_episode_steps = game.rules.longest(game.env)
+
+    def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
+        return autoreset.reset(self.game.reset, key, self.num_envs)
+
+    def step(
+        self, state: LaneState, action: Int[Array, "N M"], key: PRNGKeyArray
+    ) -> tuple[LaneState, TimeStep]:
+        lanes = self.game.shaped_reward_lanes or self.num_envs
+        step = functools.partial(self.game.step, lanes=lanes)
+        after, timestep = autoreset.step(self.game.reset, step, state, action, key)
+        # An episode starts anew, the annealing does not.
+        after = eqx.tree_at(lambda s: s.inner.steps, after, state.inner.steps + 1)
+        return after, timestep
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "JaxMARLEnv":
+        if not options:
+            return JaxMARLEnv(self.game, num_envs)
+        return make(self.game.source, num_envs, seed=seed, **(self.game.options | options))
+
+    def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
+        return self.game.render(jax.tree.map(lambda x: np.asarray(x[lane]), state.inner))
+
+    def close(self) -> None:
+        pass
+
+
+def ids() -> list[str]:
+    """All of JaxMARL whose agents each observe one array and have discrete actions."""
+    return [name for name in _CLASSES if name not in _UNFIT]
+
+
+def accepts(source: Any) -> bool:
+    """Whether `source` is a JaxMARL environment."""
+    return isinstance(source, MultiAgentEnv)
+
+
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> JaxMARLEnv:
+    """Makes lanes of a JaxMARL environment.
+
+    Where a team acts against others whose rewards are no part of its own (most of MPE's games
+    with adversaries), the team's reward makes no sense, and only `agent_reward` does.
+
+    **Arguments:**
+
+    - `source`: a name, or a JaxMARL environment. Of one that is not of JaxMARL's own kinds, `done`
+        is taken for termination, since only the task can be told from it.
+    - `num_envs`: lanes.
+    - `seed`: unused: all randomness is that of the keys.
+    - `options`: those of the environment's constructor, with a `map` of SMAX and a `layout` of
+        Overcooked by name, and
+
+        - `team_reward`: the team's reward is the `"sum"` of its agents' rewards, their `"mean"`, or
+            that of the first, which the environment gives to all (`"shared"`). By default
+            `"shared"` where that is so (SMAX against an enemy, Overcooked, Hanabi, the switch
+            riddle), else `"sum"`.
+        - `time_limit`: `"truncate"`, or `"terminate"` to report a time limit as an end by the task,
+            as JaxMARL does.
+        - `pad`: whether to fill up the observations of agents that see less (with zeros, at the
+            end of each axis) and the actions of those that can do less (with illegal ones).
+        - `shaped_reward_horizon`: of Overcooked: env steps (over all lanes) in which the weight of
+            the shaped reward goes down from 1 to 0, as in JaxMARL's baselines. 0: no shaped reward.
+            `episode.returns` never counts it.
+        - `shaped_reward_lanes`: the lanes that count there: those of one learner, where many learn
+            at once. By default all.
+    """
+    del seed
+    if not isinstance(source, str):
+        return JaxMARLEnv(_game(source, options, source, options), num_envs)
+    if source not in registered_envs:
+        raise UnknownNameError("JaxMARL environment", source, ids())
+    if source not in _CLASSES:
+        raise UsageError(
+            f"{source} cannot be made by its name alone: make it with jaxmarl.make, "
+            "and give that environment instead of the name"
+        )
+    # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
+    return JaxMARLEnv(_named_game(source, pickle.dumps(sorted(options.items()))), num_envs)
+
+
+@functools.cache
+def _named_game(name: str, pickled_options: bytes) -> Game:
+    options = dict(pickle.loads(pickled_options))
+    ours = {option: value for option, value in options.items() if option in _OURS}
+    theirs = {option: value for option, value in options.items() if option not in _OURS}
+    known = _constructor_options(_CLASSES[name])
+    for option in theirs:
+        if option not in known:
+            raise UnknownNameError("option", option, [*known, *_OURS])
+    arguments = _DEFAULTS.get(name, {}) | _look_up(_CLASSES[name], theirs)
+    try:
+        with warnings.catch_warnings():  # of Overcooked, that it has a successor, for example
+            warnings.simplefilter("ignore")
+            env = _CLASSES[name](**arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"JaxMARL cannot make {name} with these options: {error}") from error
+    return _game(name, options, env, ours)
+
+
+def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]) -> Game:
+    """**Arguments:** `options`: all that `make` was given; `ours`: those that JaxMARL has not."""
+    rules = next((rules for kind, rules in _RULES if isinstance(env, kind)), Rules())
+    for option in ours:
+        if option not in _OURS:
+            raise UnknownNameError("option", option, _OURS)
+    ours = _OURS | {"team_reward": rules.team_reward} | ours
+    for option, known in (("team_reward", TeamReward), ("time_limit", TimeLimit)):
+        if ours[option] not in get_args(known):
+            raise UnknownNameError(option, str(ours[option]), get_args(known))
+    if ours["shaped_reward_horizon"] < 0:
+        raise UsageError(
+            f"shaped_reward_horizon is {ours['shaped_reward_horizon']}: give 0 or more env steps"
+        )
+    if ours["shaped_reward_horizon"] > 0 and not rules.shaped:
+        raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
+    return Game(source, options, env, rules, **ours)
+
+
+def _constructor_options(kind: type) -> set[str]:
+    """The names that a constructor takes, or hands on, or that we look up for it."""
+    names = set(inspect.signature(kind).parameters)
+    if issubclass(kind, EnemySMAX):
+        names |= set(inspect.signature(environments.SMAX).parameters)
+    if issubclass(kind, environments.SimpleMPE):
+        names |= {*inspect.signature(environments.SimpleMPE).parameters, *_MPE_PHYSICS}
+    return (names | {"map"} if "scenario" in names else names) - {"env_kwargs", "kwargs"}
+
+
+def _look_up(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """With maps and layouts in the place of their names."""
+    if "map" in options:
+        scenario = _known("map", options["map"], MAP_NAME_TO_SCENARIO)
+        return {k: v for k, v in options.items() if k != "map"} | {"scenario": scenario}
+    if isinstance(options.get("layout"), str):
+        second = issubclass(kind, environments.OvercookedV2)
+        table = environments.overcooked_v2_layouts if second else environments.overcooked_layouts
+        return options | {"layout": _known("layout", options["layout"], table)}
+    return options
+
+
+def _known(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise UnknownNameError(kind, name, table)
+    return table[name]
+
+
+def _fill(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` with zeros at the end of its axes, up to `shape`."""
+    return jnp.pad(x, [(0, size - own) for own, size in zip(x.shape, shape, strict=True)])
+
+
+# The rules of JaxMARL's environments. Each says what it ends by, and how long it may last.
+
+
+def _never(env: Any, before: Any, action: Any, after: Any, done: Bool[Array, ""]):
+    return jnp.zeros_like(done)
+
+
+def _steps(env: Any) -> int:
+    return int(env.max_steps)
+
+
+def _steps_and_one(env: Any) -> int:
+    return int(env.max_steps) + 1  # it looks at the clock before it sets it forward
+
+
+def _units(state: Any) -> Any:
+    return getattr(state, "state", state)  # an enemy that plays by itself is wrapped around them
+
+
+def _sides(env: Any, state: Any) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether anybody lives of the allies, and of the enemies."""
+    alive = _units(state).unit_alive
+    return alive[: env.num_allies].any(), alive[env.num_allies :].any()
+
+
+def _battle_over(env: Any, before: Any, action: Any, after: Any, done: Any) -> Bool[Array, ""]:
+    allies, enemies = _sides(env, after)
+    return ~allies | ~enemies
+
+
+def _battle_won(env: Any, state: Any) -> dict[str, Bool[Array, ""]]:
+    allies, enemies = _sides(env, state)
+    return {"won": allies & ~enemies}
+
+
+def _all_arrived_or_crashed(env: Any, before: Any, action: Any, after: Any, done: Any):
+    return (after.goal_reached | after.move_term | after.term).all()
+
+
+def _told(env: Any, before: Any, action: Int[Array, " M"], after: Any, done: Any):
+    return action[before.agent_in_room] == env.game_actions["TELL"]
+
+
+def _draw_battle(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
+    units = _units(state)
+    radii = np.asarray(env.unit_type_radiuses)[units.unit_types]
+    colours = np.where(units.unit_teams[:, None] == 0, _ALLY, _ENEMY)
+    alive, size = units.unit_alive, np.array([env.map_width, env.map_height])
+    return draw_discs(units.unit_positions[alive], radii[alive], colours[alive], 0 * size, size)
+
+
+def _draw_particles(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
+    colours = np.asarray(env.colour, np.uint8)
+    return draw_discs(
+        state.p_pos, np.asarray(env.rad), colours, np.array([-2, -2]), np.array([2, 2])
+    )
+
+
+def _draw_kitchen(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
+    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer  # it brings matplotlib
+
+    border = env.agent_view_size - 2
+    grid = np.asarray(state.maze_map)[border:-border, border:-border]
+    return OvercookedVisualizer._render_grid(
+        grid, agent_dir_idx=state.agent_dir_idx, agent_inv=state.agent_inv
+    )
+
+
+_ALLY, _ENEMY = np.array([(80, 140, 255), (90, 200, 90)], np.uint8)
+
+_BATTLE = Rules(
+    terminated=_battle_over,
+    longest=_steps_and_one,
+    agent_mask=lambda env, state: _units(state).unit_alive[: env.num_agents],
+    action_masks=lambda env, state: env.get_avail_actions(state),
+    metrics=_battle_won,
+    draw=_draw_battle,
+)
+_KITCHEN = Rules(terminated=_never, longest=_steps, team_reward="shared", shaped=True)
+
+_RULES: list[tuple[type, Rules]] = [
+    (environments.SMAX, _BATTLE),
+    (EnemySMAX, dataclasses.replace(_BATTLE, team_reward="shared")),
+    (environments.Overcooked, dataclasses.replace(_KITCHEN, draw=_draw_kitchen)),
+    (environments.OvercookedV2, _KITCHEN),
+    (
+        environments.SimpleMPE,
+        Rules(terminated=_never, longest=_steps_and_one, draw=_draw_particles),
+    ),
+    (
+        environments.Hanabi,
+        Rules(
+            action_masks=lambda env, state: env.get_legal_moves(state),
+            team_reward="shared",
+        ),
+    ),
+    (environments.SwitchRiddle, Rules(terminated=_told, longest=_steps, team_reward="shared")),
+    (
+        environments.CoinGame,
+        Rules(terminated=_never, longest=lambda env: env.num_inner_steps * env.num_outer_steps),
+    ),
+    (
+        environments.JaxNav,
+        Rules(
+            terminated=_all_arrived_or_crashed,
+            longest=_steps,
+            agent_mask=lambda env, state: ~(state.goal_reached | state.move_term | state.done),
+        ),
+    ),
+]
+
+_CLASSES = {
+    "SMAX": environments.SMAX,
+    "HeuristicEnemySMAX": environments.HeuristicEnemySMAX,
+    "overcooked": environments.Overcooked,
+    "overcooked_v2": environments.OvercookedV2,
+    "MPE_simple_v3": environments.SimpleMPE,
+    "MPE_simple_tag_v3": environments.SimpleTagMPE,
+    "MPE_simple_world_comm_v3": environments.SimpleWorldCommMPE,
+    "MPE_simple_spread_v3": environments.SimpleSpreadMPE,
+    "MPE_simple_crypto_v3": environments.SimpleCryptoMPE,
+    "MPE_simple_speaker_listener_v4": environments.SimpleSpeakerListenerMPE,
+    "MPE_simple_push_v3": environments.SimplePushMPE,
+    "MPE_simple_adversary_v3": environments.SimpleAdversaryMPE,
+    "MPE_simple_reference_v3": environments.SimpleReferenceMPE,
+    "MPE_simple_facmac_v1": environments.SimpleFacmacMPE,
+    "MPE_simple_facmac_3a_v1": environments.SimpleFacmacMPE3a,
+    "MPE_simple_facmac_6a_v1": environments.SimpleFacmacMPE6a,
+    "MPE_simple_facmac_9a_v1": environments.SimpleFacmacMPE9a,
+    "hanabi": environments.Hanabi,
+    "switch_riddle": environments.SwitchRiddle,
+    "coin_game": environments.CoinGame,
+    "jaxnav": environments.JaxNav,
+    "storm": environments.InTheGrid,
+    "storm_2p": environments.InTheGrid_2p,
+    "storm_np": environments.InTheMatrix,
+}
+# Continuous actions, or observations that are not one array for each agent.
+_UNFIT = {name for name in _CLASSES if name.startswith(("MPE_simple_facmac", "storm"))}
+# Where JaxMARL's own default is continuous actions.
+_DEFAULTS = {
+    "MPE_simple_world_comm_v3": {"action_type": "Discrete"},
+    "jaxnav": {"act_type": "Discrete"},
+}
+_MPE_PHYSICS = ("damping", "contact_force", "contact_margin")  # taken, but not in a signature
+_OURS = {
+    "team_reward": "sum",
+    "time_limit": "truncate",
+    "pad": False,
+    "shaped_reward_horizon": 0,
+    "shaped_reward_lanes": None,
+}
