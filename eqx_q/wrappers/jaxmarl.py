@@ -409,7 +409,7 @@ def _battle_over(env: Any, before: Any, action: Any, after: Any, done: Any) -> B
     return ~allies | ~enemies
 
 
-def _battle_won(env: Any, state: Any) -> dict[str, Bool[Array, ""]]:
+def _battle_won(env: Any, state: Any) -> dict[str, AnyArray]:
     allies, enemies = _sides(env, state)
     return {"won": allies & ~enemies}
 
