@@ -160,6 +160,18 @@ def _ratio_and_split(result: dict[str, Any]) -> list[str]:
     return [ratio or "", ceiling or "", parts or ""]
 
 
+def memory_line(result: dict[str, Any]) -> str:
+    """Resident memory of a run and of one ten times as long."""
+    runs = [result[name] for name in ("short", "long")]
+    peaks = [f"{run['peak_mb']:,.0f} MB over {run['total_steps']:,} steps" for run in runs]
+    through = result["long"]["through_the_run_mb"]
+    middle, end = through[len(through) // 2], through[-1]
+    return (
+        f"At most {', and '.join(peaks)}; in the longer run {middle:,.0f} MB half way and "
+        f"{end:,.0f} MB at its end. {_origin(result)}"
+    )
+
+
 def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None:
     """Training and greedy returns over steps: every seed thin, their mean thick, peers dashed."""
     environments = {name: e for name, e in result["environments"].items() if e["seeds"]}
@@ -199,6 +211,8 @@ def report(results: Path, into: Path) -> str:
     speeds = [result for name, result in read.items() if name.startswith("speed_")]
     if speeds:
         parts += ["### Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
+    if "memory" in read:
+        parts += ["### Memory", memory_line(read["memory"])]
     for name, result in read.items():
         if not name.startswith("learning_") or not any(
             environment["seeds"] for environment in result["environments"].values()

@@ -85,3 +85,14 @@ def test_the_report_replaces_itself_between_the_markers(tmp_path):
 def test_one_seed_has_no_interval():
     table = report.learning_table(_learning("x/y", [_seed(3.0)]), {"returns": {}})
     assert "| x/y | 2 M | 3.0 | 4.0 | 4.0 |  |" in table
+
+
+def test_memory_is_told_with_where_it_came_from(tmp_path):
+    def run(steps, *through):
+        return {"total_steps": steps, "peak_mb": max(through), "through_the_run_mb": list(through)}
+
+    result = _learning("none", []) | {"short": run(10, 5.0), "long": run(1000, 7.0, 8.0, 6.0)}
+    (tmp_path / "memory.json").write_text(json.dumps(result))
+    text = report.report(tmp_path, tmp_path / "README.md")
+    assert "At most 5 MB over 10 steps, and 8 MB over 1,000 steps;" in text
+    assert "8 MB half way and 6 MB at its end. `python benchmarks/learning.py s`" in text
