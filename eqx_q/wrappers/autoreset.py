@@ -94,23 +94,60 @@ def step(
     state: LaneState,
     action: Int[Array, "N *M"],
     key: PRNGKeyArray,
+    *,
+    resets_at_once: int | None = None,
 ) -> tuple[LaneState, TimeStep]:
     """Acts in the lanes whose episode goes on, and resets those whose episode has ended.
 
-    Both are computed in every lane, and one is chosen: with many lanes some episode nearly always
-    has just ended, so that skipping resets where none did was measured to be the slower way.
     A lane uses its key for one of the two, never for both.
+
+    **Arguments:**
+
+    - `resets_at_once`: `None`: a reset is computed in every lane, and taken or not. With many
+        lanes some episode nearly always has just ended, so that skipping cheap resets where none
+        did was measured to be the slower way. A number: resets are dear; they are computed in
+        batches of so many lanes, as many batches as lanes have ended, and none where none did.
+        The results are the same.
     """
+    ended = state.running.ended
+    keys = jax.random.split(key, ended.shape[0])
 
     def lane(ended: Bool[Array, ""], inner: PyTree, action: Any, key: PRNGKeyArray):
         fresh, stepped = reset_lane(key), step_lane(inner, action, key)
         return jax.tree.map(lambda a, b: jnp.where(ended, a, b), fresh, stepped)
 
-    ended = state.running.ended
-    keys = jax.random.split(key, ended.shape[0])
-    inner, report = _strong(jax.vmap(lane)(ended, state.inner, action, keys))
+    if resets_at_once is None:
+        inner, report = _strong(jax.vmap(lane)(ended, state.inner, action, keys))
+    else:
+        stepped = _strong(jax.vmap(step_lane)(state.inner, action, keys))
+        inner, report = _reset_in_batches(reset_lane, resets_at_once, ended, keys, stepped)
     running, timestep = state.running.follow(report)
     return LaneState(inner, running), timestep
+
+
+def _reset_in_batches(
+    reset_lane: ResetLane,
+    size: int,
+    ended: Bool[Array, " N"],
+    keys: PRNGKeyArray,
+    stepped: tuple[PyTree, Report],
+) -> tuple[PyTree, Report]:
+    """`stepped`, but for the lanes that have `ended`: those start an episode."""
+    nobody = ended.shape[0]
+    (lanes,) = jnp.nonzero(ended, size=nobody + size, fill_value=nobody)
+
+    def remain(carry):
+        done, _ = carry
+        return lanes[done] < nobody
+
+    def reset_some(carry):
+        done, tree = carry
+        some = jax.lax.dynamic_slice_in_dim(lanes, done, size)
+        fresh = jax.vmap(reset_lane)(keys.at[some].get(mode="clip"))
+        tree = jax.tree.map(lambda x, new: x.at[some].set(new, mode="drop"), tree, fresh)
+        return done + size, tree
+
+    return jax.lax.while_loop(remain, reset_some, (0, stepped))[1]
 
 
 def _strong(tree: PyTree[Array]) -> PyTree[Array]:

@@ -6,7 +6,6 @@ import inspect
 import pickle
 from typing import Any
 
-import equinox as eqx
 import gymnasium
 import gymnax
 import jax
@@ -20,11 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
-from ..types import TimeStep
-from . import autoreset
-from .autoreset import LaneState, Report
+from .autoreset import Report
 from .drawing import draw_grid, quiet_pygame
-from .env import Env
+from .lanes import Lanes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +44,7 @@ class Game:
     params: Any
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
+    lanes_per_reset: None = None
 
     def __post_init__(self):
         if not _is_discrete(self.env, self.params):
@@ -67,6 +65,10 @@ class Game:
             self, "action_space", Discrete(gymnasium.spaces.Discrete(int(self.env.num_actions)))
         )
 
+    @property
+    def max_episode_steps(self) -> int:
+        return int(self.params.max_steps_in_episode)
+
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, Report]:
         """Starts an episode in one lane."""
         obs, state = self.env.reset_env(key, self.params)
@@ -84,7 +86,7 @@ class Game:
 
     def render(self, state: PyTree) -> UInt8[np.ndarray, "height width 3"] | None:
         """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here."""
-        name = self.env.name
+        name, state = self.env.name, jax.tree.map(np.asarray, state)
         if name in vis_gym.SUPPORTED_GYM_ENVS:
             renderer = _classic_renderer(name)
             vis_gym.set_gym_params(renderer, name, self.params)
@@ -94,6 +96,10 @@ class Game:
             return draw_grid(np.asarray(_look(self, state)))
         return None
 
+    def replace(self, options: dict[str, Any]) -> "Game":
+        """The same with other options."""
+        return _game(self.source, self.options | options)
+
     def _observe(self, obs: Any) -> Float[Array, "*obs"]:
         """As `float32`; one-hot where gymnax gives an index."""
         if not isinstance(obs, jax.Array):
@@ -102,46 +108,6 @@ class Game:
         if isinstance(space, spaces.Discrete):
             return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
         return obs.astype(jnp.float32)
-
-
-class GymnaxEnv(Env):
-    """Lanes of one gymnax environment."""
-
-    game: Game = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
-    num_envs: int = eqx.field(static=True)
-    num_agents: None = eqx.field(static=True)
-    on_host: bool = eqx.field(static=True)
-    max_episode_steps: int = eqx.field(static=True)
-
-    def __init__(self, game: Game, num_envs: int):
-        self.game = game
-        self.observation_space = game.observation_space
-        self.action_space = game.action_space
-        self.num_envs = num_envs
-        self.num_agents = None
-        self.on_host = False
-        self.max_episode_steps = int(game.params.max_steps_in_episode)
-
-    def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
-        return autoreset.reset(self.game.reset, key, self.num_envs)
-
-    def step(
-        self, state: LaneState, action: Int[Array, " N"], key: PRNGKeyArray
-    ) -> tuple[LaneState, TimeStep]:
-        return autoreset.step(self.game.reset, self.game.step, state, action, key)
-
-    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "GymnaxEnv":
-        if not options:
-            return GymnaxEnv(self.game, num_envs)
-        return make(self.game.source, num_envs, seed=seed, **(self.game.options | options))
-
-    def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
-        return self.game.render(jax.tree.map(lambda x: np.asarray(x[lane]), state.inner))
-
-    def close(self) -> None:
-        pass
 
 
 def ids() -> list[str]:
@@ -157,7 +123,7 @@ def accepts(source: Any) -> bool:
     return isinstance(source, Environment)
 
 
-def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> GymnaxEnv:
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
     """Makes lanes of a gymnax environment.
 
     **Arguments:**
@@ -169,13 +135,17 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Gymnax
         (`max_steps_in_episode` is one of nearly all).
     """
     del seed
+    return Lanes(_game(source, options), num_envs)
+
+
+def _game(source: Any, options: dict[str, Any]) -> Game:
     if isinstance(source, str):
         if source not in registered_envs:
             raise UnknownNameError("gymnax environment", source, ids())
         # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
-        return GymnaxEnv(_named_game(source, pickle.dumps(sorted(options.items()))), num_envs)
+        return _named_game(source, pickle.dumps(sorted(options.items())))
     env, params = source if isinstance(source, tuple) else (source, source.default_params)
-    return GymnaxEnv(Game(source, options, env, _replace(params, options)), num_envs)
+    return Game(source, options, env, _replace(params, options))
 
 
 @functools.cache

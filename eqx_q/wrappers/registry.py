@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from .env import Env
+from .observe import Observe
 
 
 class Suite(NamedTuple):
@@ -28,6 +30,7 @@ class Suite(NamedTuple):
 # To add a suite: one file, and one line here.
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
+    "craftax": Suite(".craftax", "craftax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
     "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),
@@ -35,7 +38,14 @@ SUITES = {
 }
 
 
-def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
+def make(
+    source: Any,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    observe: Sequence[int] | None = None,
+    **options: Any,
+) -> Env:
     """Makes a vectorised environment.
 
     **Arguments:**
@@ -44,12 +54,19 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
         parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
+    - `observe`: entries of the observation's last axis that are seen, the others are hidden:
+        `[0, 2]` leaves CartPole without velocities. `None`: all.
     - `options`: of the suite.
 
     **Raises:** `UsageError` for what is unknown or cannot be done, with what would have been right.
     """
     if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
         raise UsageError(f"num_envs is {num_envs!r}: give a whole number of lanes, 1 or more")
+    env = _make(source, num_envs, seed, options)
+    return env if observe is None else Observe(env, observe)
+
+
+def _make(source: Any, num_envs: int, seed: int, options: dict[str, Any]) -> Env:
     if isinstance(source, str):
         suite, slash, name = source.partition("/")
         if not slash:

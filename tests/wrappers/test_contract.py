@@ -71,6 +71,7 @@ CASES = {
     "atari": ("envpool/Breakout-v5", {"max_episode_steps": 30}),
     "gymnasium_vector": ("gymnasium/CartPole-v1", {}),
     "gymnasium_taxi": ("gymnasium/Taxi-v4", {"max_episode_steps": 15}),
+    "craftax": ("craftax/Craftax-Classic-Symbolic-v1", {"max_episode_steps": 15}),
     "own": (Walk, {}),
     "pettingzoo": ("pettingzoo/mpe2.simple_spread_v3", {"max_cycles": 15}),
     "own_team": (Fading, {}),

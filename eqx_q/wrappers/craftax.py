@@ -1,0 +1,233 @@
+"""Craftax and Craftax Classic, symbolic and pixels (github.com/MichaelTMatthews/Craftax)."""
+
+import dataclasses
+import functools
+import importlib
+import pickle
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from craftax.craftax_env import make_craftax_env_from_name
+from craftax.environment_base.environment_bases import (
+    EnvironmentAutoReset,
+    EnvironmentNoAutoReset,
+)
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
+
+from ..errors import UnknownNameError, UsageError
+from ..spaces import Box, Discrete
+from .autoreset import Report
+from .lanes import Lanes
+
+TimeLimit = Literal["truncate", "terminate"]
+
+_IDS = [
+    "Craftax-Symbolic-v1",
+    "Craftax-Pixels-v1",
+    "Craftax-Classic-Symbolic-v1",
+    "Craftax-Classic-Pixels-v1",
+]
+# The return of who achieves everything, by the package's part that a game lives in.
+_MAXIMUM = {"craftax.craftax": 226, "craftax.craftax_classic": 22}
+_NEVER = np.iinfo(np.int32).max
+
+
+class Play(eqx.Module):
+    """The state of one lane: the game's, and what it has paid so far."""
+
+    world: PyTree
+    returns: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Game:
+    """A Craftax environment with its parameters; see `make`.
+
+    Parameters are constants of the compiled code.
+
+    **Attributes:**
+
+    - `source`, `options`: what it was made from.
+    - `params`: as in the package, but for the time limit, which is never met: `max_episode_steps`
+        is kept apart, since Craftax does not say whether it was that which ended an episode.
+    - `observation_space`: pixels in 0..255; symbols without bounds.
+    """
+
+    source: Any
+    options: dict[str, Any]
+    env: EnvironmentAutoReset | EnvironmentNoAutoReset
+    params: Any
+    max_episode_steps: int
+    time_limit: TimeLimit
+    lanes_per_reset: int | None
+    observation_space: Box = dataclasses.field(init=False)
+    action_space: Discrete = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        obs, _ = jax.eval_shape(self.env.reset_env, jax.random.key(0), self.params)
+        if len(obs.shape) == 3:
+            box = gymnasium.spaces.Box(0, 255, obs.shape, np.uint8)
+        else:
+            box = gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        object.__setattr__(self, "observation_space", Box(box))
+        object.__setattr__(
+            self, "action_space", Discrete(gymnasium.spaces.Discrete(int(self.env.num_actions)))
+        )
+
+    def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
+        """Generates a world."""
+        obs, world = self.env.reset_env(key, self.params)
+        play, no = Play(world, jnp.array(0.0)), jnp.array(False)
+        return play, Report(self._observe(obs), jnp.array(0.0), no, no, self._metrics(play))
+
+    def step(self, play: Play, action: Int[Array, ""], key: PRNGKeyArray) -> tuple[Play, Report]:
+        """Acts in one lane. Not Craftax's `step`, which may reset at once."""
+        obs, world, reward, done, _ = self.env.step_env(key, play.world, action, self.params)
+        at_limit = world.timestep >= self.max_episode_steps
+        terminates = self.time_limit == "terminate"
+        reward = jnp.asarray(reward, jnp.float32)
+        play = Play(world, play.returns + reward)
+        return play, Report(
+            self._observe(obs),
+            reward,
+            done | at_limit if terminates else done,
+            jnp.array(False) if terminates else at_limit,
+            self._metrics(play),
+        )
+
+    def render(self, play: Play) -> UInt8[np.ndarray, "height width 3"]:
+        """By the package's own renderer, which reads its textures when it is first used."""
+        return np.uint8(np.clip(np.round(_renderer(_package(self.params))(play.world)), 0, 255))
+
+    def replace(self, options: dict[str, Any]) -> "Game":
+        """The same with other options."""
+        return _game(self.source, self.options | options)
+
+    def _observe(self, obs: Float[Array, "*obs"]) -> Shaped[Array, "*obs"]:
+        """Pixels as bytes, which Craftax has divided by 255."""
+        if obs.ndim == 3:
+            return jnp.clip(jnp.round(255 * obs), 0, 255).astype(jnp.uint8)
+        return obs.astype(jnp.float32)
+
+    def _metrics(self, play: Play) -> dict[str, Array]:
+        package = _package(self.params)
+        achieved = {
+            f"achievements/{one.name.lower()}": play.world.achievements[one.value]
+            for one in _constants(package).Achievement
+        }
+        return {"percent_of_maximum": 100 / _MAXIMUM[package] * play.returns, **achieved}
+
+
+def ids() -> list[str]:
+    """Craftax and Craftax Classic, each by symbols and by pixels."""
+    return list(_IDS)
+
+
+def accepts(source: Any) -> bool:
+    """Whether `source` is a Craftax environment, or a pair of one and its parameters."""
+    if isinstance(source, tuple) and len(source) == 2:
+        source = source[0]
+    return isinstance(source, EnvironmentAutoReset | EnvironmentNoAutoReset)
+
+
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
+    """Makes lanes of a Craftax environment.
+
+    `episode.metrics` has one entry for each achievement, `achievements/collect_wood` and so on:
+    whether it was made in this episode, so that the mean over episodes is the success rate; and
+    `percent_of_maximum`: the return, where 100 is that of all achievements (226; Classic: 22).
+
+    **Arguments:**
+
+    - `source`: a name, a Craftax environment, or a pair of one and its parameters.
+    - `num_envs`: lanes.
+    - `seed`: unused: all randomness is that of the keys.
+    - `max_episode_steps`: the time limit (the package's `max_timesteps`).
+    - `time_limit`: `"truncate"`, or `"terminate"`: what the limit does to an episode. To others
+        it terminates.
+    - `optimistic_resets`: worlds are generated for one in so many lanes at once, and only in steps
+        after which there is a lane to reset. 1: one in every lane and step, taken or not. It
+        changes the speed and nothing else: where more lanes have ended than that, more worlds are
+        generated. (The wrapper of that name that comes with Craftax's baselines gives them the
+        same world instead.)
+    - `options`: other fields of the environment's parameters, static ones included.
+    """
+    del seed
+    return Lanes(_game(source, options), num_envs)
+
+
+def _game(source: Any, options: dict[str, Any]) -> Game:
+    if isinstance(source, str):
+        if source not in _IDS:
+            raise UnknownNameError("Craftax environment", source, _IDS)
+        # Pickled, since options may be lists, which cannot be keys of a cache.
+        return _named_game(source, pickle.dumps(sorted(options.items())))
+    env, params = source if isinstance(source, tuple) else (source, source.default_params)
+    return _configured(source, options, env, params)
+
+
+@functools.cache
+def _named_game(name: str, pickled_options: bytes) -> Game:
+    env = make_craftax_env_from_name(name, auto_reset=False)
+    return _configured(name, dict(pickle.loads(pickled_options)), env, env.default_params)
+
+
+def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> Game:
+    ours = {
+        "max_episode_steps": params.max_timesteps,
+        "time_limit": "truncate",
+        "optimistic_resets": 16,
+    }
+    of_params = _fields(params) - {"max_timesteps"}
+    of_static = _fields(env.static_env_params)
+    for name in options:
+        if name not in {*ours, *of_params, *of_static}:
+            raise UnknownNameError("option", name, {*ours, *of_params, *of_static})
+    ours |= {name: options[name] for name in options if name in ours}
+    for name in ("max_episode_steps", "optimistic_resets"):
+        if not isinstance(ours[name], int) or isinstance(ours[name], bool) or ours[name] < 1:
+            raise UsageError(f"{name} is {ours[name]!r}: give a whole number, 1 or more")
+    if ours["time_limit"] not in get_args(TimeLimit):
+        raise UnknownNameError("time_limit", str(ours["time_limit"]), get_args(TimeLimit))
+    static = {name: options[name] for name in options if name in of_static}
+    if static:  # sequences are tuples there, so that they hash
+        static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
+        env = type(env)(env.static_env_params.replace(**static))
+    params = params.replace(
+        max_timesteps=_NEVER, **{name: options[name] for name in options if name in of_params}
+    )
+    return Game(
+        source,
+        options,
+        env,
+        params,
+        ours["max_episode_steps"],
+        ours["time_limit"],
+        None if ours["optimistic_resets"] == 1 else ours["optimistic_resets"],
+    )
+
+
+def _fields(params: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(params)}
+
+
+def _package(params: Any) -> str:
+    """Which of the two games: "craftax.craftax", or "craftax.craftax_classic"."""
+    return ".".join(type(params).__module__.split(".")[:2])
+
+
+def _constants(package: str) -> ModuleType:
+    return importlib.import_module(f"{package}.constants")
+
+
+@functools.cache
+def _renderer(package: str) -> Callable[[PyTree], Float[Array, "height width 3"]]:
+    renderer = importlib.import_module(f"{package}.renderer")
+    pixels = _constants(package).BLOCK_PIXEL_SIZE_IMG
+    return jax.jit(renderer.make_craftax_pixel_renderer(pixels))
