@@ -129,7 +129,7 @@ def _reset_in_batches(
     reset_lane: ResetLane,
     size: int,
     ended: Bool[Array, " N"],
-    keys: PRNGKeyArray,
+    keys: Shaped[Array, "N *key"],
     stepped: tuple[PyTree, Report],
 ) -> tuple[PyTree, Report]:
     """`stepped`, but for the lanes that have `ended`: those start an episode."""

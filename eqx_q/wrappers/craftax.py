@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
 
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
+from ..types import AnyArray
 from .autoreset import Report
 from .lanes import Lanes
 
@@ -61,7 +62,7 @@ class Game:
 
     source: Any
     options: dict[str, Any]
-    env: EnvironmentAutoReset | EnvironmentNoAutoReset
+    env: Any
     params: Any
     max_episode_steps: int
     time_limit: TimeLimit
@@ -83,27 +84,27 @@ class Game:
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Generates a world."""
         obs, world = self.env.reset_env(key, self.params)
-        play, no = Play(world, jnp.array(0.0)), jnp.array(False)
-        return play, Report(self._observe(obs), jnp.array(0.0), no, no, self._metrics(play))
+        state, no = Play(world, jnp.array(0.0)), jnp.array(False)
+        return state, Report(self._observe(obs), jnp.array(0.0), no, no, self._metrics(state))
 
-    def step(self, play: Play, action: Int[Array, ""], key: PRNGKeyArray) -> tuple[Play, Report]:
+    def step(self, state: Play, action: Int[Array, ""], key: PRNGKeyArray) -> tuple[Play, Report]:
         """Acts in one lane. Not Craftax's `step`, which may reset at once."""
-        obs, world, reward, done, _ = self.env.step_env(key, play.world, action, self.params)
+        obs, world, reward, done, _ = self.env.step_env(key, state.world, action, self.params)
         at_limit = world.timestep >= self.max_episode_steps
         terminates = self.time_limit == "terminate"
         reward = jnp.asarray(reward, jnp.float32)
-        play = Play(world, play.returns + reward)
-        return play, Report(
+        state = Play(world, state.returns + reward)
+        return state, Report(
             self._observe(obs),
             reward,
             done | at_limit if terminates else done,
             jnp.array(False) if terminates else at_limit,
-            self._metrics(play),
+            self._metrics(state),
         )
 
-    def render(self, play: Play) -> UInt8[np.ndarray, "height width 3"]:
+    def render(self, state: Play) -> UInt8[np.ndarray, "height width 3"]:
         """By the package's own renderer, which reads its textures when it is first used."""
-        return np.uint8(np.clip(np.round(_renderer(_package(self.params))(play.world)), 0, 255))
+        return np.asarray(_as_bytes(_renderer(_package(self.params))(state.world)))
 
     def replace(self, options: dict[str, Any]) -> "Game":
         """The same with other options."""
@@ -112,16 +113,16 @@ class Game:
     def _observe(self, obs: Float[Array, "*obs"]) -> Shaped[Array, "*obs"]:
         """Pixels as bytes, which Craftax has divided by 255."""
         if obs.ndim == 3:
-            return jnp.clip(jnp.round(255 * obs), 0, 255).astype(jnp.uint8)
+            return _as_bytes(255 * obs)
         return obs.astype(jnp.float32)
 
-    def _metrics(self, play: Play) -> dict[str, Array]:
+    def _metrics(self, state: Play) -> dict[str, AnyArray]:
         package = _package(self.params)
         achieved = {
-            f"achievements/{one.name.lower()}": play.world.achievements[one.value]
+            f"achievements/{one.name.lower()}": state.world.achievements[one.value]
             for one in _constants(package).Achievement
         }
-        return {"percent_of_maximum": 100 / _MAXIMUM[package] * play.returns, **achieved}
+        return {"percent_of_maximum": 100 / _MAXIMUM[package] * state.returns, **achieved}
 
 
 def ids() -> list[str]:
@@ -215,6 +216,10 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
 
 def _fields(params: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(params)}
+
+
+def _as_bytes(pixels: Float[Array, "height width 3"]) -> UInt8[Array, "height width 3"]:
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
 def _package(params: Any) -> str:

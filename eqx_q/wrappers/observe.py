@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UsageError
-from ..spaces import Box, Discrete, observation_box
+from ..spaces import Box, observation_box
 from ..types import TimeStep
 from .env import Env
 
@@ -27,7 +27,7 @@ class Observe(Env):
     env: Env
     entries: tuple[int, ...] = eqx.field(static=True)
     observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
+    action_space: gymnasium.spaces.Discrete = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)

@@ -80,6 +80,14 @@ CHUNKS, LANES = 4, 3
 STEPS = CHUNKS * CHUNK
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+    """Much is compiled here, to be run for a few steps."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request):
     return CASES[request.param]
