@@ -2,13 +2,17 @@
 
 from .feedforward import FeedForward, FromModule, as_network
 from .network import AbstractQNetwork, NetworkOutput
+from .recurrent import Recurrent
 from .registry import make_network
+from .team import PerAgent
 
 __all__ = [
     "AbstractQNetwork",
     "FeedForward",
     "FromModule",
     "NetworkOutput",
+    "PerAgent",
+    "Recurrent",
     "as_network",
     "make_network",
 ]

@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+import equinox as eqx
 import gymnasium
 import jax
 import numpy as np
@@ -13,7 +15,10 @@ from ..errors import UnknownNameError, UsageError
 from . import encoders
 from .feedforward import FeedForward
 from .heads import HEADS
-from .layers import AbstractLayer, BatchNorm, ChannelsLast, Sequential, output_shape
+from .layers import AbstractLayer, BatchNorm, ChannelsLast, Scale, Sequential, output_shape
+from .network import AbstractQNetwork
+from .recurrent import RECURRENCES, Recurrent
+from .team import AgentId, PerAgent
 
 ENCODERS: dict[str, Callable[..., Sequential]] = {
     "mlp": encoders.mlp,
@@ -47,9 +52,17 @@ def make_network(
     channels_first: bool | None = None,
     head: str = "linear",
     init: str | None = None,
+    memory: str = "none",
+    memory_size: int = 256,
+    num_memory_layers: int = 1,
+    last_action: bool = True,
+    last_reward: bool = False,
+    num_agents: int | None = None,
+    share_parameters: bool = True,
+    agent_id: bool = True,
     **options: Any,
-) -> FeedForward:
-    """A shipped network: input, encoder, head.
+) -> AbstractQNetwork:
+    """A shipped network: input, encoder, memory, head.
 
     **Arguments:**
 
@@ -62,8 +75,15 @@ def make_network(
     - `channels_first`: whether images are `[C, H, W]`; by default that is seen from their shape.
     - `head`: `"linear"` or `"dueling"`.
     - `init`: of the weights, one of `layers.INITIALIZERS`. By default each encoder's own, and
-        `lecun_normal` in the head, like purejaxql; `"orthogonal"`, with gain √2 everywhere, is
-        like CleanRL.
+        `lecun_normal` after it, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the
+        memory), is like CleanRL.
+    - `memory`: `"none"`, or one of `RECURRENCES`, between encoder and head.
+    - `memory_size`, `num_memory_layers`: features of each recurrence, and how many of them.
+    - `last_action`, `last_reward`: whether the memory sees those too.
+    - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: there is no team.
+    - `share_parameters`: whether one network serves all agents of a team, or each has its own.
+    - `agent_id`: whether a network that is shared sees which agent it computes for: before the
+        encoder where observations are vectors, else after it.
     - `options`: of the encoder: `hidden_sizes`, `norm`, `activation`, and more, see there.
 
     **Raises:** `UsageError` for a name, an option or a shape that cannot work.
@@ -76,14 +96,18 @@ def make_network(
         raise UnknownNameError("network", name, [*ENCODERS, "auto"])
     if head not in HEADS:
         raise UnknownNameError("head", head, HEADS)
+    if memory not in {"none", *RECURRENCES}:
+        raise UnknownNameError("memory", memory, ["none", *RECURRENCES])
     known = set(inspect.signature(ENCODERS[name]).parameters) - {"shape", "key"}
     for option in options:
         if option not in known:
-            raise UnknownNameError(
-                f"option of network '{name}':", option, known | {"normalize_input", "head"}
-            )
+            raise UnknownNameError(f"option of network '{name}':", option, known | _OPTIONS)
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
+    sizes = {"memory_size": memory_size, "num_memory_layers": num_memory_layers}
+    for option, size in {**sizes, "num_agents": 1 if num_agents is None else num_agents}.items():
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
     if input_scale is None:
         input_scale = 1 / 255 if observation_space.dtype == np.uint8 else 1.0
     options = {
@@ -92,16 +116,79 @@ def make_network(
     }
     if init is not None:
         options["init"] = init
-    encoder_key, head_key = jax.random.split(key)
+    make_encoder = partial(
+        _make_encoder,
+        ENCODERS[name],
+        shape,
+        num_agents=num_agents if share_parameters and agent_id else None,
+        normalize_input=normalize_input,
+        input_scale=float(input_scale),
+        channels_first=channels_first,
+        options=options,
+    )
+    init = init or "lecun_normal"
+
+    def make(key: PRNGKeyArray) -> AbstractQNetwork:
+        encoder_key, head_key, memory_key = jax.random.split(key, 3)
+        layers, features = make_encoder(encoder_key)
+        if memory == "none":
+            make_head = HEADS[head](features, num_actions, key=head_key, init=init)
+            return FeedForward(Sequential((*layers, make_head)))
+        inputs = features + num_actions * last_action + last_reward
+        recurrences = []
+        for k in jax.random.split(memory_key, num_memory_layers):
+            recurrences.append(RECURRENCES[memory](inputs, memory_size, key=k, init=init))
+            inputs = memory_size
+        make_head = HEADS[head](inputs, num_actions, key=head_key, init=init)
+        return Recurrent(
+            Sequential(tuple(layers)),
+            tuple(recurrences),
+            make_head,
+            num_actions,
+            last_action,
+            last_reward,
+        )
+
+    if num_agents is None or share_parameters:
+        return make(key)
+    return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, num_agents)), num_agents)
+
+
+def _make_encoder(
+    encoder: Callable[..., Sequential],
+    shape: tuple[int, ...],
+    key: PRNGKeyArray,
+    *,
+    num_agents: int | None,
+    normalize_input: bool,
+    input_scale: float,
+    channels_first: bool,
+    options: dict[str, Any],
+) -> tuple[list[AbstractLayer], int]:
+    """Layers from raw observations to features, and how many features there are."""
     layers: list[AbstractLayer] = []
     if normalize_input:
         if channels_first:
             layers.append(ChannelsLast())
-            shape = (*shape[1:], shape[0])
+            shape, channels_first = (*shape[1:], shape[0]), False
         layers.append(BatchNorm(shape[-1]))
-    else:
-        options.update(input_scale=float(input_scale), channels_first=channels_first)
-    encoder = ENCODERS[name](shape, key=encoder_key, **options)
-    (features,) = output_shape(encoder, shape)
-    make_head = HEADS[head](features, num_actions, key=head_key, init=init or "lecun_normal")
-    return FeedForward(Sequential((*layers, encoder, make_head)))
+        input_scale = 1.0
+    flat = len(shape) == 1
+    if num_agents is not None and flat:
+        layers += [Scale(input_scale), AgentId(num_agents)]
+        shape, input_scale = (shape[0] + num_agents,), 1.0
+    layers.append(
+        encoder(shape, key=key, input_scale=input_scale, channels_first=channels_first, **options)
+    )
+    (features,) = output_shape(layers[-1], shape)
+    if num_agents is not None and not flat:
+        layers.append(AgentId(num_agents))
+        features += num_agents
+    return layers, features
+
+
+_OPTIONS = {
+    name
+    for name, parameter in inspect.signature(make_network).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "key"
+}

@@ -1,0 +1,264 @@
+"""Networks with memory: recurrences over time, and the network that is made of them.
+
+A recurrence maps a sequence `[T, B, inputs]` and the memory before it to outputs
+`[T, B, features]` and the memory after it. Where an observation is the `first` of an episode, it
+forgets what came before: its memory is all zeros then, as it is at the start.
+"""
+
+import abc
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+
+from ..errors import UsageError
+from ..types import Memory
+from .layers import AbstractLayer, Linear, gather_statistics
+from .network import AbstractQNetwork, NetworkOutput
+
+
+class AbstractRecurrence(eqx.Module):
+    """A function of a sequence and a memory."""
+
+    @abc.abstractmethod
+    def initial_memory(self, num_lanes: int) -> PyTree[Array]:
+        """Zeros, with a leading lane axis."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "T B inputs"], memory: PyTree[Array], first: Bool[Array, "T B"]
+    ) -> tuple[Float[Array, "T B features"], PyTree[Array]]:
+        """**Arguments:**
+
+        - `x`: the sequence.
+        - `memory`: from `initial_memory`, or from the call before.
+        - `first`: where memory is forgotten, before that step of the sequence.
+
+        **Returns:** the output at every step, and the memory after the last.
+        """
+
+
+def _forget(memory: PyTree[Array], first: Bool[Array, "*lanes"]) -> PyTree[Array]:
+    return jax.tree.map(lambda x: jnp.where(first[..., None], 0.0, x), memory)
+
+
+# Gated recurrences -----------------------------------------------------------------------------
+
+# From the projected input and the projected state `[B, gates]`, and the state before (a tuple of
+# `[B, size]` whose first one is the output), to the state after: element by element.
+Cell = Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unroll(cell: Cell, weight, bias, x, state, first):
+    """`cell` over the steps of `x`: all outputs, and the last state.
+
+    The gradients of `weight` and `bias` are formed after the backward scan, as one product over
+    all steps and lanes. Differentiating the forward scan would give a small product a step, each
+    to be added to an array of the weight's size.
+    """
+    return _unroll_forwards(cell, weight, bias, x, state, first)[0]
+
+
+def _unroll_forwards(cell, weight, bias, x, state, first):
+    def step(state, inputs):
+        x, first = inputs
+        state = _forget(state, first)
+        hidden = state[0] @ weight + bias
+        state = cell(x, hidden, state)
+        return state, (hidden, state)
+
+    last, (hidden, states) = lax.scan(step, state, (x, first))
+    before = jax.tree.map(lambda start, s: jnp.concatenate([start[None], s[:-1]]), state, states)
+    return (states[0], last), (weight, x, hidden, before, first)
+
+
+def _unroll_backwards(cell, residuals, gradients):
+    weight, x, hidden, before, first = residuals
+    before = _forget(before, first)
+    transposed = weight.T  # once, not at every step
+
+    def step(gradient, inputs):
+        x, hidden, before, first, output = inputs
+        gradient = (gradient[0] + output, *gradient[1:])
+        _, backwards = jax.vjp(cell, x, hidden, before)
+        x, hidden, gradient = backwards(gradient)
+        gradient = (gradient[0] + hidden @ transposed, *gradient[1:])
+        return _forget(gradient, first), (x, hidden)
+
+    outputs, last = gradients
+    inputs = (x, hidden, before, first, outputs)
+    start, (x, hidden) = lax.scan(step, last, inputs, reverse=True)
+    weight = jnp.einsum("tbi,tbj->ij", before[0], hidden)
+    return weight, jnp.sum(hidden, (0, 1)), x, start, None
+
+
+_unroll.defvjp(_unroll_forwards, _unroll_backwards)
+# Else every call outside of a compiled program would compile the scan anew.
+_unroll_compiled = jax.jit(_unroll, static_argnums=0)
+
+
+def _gates(
+    inputs: int, size: int, num_gates: int, key: PRNGKeyArray, init: str
+) -> tuple[Linear, Float[Array, "size gates"]]:
+    """Parameters for all gates side by side: of the input, and of the state before."""
+    input_key, *keys = jax.random.split(key, 1 + num_gates)
+    projection = Linear(inputs, num_gates * size, key=input_key, init=init)
+    orthogonal = jax.nn.initializers.orthogonal()
+    if init == "orthogonal":  # with gain 1 here, and over all gates at once
+        weight = orthogonal(keys[0], projection.weight.shape)
+        projection = eqx.tree_at(lambda layer: layer.weight, projection, weight)
+        return projection, orthogonal(keys[1], (size, num_gates * size))
+    return projection, jnp.concatenate([orthogonal(k, (size, size)) for k in keys], axis=1)
+
+
+def _gru_cell(x, hidden, state):
+    (before,) = state
+    x_reset, x_update, x_new = jnp.split(x, 3, axis=-1)
+    h_reset, h_update, h_new = jnp.split(hidden, 3, axis=-1)
+    reset = jax.nn.sigmoid(x_reset + h_reset)
+    update = jax.nn.sigmoid(x_update + h_update)
+    new = jnp.tanh(x_new + reset * h_new)
+    return ((1 - update) * new + update * before,)
+
+
+class GRU(AbstractRecurrence):
+    """The gated recurrent unit (Cho et al. 2014), with the reset gate after the product.
+
+    That is cuDNN's variant, and Flax's `GRUCell`, whose initialisation is the default:
+
+        r = σ(W_r x + b_r + U_r h)          z = σ(W_z x + b_z + U_z h)
+        n = tanh(W_n x + b_n + r (U_n h + c_n))        h' = (1 - z) n + z h
+
+    `init` is that of `W`, one of `layers.INITIALIZERS`; each gate's `U` is orthogonal. With
+    `"orthogonal"` all gates' `W` are one orthogonal matrix, and so are all `U`, as in CleanRL.
+    """
+
+    projection: Linear
+    weight: Float[Array, "size gates"]
+    bias: Float[Array, "size"]
+
+    def __init__(self, inputs: int, size: int, *, key: PRNGKeyArray, init: str = "lecun_normal"):
+        self.projection, self.weight = _gates(inputs, size, 3, key, init)
+        self.bias = jnp.zeros(size)
+
+    def initial_memory(self, num_lanes: int) -> Float[Array, "B size"]:
+        return jnp.zeros((num_lanes, *self.bias.shape))
+
+    def __call__(self, x, memory, first):
+        size = self.bias.shape[0]
+        projected, _ = self.projection(x)
+        bias = jnp.pad(self.bias, (2 * size, 0))
+        y, (memory,) = _unroll_compiled(_gru_cell, self.weight, bias, projected, (memory,), first)
+        return y, memory
+
+
+def _lstm_cell(x, hidden, state):
+    _, carried = state
+    i, f, g, o = jnp.split(x + hidden, 4, axis=-1)
+    carried = jax.nn.sigmoid(f) * carried + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(carried), carried
+
+
+class LSTM(AbstractRecurrence):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000).
+
+        i, f, o = σ(W x + U h + b)     g = tanh(W_g x + U_g h + b_g)
+        c' = f c + i g                 h' = o tanh(c')
+
+    `init`: see `GRU`; the default is that of Flax's `OptimizedLSTMCell`. The memory is `(h, c)`.
+    """
+
+    projection: Linear
+    weight: Float[Array, "size gates"]
+
+    def __init__(self, inputs: int, size: int, *, key: PRNGKeyArray, init: str = "lecun_normal"):
+        self.projection, self.weight = _gates(inputs, size, 4, key, init)
+
+    def initial_memory(self, num_lanes: int) -> tuple[Float[Array, "B size"], ...]:
+        zeros = jnp.zeros((num_lanes, self.weight.shape[0]))
+        return zeros, zeros
+
+    def __call__(self, x, memory, first):
+        projected, _ = self.projection(x)
+        bias = jnp.zeros(self.weight.shape[1])  # the projection has one already
+        return _unroll_compiled(_lstm_cell, self.weight, bias, projected, memory, first)
+
+
+RECURRENCES: dict[str, Callable[..., AbstractRecurrence]] = {"gru": GRU, "lstm": LSTM}
+
+
+# The network -----------------------------------------------------------------------------------
+
+
+class Recurrent(AbstractQNetwork):
+    """Encoder, recurrences one upon the other, head.
+
+    The first recurrence sees the features of the observation, then the action that led to it as
+    one-hot (with `last_action`) and the reward that came with it (with `last_reward`); both are
+    zero where an episode starts. The memory is a tuple, of one for each recurrence.
+    """
+
+    encoder: AbstractLayer
+    recurrences: tuple[AbstractRecurrence, ...]
+    head: AbstractLayer
+    num_actions: int = eqx.field(static=True)
+    last_action: bool = eqx.field(static=True)
+    last_reward: bool = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return gather_statistics(self.encoder, self.head)
+
+    def initial_memory(self, num_lanes: int) -> tuple[PyTree[Array], ...]:
+        return tuple(recurrence.initial_memory(num_lanes) for recurrence in self.recurrences)
+
+    def __call__(
+        self,
+        obs: Shaped[Array, "T B *obs"],
+        statistics: PyTree,
+        memory: Memory = None,
+        *,
+        first: Bool[Array, "T B"] | None = None,
+        last_action: Int[Array, "T B"] | None = None,
+        last_reward: Float[Array, "T B"] | None = None,
+        batch_mask: Bool[Array, "T B"] | None = None,
+    ) -> NetworkOutput:
+        """See `AbstractQNetwork`. Without `memory` it is that of the start, without `first` no
+        episode starts.
+
+        **Raises:** `UsageError` where the network needs what the caller does not give.
+        """
+        lanes = obs.shape[:2]
+        first = jnp.zeros(lanes, bool) if first is None else first
+        memory = self.initial_memory(lanes[1]) if memory is None else memory
+        kept_encoder, kept_head = statistics or (None, None)
+        mask = None if batch_mask is None else batch_mask.reshape(-1)
+        x, kept_encoder = self.encoder(obs.reshape(-1, *obs.shape[2:]), kept_encoder, mask)
+        inputs = [x.reshape(*lanes, -1)]
+        if self.last_action:
+            action = jax.nn.one_hot(_given("last_action", last_action), self.num_actions)
+            inputs.append(_forget(action, first))
+        if self.last_reward:
+            reward = _given("last_reward", last_reward)[..., None]
+            inputs.append(_forget(reward, first))
+        x = jnp.concatenate(inputs, axis=-1)
+        after = []
+        for recurrence, before in zip(self.recurrences, memory, strict=True):
+            x, before = recurrence(x, before, first)
+            after.append(before)
+        q_values, kept_head = self.head(x.reshape(-1, x.shape[-1]), kept_head, mask)
+        statistics = None if statistics is None else (kept_encoder, kept_head)
+        return NetworkOutput(q_values.reshape(*lanes, -1), tuple(after), statistics)
+
+
+def _given(name: str, value: Array | None) -> Array:
+    if value is None:
+        raise UsageError(
+            f"this network sees {name}, which it was not given: give it {name}, or make it with "
+            f"{name}=False"
+        )
+    return value
