@@ -234,7 +234,7 @@ class Recurrent(AbstractQNetwork):
         """
         lanes = obs.shape[:2]
         first = jnp.zeros(lanes, bool) if first is None else first
-        memory = self.initial_memory(lanes[1]) if memory is None else memory
+        memories = self.initial_memory(lanes[1]) if memory is None else memory
         kept_encoder, kept_head = statistics or (None, None)
         mask = None if batch_mask is None else batch_mask.reshape(-1)
         x, kept_encoder = self.encoder(obs.reshape(-1, *obs.shape[2:]), kept_encoder, mask)
@@ -247,7 +247,7 @@ class Recurrent(AbstractQNetwork):
             inputs.append(_forget(reward, first))
         x = jnp.concatenate(inputs, axis=-1)
         after = []
-        for recurrence, before in zip(self.recurrences, memory, strict=True):
+        for recurrence, before in zip(self.recurrences, memories, strict=True):
             x, before = recurrence(x, before, first)
             after.append(before)
         q_values, kept_head = self.head(x.reshape(-1, x.shape[-1]), kept_head, mask)
