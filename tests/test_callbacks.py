@@ -16,13 +16,14 @@ from eqx_q.checkpoint import load, newest_checkpoint
 from eqx_q.errors import UsageError
 
 
-def make_agent(env, key=0):
+def make_agent(env, key=0, memory="none", burn_in=0):
     return eqx_q.PQN.create(
         env.observation_space,
         env.action_space,
         key=jax.random.key(key),
-        network_options={"hidden_sizes": [8]},
+        network_options={"hidden_sizes": [8], "memory": memory, "memory_size": 8},
         rollout_length=4,
+        burn_in=burn_in,
         num_epochs=1,
         num_minibatches=1,
     )
@@ -33,9 +34,10 @@ def env():
     return eqx_q.make("gymnax/CartPole-v1", num_envs=2)
 
 
-def train(env, total_steps, crew, **options):
+def train(env, total_steps, crew, agent=None, **options):
+    agent = make_agent(env) if agent is None else agent
     options = {"key": jax.random.key(1), "log_every": 1} | options
-    return eqx_q.train(make_agent(env), env, total_steps=total_steps, callbacks=crew, **options)
+    return eqx_q.train(agent, env, total_steps=total_steps, callbacks=crew, **options)
 
 
 def assert_same(ours, theirs):
@@ -122,14 +124,16 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(env, tmp_path, monkeypatc
         train(env, 24, [fill, Checkpoint(tmp_path, every=16)])
 
 
-def test_a_restored_run_goes_on_bit_for_bit(env, tmp_path):
-    whole, _ = train(env, 96, [])
-    train(env, 96, [Checkpoint(tmp_path, every=40, keep=9)])
+@pytest.mark.parametrize("options", [{}, {"memory": "gru", "burn_in": 2}])
+def test_a_restored_run_goes_on_bit_for_bit(env, tmp_path, options):
+    fresh = make_agent(env, **options)
+    whole, _ = train(env, 96, [], fresh)
+    train(env, 96, [Checkpoint(tmp_path, every=40, keep=9)], fresh)
     (tmp_path / "000000000096.ckpt").write_bytes(b"broken")
     (tmp_path / "000000000080.ckpt").unlink()
     run_state = restore(tmp_path, env)
     assert int(run_state.num_updates) == 40 // 8
-    agent, _ = train(env, 96, [], run_state=run_state, key=jax.random.key(99), log_every=3)
+    agent, _ = train(env, 96, [], fresh, run_state=run_state, key=jax.random.key(99), log_every=3)
     assert_same(agent, whole)
 
 

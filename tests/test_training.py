@@ -275,3 +275,49 @@ def test_a_long_run_holds_no_more_than_a_short_one():
     run(64 * 300, callbacks=[count], log_every=1)
     # The first two boundaries still fill the pipeline of snapshots.
     assert len(set(held[2:])) == 1
+
+
+def with_memory(env, **options):
+    network = {"hidden_sizes": [8], "memory": "gru", "memory_size": 8}
+    return make_agent(env, network_options=network, num_minibatches=2, **options)
+
+
+def test_a_burn_in_is_the_end_of_the_rollout_before():
+    """With the memory at its start, so that whoever plays it again ends where the run stands."""
+    env = Clock(4, shortest=3)
+    agent = with_memory(env, burn_in=3, learning_rate=0.0)
+    run_state = eqx_q.start(agent, env, key=jax.random.key(0))
+    for _ in range(2):
+        run_state, _ = eqx_q.advance(run_state, env, 1)
+        before = run_state.burn_in
+        assert before.actions.shape == (3, 4)
+        memory = before.memory
+        for t in range(3):
+            steps = jax.tree.map(lambda x, t=t: x[t], before.timesteps)
+            decision = agent.act(steps.obs, memory, first=steps.first, reward=steps.reward)
+            memory = eqx.tree_at(lambda m: m.last_action, decision.memory, before.actions[t])
+        for ours, theirs in zip(
+            jax.tree.leaves(memory), jax.tree.leaves(run_state.memory), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        # What comes next in the environment is where the run stands.
+        ended = np.asarray(before.timesteps.ended[-1])
+        np.testing.assert_array_equal(run_state.timestep.first, ended)
+
+
+def test_the_first_burn_in_never_happened():
+    env = Clock(4, shortest=3)
+    agents = []
+    for burn_in in (0, 3):
+        agent = with_memory(env, burn_in=burn_in)
+        run_state = eqx_q.start(agent, env, key=jax.random.key(0))
+        run_state, metrics = eqx_q.advance(run_state, env, 1)
+        agents.append(run_state.agent)
+        assert metrics["episodes"] == 5  # of 3, 3, 4, 5 and 6 steps, and a reset each
+        assert int(run_state.agent.env_steps) == int(run_state.transitions) + 5
+    assert_close(*agents)
+
+
+def assert_close(a, b):
+    for x, y in zip(parameters(a), parameters(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

@@ -173,7 +173,7 @@ class PQN(Agent):
                 observation_space,
                 int(action_space.n),
                 key=key,
-                **({} if num_agents is None else {"num_agents": num_agents}),
+                num_agents=num_agents,
                 **(network_options or {}),
             )
         elif network_options:
@@ -428,12 +428,12 @@ class PQN(Agent):
     def _loss(
         self,
         q_values: Float[Array, "*steps M A"],
-        action: Int[Array, "*steps M"],
+        action: Int[AnyArray, "*steps M"],
         target: Float[Array, "*steps K"],
         acting: Bool[Array, "*steps M"],
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Half the mean squared TD error over what happened."""
-        chosen = jnp.take_along_axis(q_values, action[..., None], axis=-1)[..., 0]
+        chosen = jnp.take_along_axis(q_values, jnp.asarray(action)[..., None], axis=-1)[..., 0]
         chosen = self.mixer.mix(jnp.where(acting, chosen, 0.0))
         real = self.mixer.acts(acting)
         weight = real / jnp.maximum(jnp.sum(real), 1)
