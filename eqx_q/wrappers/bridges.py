@@ -1,0 +1,153 @@
+"""Ways back out: an environment of ours as one of Gymnasium's or PettingZoo's."""
+
+import copy
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import jax
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from ..errors import MissingExtraError, UsageError
+from ..types import TimeStep
+from .env import Env
+from .loop import Loop
+
+if TYPE_CHECKING:
+    from .pettingzoo_bridge import PettingZooBridge
+
+
+def to_gymnasium(
+    env: Env, *, render_mode: str | None = None
+) -> "GymnasiumBridge | GymnasiumVectorBridge":
+    """`env` as a `gymnasium.Env` where it has one lane, else as a `gymnasium.vector.VectorEnv`.
+
+    A vector resets lanes as `env` does, in the step after their episode ended, which is
+    `AutoresetMode.NEXT_STEP`. `info` has `"action_mask"` (`int8`, as Gymnasium's spaces want it)
+    where there is one, and `"metrics"`, the suite's own. Compiled once.
+
+    **Arguments:**
+
+    - `render_mode`: `"rgb_array"`, or `None`: draws nothing.
+
+    **Seeds.** `reset(seed=s)` starts from `jax.random.key(s)`; each reset and step takes
+    `key, own = jax.random.split(key)`, and uses its own. What lives outside JAX (`env.on_host`) has
+    been seeded when it was made: there a seed changes nothing, and a warning says so.
+
+    **Raises:** `UsageError` for a team.
+    """
+    if env.num_agents is not None:
+        raise UsageError("Gymnasium knows no teams: use eqx_q.wrappers.to_pettingzoo")
+    bridge = GymnasiumBridge if env.num_envs == 1 else GymnasiumVectorBridge
+    return bridge(env, render_mode)
+
+
+def to_pettingzoo(env: Env, *, render_mode: str | None = None) -> "PettingZooBridge":
+    """`env`, which must have one lane, as a PettingZoo `ParallelEnv` of `"agent_0"`, `"agent_1"`...
+
+    An agent is terminated in the step that takes it from `agent_mask`, and the rest when the
+    episode ends: terminated or truncated as the team is. An agent is paid its own reward, where
+    there are such, else the team's. `info` has its `"action_mask"` (`int8`), where there is one.
+    A team of one is what an environment without agents becomes. Seeds and `render_mode` are as for
+    `to_gymnasium`.
+
+    **Raises:** `UsageError` for more lanes; `MissingExtraError` without PettingZoo.
+    """
+    if env.num_envs != 1:
+        raise UsageError(f"PettingZoo knows no lanes, this has {env.num_envs}: make num_envs=1")
+    if importlib.util.find_spec("pettingzoo") is None:
+        raise MissingExtraError("pettingzoo", "multi-agent")
+    from .pettingzoo_bridge import PettingZooBridge  # an optional package
+
+    return PettingZooBridge(env, render_mode)
+
+
+class GymnasiumBridge(gymnasium.Env):
+    """See `to_gymnasium`."""
+
+    def __init__(self, env: Env, render_mode: str | None):
+        self._loop = Loop(env, render_mode)
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+        self.render_mode = render_mode
+        self.observation_space = copy.deepcopy(env.observation_space)
+        self.action_space = copy.deepcopy(env.action_space)
+        self._over = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        timestep = self._loop.reset(seed)
+        self._over = False
+        return timestep.obs[0], _lane(_info(timestep))
+
+    def step(self, action: Any):
+        if self._over:
+            raise gymnasium.error.ResetNeeded("the episode is over: call reset")
+        timestep = self._loop.step(np.array([action]))
+        self._over = bool(timestep.ended[0])
+        return (
+            timestep.obs[0],
+            float(timestep.reward[0]),
+            bool(timestep.terminated[0]),
+            bool(timestep.truncated[0]),
+            _lane(_info(timestep)),
+        )
+
+    def render(self):
+        return self._loop.render(0)
+
+    def close(self):
+        self._loop.env.close()
+
+
+class GymnasiumVectorBridge(VectorEnv):
+    """See `to_gymnasium`."""
+
+    def __init__(self, env: Env, render_mode: str | None):
+        self._loop = Loop(env, render_mode)
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": 30,
+            "autoreset_mode": AutoresetMode.NEXT_STEP,
+        }
+        self.render_mode = render_mode
+        self.num_envs = env.num_envs
+        self.single_observation_space = copy.deepcopy(env.observation_space)
+        self.single_action_space = copy.deepcopy(env.action_space)
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        self.action_space = batch_space(self.single_action_space, env.num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        timestep = self._loop.reset(seed)
+        return timestep.obs, self._infos(timestep)
+
+    def step(self, actions: Any):
+        timestep = self._loop.step(np.asarray(actions))
+        flags = timestep.terminated, timestep.truncated
+        return timestep.obs, timestep.reward, *flags, self._infos(timestep)
+
+    def render(self):
+        return tuple(self._loop.render(lane) for lane in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any):
+        self._loop.env.close()
+
+    def _infos(self, timestep: TimeStep) -> dict[str, Any]:
+        """With Gymnasium's marks for which lanes have an entry: all."""
+        info = _info(timestep)
+        return info | {f"_{name}": np.ones(self.num_envs, bool) for name in info}
+
+
+def _info(timestep: TimeStep) -> dict[str, Any]:
+    info: dict[str, Any] = {}
+    if timestep.action_mask is not None:
+        info["action_mask"] = np.asarray(timestep.action_mask, np.int8)
+    if timestep.episode.metrics:
+        info["metrics"] = timestep.episode.metrics
+    return info
+
+
+def _lane(info: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x[0], info)

@@ -1,0 +1,62 @@
+"""An environment driven step by step from Python."""
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, UInt8
+
+from ..errors import UnknownNameError
+from ..types import AnyArray, TimeStep
+from .env import Env
+
+
+class Loop:
+    """Keeps the state and the key of an environment, whose functions are compiled once."""
+
+    def __init__(self, env: Env, render_mode: str | None):
+        if render_mode not in (None, "rgb_array"):
+            raise UnknownNameError("render_mode", render_mode, ["rgb_array"])
+
+        def reset(key: PRNGKeyArray) -> tuple[PRNGKeyArray, Any, TimeStep]:
+            key, own = jax.random.split(key)
+            return key, *env.reset(own)
+
+        def step(key: PRNGKeyArray, state: Any, action: Array):
+            key, own = jax.random.split(key)
+            return key, *env.step(state, action, own)
+
+        self.env = env
+        self._reset = reset if env.on_host else jax.jit(reset)  # emulators reset outside
+        self._step = jax.jit(step)
+        self._draws = render_mode is not None
+        self._key: PRNGKeyArray | None = None
+        self._state: Any = None
+
+    def reset(self, seed: int | None) -> TimeStep:
+        """Starts an episode in every lane. Without a seed the key goes on."""
+        if seed is not None and self.env.on_host:
+            warnings.warn(
+                "this environment was seeded when it was made: reset(seed=...) changes nothing",
+                stacklevel=3,
+            )
+        if seed is not None or self._key is None:
+            (word,) = np.random.SeedSequence(seed).generate_state(1)
+            self._key = jax.random.key(word if seed is None else seed)
+        self._key, self._state, timestep = self._reset(self._key)
+        return _on_host(timestep)
+
+    def step(self, action: AnyArray) -> TimeStep:
+        """Acts in every lane."""
+        self._key, self._state, timestep = self._step(self._key, self._state, np.int32(action))
+        return _on_host(timestep)
+
+    def render(self, lane: int) -> UInt8[np.ndarray, "height width 3"] | None:
+        """A picture of a lane, if pictures are asked for."""
+        return self.env.render(self._state, lane) if self._draws else None
+
+
+def _on_host(timestep: TimeStep) -> TimeStep:
+    """As NumPy arrays of the caller's own, which may be written to."""
+    return jax.tree.map(np.array, timestep)

@@ -1,0 +1,95 @@
+"""An environment of ours as one of PettingZoo's: see `bridges.to_pettingzoo`."""
+
+import copy
+from typing import Any
+
+import numpy as np
+from pettingzoo import ParallelEnv
+
+from ..types import AnyArray, TimeStep
+from .env import Env
+from .loop import Loop
+
+
+class PettingZooBridge(ParallelEnv):
+    """See `to_pettingzoo`."""
+
+    def __init__(self, env: Env, render_mode: str | None):
+        self._loop = Loop(env, render_mode)
+        self._is_team = env.num_agents is not None
+        self.metadata = {"name": "eqx_q", "render_modes": ["rgb_array"], "render_fps": 30}
+        self.render_mode = render_mode
+        self.agents: list[str] = []
+        self.possible_agents = [f"agent_{m}" for m in range(env.num_agents or 1)]
+        # One's own for each agent: samples of one do not move those of another.
+        self.observation_spaces = {
+            agent: copy.deepcopy(env.observation_space) for agent in self.possible_agents
+        }
+        self.action_spaces = {
+            agent: copy.deepcopy(env.action_space) for agent in self.possible_agents
+        }
+
+    def observation_space(self, agent: str):
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str):
+        return self.action_spaces[agent]
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None):
+        self._timestep = timestep = self._loop.reset(seed)
+        self.agents = self.possible_agents
+        self.agents = [agent for agent, is_alive in self._alive(timestep).items() if is_alive]
+        return self._of_agents(timestep.obs), self._infos(timestep)
+
+    def step(self, actions: dict[str, Any]):
+        if not self.agents:
+            return {}, {}, {}, {}, {}
+        chosen = np.array([actions.get(agent, 0) for agent in self.possible_agents])
+        if self._timestep.action_mask is not None:  # the dead, too, do something legal
+            legal = np.argmax(self._of_all(self._timestep.action_mask), axis=-1)
+            chosen = np.where(
+                [agent in self.agents for agent in self.possible_agents], chosen, legal
+            )
+        self._timestep = timestep = self._loop.step(chosen[None] if self._is_team else chosen)
+        ended, cut_off = bool(timestep.ended[0]), bool(timestep.truncated[0])
+        alive = self._alive(timestep)
+        report = (
+            self._of_agents(timestep.obs),
+            self._rewards(timestep),
+            {x: not alive[x] or (ended and not cut_off) for x in self.agents},
+            {x: alive[x] and cut_off for x in self.agents},
+            self._infos(timestep),
+        )
+        self.agents = [x for x in self.agents if alive[x] and not ended]
+        return report
+
+    def render(self):
+        return self._loop.render(0)
+
+    def close(self):
+        self._loop.env.close()
+
+    def _of_all(self, values: AnyArray) -> AnyArray:
+        """What the arrays of one lane hold for each agent: alone it is the lane."""
+        return values[0] if self._is_team else values
+
+    def _of_agents(self, values: AnyArray) -> dict[str, Any]:
+        """The values of the agents that act."""
+        by_agent = dict(zip(self.possible_agents, self._of_all(values), strict=True))
+        return {agent: by_agent[agent] for agent in self.agents}
+
+    def _alive(self, timestep: TimeStep) -> dict[str, bool]:
+        if timestep.agent_mask is None:
+            return dict.fromkeys(self.agents, True)
+        return {agent: bool(x) for agent, x in self._of_agents(timestep.agent_mask).items()}
+
+    def _rewards(self, timestep: TimeStep) -> dict[str, float]:
+        if timestep.agent_reward is None:
+            return dict.fromkeys(self.agents, float(timestep.reward[0]))
+        return {agent: float(x) for agent, x in self._of_agents(timestep.agent_reward).items()}
+
+    def _infos(self, timestep: TimeStep) -> dict[str, dict[str, Any]]:
+        if timestep.action_mask is None:
+            return {agent: {} for agent in self.agents}
+        masks = self._of_agents(timestep.action_mask)
+        return {agent: {"action_mask": np.asarray(x, np.int8)} for agent, x in masks.items()}
