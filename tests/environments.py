@@ -112,3 +112,74 @@ class Guess(Env):
 
     def close(self):
         pass
+
+
+class Relay(Env):
+    """A team of two: `[time, agent, draw]` is seen, with a draw per episode; 4 steps an episode.
+
+    The first is dead from step 2 on, when it must do 2. Who is alive is paid what it does. The
+    second loses 100 for whatever anybody does that is not legal.
+    """
+
+    num_envs: int = eqx.field(static=True)
+    limit: bool = eqx.field(static=True, default=False)
+    num_agents: int = eqx.field(static=True, default=2)
+    on_host: bool = eqx.field(static=True, default=False)
+    max_episode_steps: int = eqx.field(static=True, default=4)
+
+    @property
+    def observation_space(self):
+        return observation_box(gymnasium.spaces.Box(0, 10, (3,), np.float32))
+
+    @property
+    def action_space(self):
+        return action_discrete(gymnasium.spaces.Discrete(3))
+
+    def _masks(self, time):
+        alive = jnp.stack([time < 2, time >= 0], -1)
+        odd = time[:, None] % 2 == 1
+        usual = jnp.stack([alive, odd & alive, jnp.zeros_like(alive)], -1)
+        return alive, usual | (~alive[..., None] & (jnp.arange(3) == 2))
+
+    def _emit(self, time, draw, first, agent_reward):
+        ended = time == 4
+        alive, legal = self._masks(time)
+        obs = [jnp.broadcast_to(x, (self.num_envs, 2)) for x in (time[:, None], jnp.arange(2))]
+        obs = jnp.stack([*obs, jnp.repeat(draw[:, None], 2, 1)], -1).astype(jnp.float32)
+        reward = agent_reward.sum(-1)
+        timestep = TimeStep(
+            obs=obs,
+            reward=reward,
+            terminated=ended & (not self.limit),
+            truncated=ended & self.limit,
+            first=first,
+            episode=Episode(ended, reward, time),
+            action_mask=legal,
+            agent_mask=alive,
+            agent_reward=agent_reward,
+        )
+        return (time, draw), timestep
+
+    def reset(self, key):
+        draw = jax.random.randint(key, (self.num_envs,), 0, 10)
+        time = jnp.zeros(self.num_envs, jnp.int32)
+        return self._emit(time, draw, time == 0, jnp.zeros((self.num_envs, 2)))
+
+    def step(self, state, action, key):
+        time, draw = state
+        alive, legal = self._masks(time)
+        broken = ~jnp.take_along_axis(legal, action[..., None], -1)[..., 0]
+        paid = jnp.where(alive, action, 0).at[:, 1].add(-100 * broken.sum(-1))
+        over = time == 4
+        draw = jnp.where(over, jax.random.randint(key, draw.shape, 0, 10), draw)
+        paid = jnp.where(over[:, None], 0, paid).astype(jnp.float32)
+        return self._emit(jnp.where(over, 0, time + 1), draw, over, paid)
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any):
+        return Relay(num_envs, self.limit)
+
+    def render(self, state, lane=0):
+        return None
+
+    def close(self):
+        pass
