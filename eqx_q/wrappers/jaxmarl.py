@@ -185,7 +185,7 @@ class Game:
         shape = (int(self.action_space.n),)
         return jnp.stack([_fill(jnp.asarray(masks[a], bool), shape) for a in self.env.agents])
 
-    def _num_actions(self, agent: str) -> int:
+    def _num_actions(self, agent: Any) -> int:
         space = self.env.action_space(agent)
         if not isinstance(space, spaces.Discrete):
             raise UsageError(
@@ -426,21 +426,20 @@ def _draw_battle(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
     units = _units(state)
     radii = np.asarray(env.unit_type_radiuses)[units.unit_types]
     colours = np.where(units.unit_teams[:, None] == 0, _ALLY, _ENEMY)
-    alive, size = units.unit_alive, np.array([env.map_width, env.map_height])
+    alive, size = units.unit_alive, np.array([env.map_width, env.map_height], float)
     return draw_discs(units.unit_positions[alive], radii[alive], colours[alive], 0 * size, size)
 
 
 def _draw_particles(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
     colours = np.asarray(env.colour, np.uint8)
-    return draw_discs(
-        state.p_pos, np.asarray(env.rad), colours, np.array([-2, -2]), np.array([2, 2])
-    )
+    corner = np.array([2.0, 2.0])
+    return draw_discs(state.p_pos, np.asarray(env.rad), colours, -corner, corner)
 
 
 def _draw_kitchen(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
     from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer  # it brings matplotlib
 
-    border = env.agent_view_size - 2
+    border = env.agent_view_size - 1
     grid = np.asarray(state.maze_map)[border:-border, border:-border]
     return OvercookedVisualizer._render_grid(
         grid, agent_dir_idx=state.agent_dir_idx, agent_inv=state.agent_inv
