@@ -54,6 +54,24 @@ CASES = {
         "purejaxql",
         {"script": "pqn_atari", "algorithm": "pqn_atari"},
     ),
+    "rnn_cartpole": Case(
+        ["agent=pqn_rnn", "env=cartpole"],
+        100_000,
+        "purejaxql",
+        {"script": "pqn_rnn_gymnax", "algorithm": "pqn_rnn_cartpole"},
+    ),
+    "vdn_smax": Case(
+        ["agent=pqn_vdn", "env=smax"],
+        2 * 128 * 128,
+        "purejaxql",
+        {"script": "pqn_vdn_rnn_jaxmarl", "algorithm": "pqn_vdn_rnn_smax"},
+    ),
+    "craftax": Case(
+        ["env=craftax"],
+        16_384,
+        "purejaxql",
+        {"script": "pqn_craftax", "algorithm": "pqn_craftax"},
+    ),
     "cleanrl_cartpole": Case(
         ["env=cartpole", "tuned=cleanrl_cartpole"],
         500_000,

@@ -20,47 +20,59 @@ from eqx_q.run import make_agent, make_env
 Product = tuple[int, int, int]  # rows x inner x columns
 
 
-def forward_products(agent, rows: int) -> list[Product]:
-    """The network's matrix products on `rows` observations; a convolution is one of patches."""
+def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, int]]:
+    """The network's matrix products, each with how often it is computed, one after the other.
 
-    def q_values(obs):
-        return agent.network(obs, agent.statistics, agent.initial_memory(rows)).q_values
+    A convolution is a product of patches; a recurrence has a product a step.
+    """
+    rows = lanes * (agent.num_agents or 1)
+
+    def q_values(obs, action, reward):
+        memory = agent.network.initial_memory(rows)
+        return agent.network(
+            obs, agent.statistics, memory, last_action=action, last_reward=reward
+        ).q_values
 
     space = agent.observation_space
-    obs = jax.ShapeDtypeStruct((1, rows, *space.shape), space.dtype)
-    products = _products(jax.make_jaxpr(q_values)(obs).jaxpr)
+    obs = jax.ShapeDtypeStruct((steps, rows, *space.shape), space.dtype)
+    action, reward = (jax.ShapeDtypeStruct((steps, rows), t) for t in (jnp.int32, jnp.float32))
+    products = _products(jax.make_jaxpr(q_values)(obs, action, reward).jaxpr, 1)
     # Only products with a weight: others are sums in disguise, as in layer normalisation.
     weights = [x for x in jax.tree.leaves(agent.network) if getattr(x, "ndim", 0) > 1]
     shapes = {frozenset({n, x.size // n}) for x in weights for n in (x.shape[0], x.shape[-1])}
-    return [product for product in products if frozenset(product[1:]) in shapes]
+    return [(product, times) for product, times in products if frozenset(product[1:]) in shapes]
 
 
-def _products(jaxpr):
+def _products(jaxpr, times):
     for equation in jaxpr.eqns:
+        repeated = times * equation.params.get("length", 1)  # of a scan
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from _products(inner)
+                yield from _products(inner, repeated)
         dimensions = equation.params.get("dimension_numbers")
         if equation.primitive.name == "dot_general":
             left, right = (variable.aval for variable in equation.invars)
             inner = math.prod(left.shape[axis] for axis in dimensions[0][0])
-            yield left.size // inner, inner, right.size // inner
+            yield (left.size // inner, inner, right.size // inner), times
         elif equation.primitive.name == "conv_general_dilated":
             kernel, out = equation.invars[1].aval, equation.outvars[0].aval
             columns = kernel.shape[dimensions.rhs_spec[0]]
-            yield out.size // columns, kernel.size // columns, columns
+            yield (out.size // columns, kernel.size // columns, columns), times
 
 
-def learning_products(forward: list[Product]) -> list[Product]:
-    """Forward and backward: gradients of all weights, and of all inputs but the observations."""
-    weights = [(inner, rows, columns) for rows, inner, columns in forward]
-    inputs = [(rows, columns, inner) for rows, inner, columns in forward[1:]]
+def learning_products(forward: list[tuple[Product, int]]) -> list[tuple[Product, int]]:
+    """Forward and backward: gradients of all weights, and of all inputs but the observations.
+
+    The gradient of a weight that is used at every step is one product over all of them.
+    """
+    weights = [((inner, rows * times, columns), 1) for (rows, inner, columns), times in forward]
+    inputs = [((rows, columns, inner), times) for (rows, inner, columns), times in forward[1:]]
     return forward + weights + inputs
 
 
-def flops(products: list[Product]) -> int:
-    return sum(2 * math.prod(product) for product in products)
+def flops(products: list[tuple[Product, int]]) -> int:
+    return sum(2 * math.prod(product) * times for product, times in products)
 
 
 def median_seconds(function, *args, repetitions: int = 5) -> float:
@@ -73,11 +85,12 @@ def median_seconds(function, *args, repetitions: int = 5) -> float:
     return statistics.median(seconds)
 
 
-def seconds_of(products: list[Product], times: int) -> float:
+def seconds_of(products: list[tuple[Product, int]], times: int) -> float:
     """Seconds that `times` rounds of these products take, one after the other."""
     operands = [
         (jnp.full((rows, inner), 1e-3), jnp.full((inner, columns), 1e-3))
-        for rows, inner, columns in products
+        for (rows, inner, columns), repeated in products
+        for _ in range(repeated)
     ]
 
     def round_(operands, _):
@@ -99,29 +112,46 @@ def measure(config) -> dict[str, float]:
     num_minibatches = config["agent"]["num_minibatches"]
     gradient_steps = config["agent"]["num_epochs"] * num_minibatches
     acting = forward_products(agent, lanes)
-    learning = learning_products(forward_products(agent, lanes * length // num_minibatches))
+    if agent.has_memory:
+        forward = forward_products(
+            agent, lanes // num_minibatches, agent.burn_in + agent.rollout_length + 1
+        )
+    else:
+        forward = forward_products(agent, lanes * length // num_minibatches)
+    learning = learning_products(forward)
     num_updates = max(1, 20_000 // (lanes * length))
 
     def steps(act):
         @eqx.filter_jit
         def run(agent, state, timestep, key):
             def step(carry, key):
-                state, timestep = carry
+                state, timestep, memory = carry
                 act_key, env_key = jax.random.split(key)
-                return env.step(state, act(agent, timestep, act_key), env_key), None
+                action, memory = act(agent, timestep, memory, act_key)
+                return (*env.step(state, action, env_key), memory), None
 
             keys = jax.random.split(key, num_updates * length)
-            return jax.lax.scan(step, (state, timestep), keys)[0][1].obs
+            carry = (state, timestep, agent.initial_memory(lanes))
+            return jax.lax.scan(step, carry, keys)[0][1].obs
 
         first = eqx_q.start(agent, env, key=jax.random.key(0))
         args = (agent, first.env_state, first.timestep, jax.random.key(1))
         return median_seconds(run, *args, repetitions=3) / num_updates
 
-    def at_random(agent, timestep, key):
-        return jax.random.randint(key, (lanes,), 0, agent.action_space.n)
+    def at_random(agent, timestep, memory, key):
+        agents = () if env.num_agents is None else (env.num_agents,)
+        return jax.random.randint(key, (lanes, *agents), 0, agent.action_space.n), memory
 
-    def by_network(agent, timestep, key):
-        return agent.act(timestep.obs, key=key).action
+    def by_network(agent, timestep, memory, key):
+        decision = agent.act(
+            timestep.obs,
+            memory,
+            first=timestep.first,
+            action_mask=timestep.action_mask,
+            reward=timestep.reward,
+            key=key,
+        )
+        return decision.action, decision.memory
 
     return {
         # Acting evaluates every lane at every step, and once more to bootstrap.

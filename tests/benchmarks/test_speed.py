@@ -20,21 +20,36 @@ def _agent(name, **options):
 
 def test_matrix_products_of_an_mlp():
     agent = _agent("gymnax/CartPole-v1", network_options={"hidden_sizes": [64, 32]})
-    assert measure_split.forward_products(agent, 8) == [(8, 4, 64), (8, 64, 32), (8, 32, 2)]
+    products = [(8, 4, 64), (8, 64, 32), (8, 32, 2)]
+    assert measure_split.forward_products(agent, 8) == [(product, 1) for product in products]
 
 
 def test_matrix_products_of_a_convolutional_network_and_its_gradients():
     forward = measure_split.forward_products(_agent("gymnax/Breakout-MinAtar"), 8)
     # 8 x 8 positions of a 3 x 3 window on 4 channels, then 16 channels of them, flat
-    assert forward == [(8 * 64, 36, 16), (8, 1024, 128), (8, 128, 3)]
+    assert forward == [((8 * 64, 36, 16), 1), ((8, 1024, 128), 1), ((8, 128, 3), 1)]
     learning = measure_split.learning_products(forward)
     work = 2 * 8 * np.array([64 * 36 * 16, 1024 * 128, 128 * 3])
     # Every layer thrice; but the observations need no gradient.
     assert measure_split.flops(learning) == 3 * work.sum() - work[0]
 
 
+def test_matrix_products_of_a_recurrence_are_counted_at_every_step():
+    agent = _agent(
+        "gymnax/CartPole-v1",
+        network_options={"hidden_sizes": [64], "memory": "gru", "memory_size": 16},
+    )
+    forward = measure_split.forward_products(agent, 2, steps=10)
+    # All steps at once but for what goes from state to state; two actions are seen too.
+    expected = [((20, 4, 64), 1), ((20, 66, 48), 1), ((2, 16, 48), 10), ((20, 16, 2), 1)]
+    assert sorted(forward) == sorted(expected)
+    work = sum(2 * rows * inner * columns * n for (rows, inner, columns), n in expected)
+    learning = measure_split.learning_products(forward)
+    assert measure_split.flops(learning) == 3 * work - 2 * 20 * 4 * 64
+
+
 def test_products_timed_alone_are_computed_as_often_as_asked():
-    products = [(256, 256, 256)]
+    products = [((256, 256, 256), 1)]
     once, often = (measure_split.seconds_of(products, times) for times in (20, 200))
     assert 3 < often / once < 30
 
