@@ -93,9 +93,10 @@ def by_hand(raw, players, actions, seed):
         said["first"].append(first)
         said["terminated"].append(ended[0])
         said["truncated"].append(ended[1])
-        size = max(raw.observation_space(x).shape[0] for x in players)
-        seen = [np.resize(obs[x], len(obs[x])) if x in obs else np.zeros(0) for x in players]
-        said["obs"].append([np.pad(one, (0, size - len(one))) for one in seen])
+        shapes = {x: raw.observation_space(x).shape for x in players}
+        whole = np.max([*shapes.values()], axis=0)
+        seen = [np.asarray(obs.get(x, np.zeros(shapes[x]))) for x in players]
+        said["obs"].append([np.pad(x, [(0, n) for n in whole - x.shape]) for x in seen])
         said["agent_reward"].append([rewards.get(x, 0) for x in players])
         said["agent_mask"].append([x in alive for x in players])
     return {name: np.asarray(one, np.float32) for name, one in said.items()}
@@ -133,6 +134,19 @@ def test_equals_the_environment_stepped_by_hand():
         assert_says(timesteps, lane, said)
         assert said["truncated"].sum() == 2 * CHUNK // 8
     assert timesteps.action_mask is None
+    env.close()
+
+
+def test_equals_a_game_whose_agents_die_early():
+    name = "butterfly/knights_archers_zombies_v11"
+    options = {"spawn_delay": 2, "max_zombies": 30, "line_death": True, "max_cycles": 50}
+    env = wrappers.make(f"pettingzoo/{name.replace('/', '.')}", 2, seed=8, **options)
+    actions, timesteps = play(env, 0, 6)
+    for lane in range(2):
+        raw = pettingzoo.make("parallel", name, **options)
+        assert_says(timesteps, lane, by_hand(raw, raw.possible_agents, actions[:, lane], 8 + lane))
+    going_on = ~timesteps.agent_mask & ~timesteps.ended[..., None]
+    assert going_on.any() and timesteps.truncated.any()
     env.close()
 
 
