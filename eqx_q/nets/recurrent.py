@@ -189,7 +189,83 @@ class LSTM(AbstractRecurrence):
         return _unroll_compiled(_lstm_cell, self.weight, bias, projected, memory, first)
 
 
-RECURRENCES: dict[str, Callable[..., AbstractRecurrence]] = {"gru": GRU, "lstm": LSTM}
+# Parallel scans --------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def linear_recurrence(
+    decay: Float[Array, "T *features"], x: Float[Array, "T *features"], start: Float[Array, "..."]
+) -> Float[Array, "T *features"]:
+    """`h_t = decay_t h_{t-1} + x_t`, with `start` before the first, for all `t` in parallel.
+
+    It takes log T steps (Blelloch 1990, §1.4.1; Martin & Cundy 2018).
+    """
+    return _linear_recurrence(decay, x, start)[0]
+
+
+def _scan(decay, x, reverse=False):
+    def compose(earlier, later):
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    return lax.associative_scan(compose, (decay, x), reverse=reverse)[1]
+
+
+def _linear_recurrence(decay, x, start):
+    y = _scan(decay, x.at[0].add(decay[0] * start))
+    return y, (decay, y, start)
+
+
+def _linear_recurrence_backwards(residuals, gradient):
+    # A linear recurrence too, back in time; the scan's own derivative takes twice as long.
+    decay, y, start = residuals
+    x = _scan(jnp.concatenate([decay[1:], jnp.zeros_like(decay[:1])]), gradient, reverse=True)
+    return x * jnp.concatenate([start[None], y[:-1]]), x, decay[0] * x[0]
+
+
+linear_recurrence.defvjp(_linear_recurrence, _linear_recurrence_backwards)
+
+
+class MinGRU(AbstractRecurrence):
+    """The minimal GRU (Feng et al. 2024, §3.1), whose gate sees the input and not the state:
+
+        z = σ(W_z x + b_z)        h' = (1 - z) h + z (W_h x + b_h)
+
+    `b_z` starts so that features forget over 2 to `horizon` steps, evenly on a logarithmic scale
+    (in the spirit of Tallec & Ollivier 2018, §2): from `b_z = 0` all of them would forget within a
+    few steps, and nothing would teach them otherwise. `init` is that of `W`.
+    """
+
+    projection: Linear
+
+    def __init__(
+        self,
+        inputs: int,
+        size: int,
+        *,
+        key: PRNGKeyArray,
+        init: str = "lecun_normal",
+        horizon: float = 1000.0,
+    ):
+        projection = Linear(inputs, 2 * size, key=key, init=init)
+        steps = jnp.geomspace(2.0, horizon, size)
+        bias = projection.bias.at[:size].set(-jnp.log(steps - 1))  # σ(bias) = 1 / steps
+        self.projection = eqx.tree_at(lambda layer: layer.bias, projection, bias)
+
+    def initial_memory(self, num_lanes: int) -> Float[Array, "B size"]:
+        return jnp.zeros((num_lanes, self.projection.bias.shape[0] // 2))
+
+    def __call__(self, x, memory, first):
+        gate, new = jnp.split(self.projection(x)[0], 2, axis=-1)
+        keep = _forget(jax.nn.sigmoid(-gate), first)  # nothing of the step before, where `first`
+        y = linear_recurrence(keep, jax.nn.sigmoid(gate) * new, memory)
+        return y, y[-1]
+
+
+RECURRENCES: dict[str, Callable[..., AbstractRecurrence]] = {
+    "gru": GRU,
+    "lstm": LSTM,
+    "mingru": MinGRU,
+}
 
 
 # The network -----------------------------------------------------------------------------------

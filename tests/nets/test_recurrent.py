@@ -11,7 +11,7 @@ import pytest
 from eqx_q.errors import UsageError
 from eqx_q.nets import Recurrent, make_network, recurrent
 from eqx_q.nets.layers import Linear
-from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES
+from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES, MinGRU
 from eqx_q.structure import decode, encode
 
 KEY = jax.random.key(0)
@@ -81,7 +81,15 @@ def lstm_step(lstm, x, memory, xp):
     return h, (h, c)
 
 
-STEPS = {"gru": gru_step, "lstm": lstm_step}
+def mingru_step(mingru, x, memory, xp):
+    w_z, w_h = xp.split(matrix(mingru.projection), 2, axis=1)
+    b_z, b_h = xp.split(mingru.projection.bias, 2)
+    z = 1 / (1 + xp.exp(-(x @ w_z + b_z)))
+    h = (1 - z) * memory + z * (x @ w_h + b_h)
+    return h, h
+
+
+STEPS = {"gru": gru_step, "lstm": lstm_step, "mingru": mingru_step}
 recurrences = pytest.mark.parametrize("name", list(RECURRENCES))
 
 
@@ -117,7 +125,7 @@ def plain_scan(name, recurrence, x, memory):
 
 @eqx.filter_jit
 def output(recurrence, x, memory, first=FIRST):
-    return recurrence(x, memory, first)
+    return recurrence(x, memory, jnp.asarray(first))
 
 
 @recurrences
@@ -201,7 +209,7 @@ def test_a_population_is_its_members(name):
 
         def loss(parameters):
             recurrence = eqx.combine(parameters, rest)
-            return jnp.sum(recurrence(x, recurrence.initial_memory(B), FIRST)[0] ** 2)
+            return jnp.sum(output(recurrence, x, recurrence.initial_memory(B))[0] ** 2)
 
         def step(parameters, _):
             gradient = jax.grad(loss)(parameters)
@@ -219,9 +227,10 @@ def test_a_population_is_its_members(name):
 
 def test_calls_outside_of_a_compiled_program_compile_once():
     recurrence, x, memory = make("gru")
-    recurrence(x, memory, FIRST)
+    first = jnp.asarray(FIRST)
+    recurrence(x, memory, first)
     size = recurrent._unroll_compiled._cache_size()
-    recurrence(x + 1, memory, FIRST)
+    recurrence(x + 1, memory, first)
     assert recurrent._unroll_compiled._cache_size() == size
 
 
@@ -273,6 +282,14 @@ def test_initial_parameters(cls, gates):
         whole = cls(inputs, 64, key=KEY, init="orthogonal")
         for w in (whole.weight, whole.projection.weight):
             np.testing.assert_allclose(w @ w.T, np.eye(w.shape[0]), atol=1e-5)
+
+
+def test_features_of_a_mingru_forget_over_two_to_a_thousand_steps():
+    mingru = MinGRU(100, 64, key=KEY)
+    gate, new = jnp.split(mingru.projection.bias, 2)
+    np.testing.assert_allclose(1 / jax.nn.sigmoid(gate), np.geomspace(2, 1000, 64), rtol=1e-4)
+    assert not np.any(new)
+    np.testing.assert_allclose(np.var(matrix(mingru.projection)), 1 / 100, rtol=0.05)
 
 
 # The network -----------------------------------------------------------------------------------

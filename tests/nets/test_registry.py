@@ -135,3 +135,37 @@ def test_wrong_names_are_told():
         make_network("mlp", VECTOR, 3, key=KEY, head="duelling")
     with pytest.raises(UsageError, match="exclude each other"):
         make_network("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
+
+
+def test_wrong_memory_is_told():
+    with pytest.raises(UsageError, match=r"unknown memory 'grue'.*gru"):
+        make_network("mlp", VECTOR, 3, key=KEY, memory="grue")
+    with pytest.raises(UsageError, match=r"'memory_sizes'.*memory_size"):
+        make_network("mlp", VECTOR, 3, key=KEY, memory_sizes=4)
+    for option in ("memory_size", "num_memory_layers", "num_agents"):
+        with pytest.raises(UsageError, match=f"{option} must be a whole number of at least 1"):
+            make_network("mlp", VECTOR, 3, key=KEY, memory="gru", **{option: 0})
+
+
+def test_memory_as_cleanrl_has_it():
+    """`pqn_atari_envpool_lstm`: all weights orthogonal, with gain 1 in the memory, √2 elsewhere."""
+    frame = gymnasium.spaces.Box(0, 255, (1, 36, 36), np.uint8)
+    network = make_network(
+        "nature_cnn",
+        frame,
+        6,
+        key=KEY,
+        init="orthogonal",
+        norm="layer_norm_all",
+        hidden_sizes=(64,),
+        memory="lstm",
+        memory_size=16,
+        last_action=False,
+    )
+    projection, head = modules(network, Linear)[1:]
+    np.testing.assert_allclose(projection.weight @ projection.weight.T, np.eye(64), atol=1e-5)
+    np.testing.assert_allclose(head.weight @ head.weight.T, 2 * np.eye(6), atol=1e-5)
+    assert projection.weight.shape == (64, 4 * 16)
+    pixels = jnp.zeros((2, 3, 1, 36, 36), jnp.uint8)
+    output = network(pixels, None, network.initial_memory(3))
+    assert output.q_values.shape == (2, 3, 6)

@@ -1,0 +1,144 @@
+"""Networks of teams against single networks, applied agent by agent."""
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_q.errors import UsageError
+from eqx_q.nets import PerAgent, make_network
+from eqx_q.structure import decode, encode
+
+KEY = jax.random.key(0)
+T, N, M, ACTIONS = 4, 2, 3, 5
+VECTOR = gymnasium.spaces.Box(-1, 1, (6,), np.float32)
+BYTES = gymnasium.spaces.Box(0, 255, (6,), np.uint8)
+GRID = gymnasium.spaces.Box(0, 1, (5, 4, 2), np.float32)
+FIRST = np.zeros((T, N * M), bool)
+FIRST[2, 1::M] = FIRST[0, 0] = True
+ACTION = np.random.default_rng(0).integers(0, ACTIONS, (T, N * M))
+
+
+def observations(space):
+    shape = (T, N * M, *space.shape)
+    if space.dtype == np.uint8:
+        return jax.random.randint(KEY, shape, 0, 256).astype(jnp.uint8)
+    return jax.random.normal(KEY, shape)
+
+
+@eqx.filter_jit
+def call(network, obs, statistics=None, memory=None, agent=None, **more):
+    """The network on all lanes, or on those of one agent."""
+    lanes = slice(None) if agent is None else slice(agent, None, M)
+    given = {"first": jnp.asarray(FIRST), "last_action": jnp.asarray(ACTION)} | more
+    given = {name: value[:, lanes] for name, value in given.items()}
+    return network(obs[:, lanes], statistics, memory, **given)
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def with_one_hot(obs):
+    """Vectors, then whose they are."""
+    agents = np.tile(np.eye(M, dtype=np.float32), (T, N, 1))
+    return jnp.concatenate([obs, agents], axis=-1)
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+@pytest.mark.parametrize("space", [VECTOR, BYTES])
+def test_a_vector_is_followed_by_the_agent(space, memory):
+    options = {"hidden_sizes": (8,), "memory": memory, "memory_size": 4, "key": KEY}
+    team = make_network("auto", space, ACTIONS, num_agents=M, **options)
+    wider = gymnasium.spaces.Box(-1, 1, (6 + M,), np.float32)
+    single = make_network("auto", wider, ACTIONS, **options)
+    obs = observations(space)
+    floats = obs / 255 if space.dtype == np.uint8 else obs
+    assert_close(call(team, obs).q_values, call(single, with_one_hot(floats)).q_values)
+
+
+def test_normalised_input_leaves_the_agent_alone():
+    options = {"hidden_sizes": (8,), "key": KEY, "norm": "none"}
+    team = make_network("mlp", VECTOR, ACTIONS, num_agents=M, normalize_input=True, **options)
+    wider = gymnasium.spaces.Box(-1, 1, (6 + M,), np.float32)
+    single = make_network("mlp", wider, ACTIONS, **options)
+    obs = 3 + 2 * observations(VECTOR)
+    mask = jnp.ones((T, N * M), bool)
+    output = call(team, obs, team.initial_statistics(), batch_mask=mask)
+    rows = np.asarray(obs).reshape(-1, 6)
+    normal = ((rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)).reshape(obs.shape)
+    assert_close(output.q_values, call(single, with_one_hot(normal)).q_values)
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_features_of_images_are_followed_by_the_agent(memory):
+    options = {"hidden_sizes": (8,), "memory": memory, "memory_size": 4, "key": KEY}
+    team = make_network("minatar_cnn", GRID, ACTIONS, num_agents=M, **options)
+    blind = make_network("minatar_cnn", GRID, ACTIONS, **options)
+    obs = jnp.tile(observations(GRID)[:, :1], (1, N * M, 1, 1, 1))  # all agents see the same
+    encoder = blind.layer.layers[0] if memory == "none" else blind.encoder
+    features, _ = encoder(obs.reshape(-1, *GRID.shape))
+    x = with_one_hot(features.reshape(T, N * M, -1))
+    if memory == "none":
+        q_values, _ = team.layer.layers[-1](x.reshape(-1, 8 + M))
+    else:
+        x = jnp.concatenate([x, np.where(FIRST[..., None], 0, np.eye(ACTIONS)[ACTION])], -1)
+        (recurrence,) = team.recurrences
+        x, _ = recurrence(x, recurrence.initial_memory(N * M), jnp.asarray(FIRST))
+        q_values, _ = team.head(x.reshape(-1, 4))
+    assert_close(call(team, obs).q_values, q_values.reshape(T, N * M, -1))
+
+
+@pytest.mark.parametrize("memory", ["none", "lstm", "mingru"])
+def test_separate_parameters_are_single_networks(memory):
+    options = {"hidden_sizes": (8,), "norm": "batch_norm", "memory": memory, "memory_size": 4}
+    team = make_network(
+        "mlp", VECTOR, ACTIONS, key=KEY, num_agents=M, share_parameters=False, **options
+    )
+    assert isinstance(team, PerAgent)
+    obs, mask = observations(VECTOR), jnp.asarray(~FIRST)
+    before = team.initial_memory(N * M)
+    before = jax.tree.map(lambda x: x + jax.random.normal(KEY, x.shape), before)
+    statistics = team.initial_statistics()
+    output = call(team, obs, statistics, before, batch_mask=mask)
+    acting = call(team, obs, output.statistics, before)
+    for m, key in enumerate(jax.random.split(KEY, M)):
+        single = make_network("mlp", VECTOR, ACTIONS, key=key, **options)
+        own = jax.tree.map(lambda x, m=m: x[m::M], before)
+        alone = call(single, obs, single.initial_statistics(), own, m, batch_mask=mask)
+        assert_close(output.q_values[:, m::M], alone.q_values)
+        assert_close(jax.tree.map(lambda x, m=m: x[m::M], output.memory), alone.memory)
+        assert_close(jax.tree.map(lambda x, m=m: x[m], output.statistics), alone.statistics)
+        later = call(single, obs, alone.statistics, own, m)
+        assert_close(acting.q_values[:, m::M], later.q_values)
+    assert_close(team.initial_memory(N * M), jax.tree.map(jnp.zeros_like, before))
+
+
+def test_gradients_of_one_agents_loss_are_its_own():
+    team = make_network("mlp", VECTOR, 2, key=KEY, num_agents=M, share_parameters=False)
+
+    def loss(team):
+        return jnp.sum(call(team, observations(VECTOR)).q_values[:, 1::M] ** 2)
+
+    for gradient in jax.tree.leaves(eqx.filter_grad(loss)(team)):
+        assert np.any(gradient[1]) and not np.any(gradient[0]) and not np.any(gradient[2])
+
+
+def test_agent_id_can_be_left_out():
+    options = {"key": KEY, "hidden_sizes": (8,)}
+    plain = make_network("mlp", VECTOR, 2, **options)
+    assert eqx.tree_equal(
+        make_network("mlp", VECTOR, 2, num_agents=M, agent_id=False, **options), plain
+    )
+
+
+@pytest.mark.parametrize("share_parameters", [True, False])
+def test_a_team_is_whole(share_parameters):
+    options = {"num_agents": M, "share_parameters": share_parameters, "memory": "gru"}
+    team = make_network("mlp", VECTOR, ACTIONS, key=KEY, **options)
+    with pytest.raises(UsageError, match="4 lanes are not those of whole teams of 3 agents"):
+        team(jnp.zeros((1, 4, 6)), None, None, last_action=jnp.zeros((1, 4), int))
+    assert eqx.tree_equal(decode(*encode(team), "test"), team)
