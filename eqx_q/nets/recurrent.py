@@ -198,12 +198,22 @@ def linear_recurrence(
 ) -> Float[Array, "T *features"]:
     """`h_t = decay_t h_{t-1} + x_t`, with `start` before the first, for all `t` in parallel.
 
-    It takes log T steps (Blelloch 1990, §1.4.1; Martin & Cundy 2018).
+    It takes log T steps (Blelloch 1990, §1.4; Martin & Cundy 2018, §2). Where `decay_t` is 0, what
+    came before is forgotten.
     """
     return _linear_recurrence(decay, x, start)[0]
 
 
 def _scan(decay, x, reverse=False):
+    if jax.default_backend() == "cpu":  # T small steps: two thirds of the time of log T large ones
+
+        def step(h, inputs):
+            decay, x = inputs
+            h = decay * h + x
+            return h, h
+
+        return lax.scan(step, jnp.zeros_like(x[0]), (decay, x), reverse=reverse)[1]
+
     def compose(earlier, later):
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
@@ -216,7 +226,7 @@ def _linear_recurrence(decay, x, start):
 
 
 def _linear_recurrence_backwards(residuals, gradient):
-    # A linear recurrence too, back in time; the scan's own derivative takes twice as long.
+    # A linear recurrence too, back in time: half of what there is to compile otherwise.
     decay, y, start = residuals
     x = _scan(jnp.concatenate([decay[1:], jnp.zeros_like(decay[:1])]), gradient, reverse=True)
     return x * jnp.concatenate([start[None], y[:-1]]), x, decay[0] * x[0]

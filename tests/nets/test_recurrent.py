@@ -11,7 +11,7 @@ import pytest
 from eqx_q.errors import UsageError
 from eqx_q.nets import Recurrent, make_network, recurrent
 from eqx_q.nets.layers import Linear
-from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES, MinGRU
+from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES, MinGRU, linear_recurrence
 from eqx_q.structure import decode, encode
 
 KEY = jax.random.key(0)
@@ -282,6 +282,30 @@ def test_initial_parameters(cls, gates):
         whole = cls(inputs, 64, key=KEY, init="orthogonal")
         for w in (whole.weight, whole.projection.weight):
             np.testing.assert_allclose(w @ w.T, np.eye(w.shape[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_linear_recurrence_on_each_backend(backend, monkeypatch):
+    """Step after step, and by the associative scan: both compute here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    decay, x, start, weight = (
+        normal(*s, seed=i) for i, s in enumerate([(T, 2), (T, 2), (2,), (T, 2)])
+    )
+    decay = decay.at[3, 0].set(0.0)
+    expected, h = np.zeros((T, 2)), np.float64(start)
+    for t in range(T):
+        h = expected[t] = np.float64(decay[t]) * h + x[t]
+    assert_close(linear_recurrence(decay, x, start), expected)
+    program = str(jax.make_jaxpr(linear_recurrence)(decay, x, start))
+    assert ("scan[" in program) is (backend == "cpu")
+
+    # Of weight · h: the gradients in closed form, from what each h_t does to all later ones.
+    g, before = np.zeros((T, 2)), np.concatenate([start[None], expected[:-1]])
+    for t in range(T):
+        for later in range(t, T):
+            g[t] += weight[later] * np.prod(decay[t + 1 : later + 1], axis=0)
+    ours = jax.grad(lambda *a: jnp.sum(weight * linear_recurrence(*a)), (0, 1, 2))(decay, x, start)
+    assert_close(ours, (g * before, g, decay[0] * g[0]))
 
 
 def test_features_of_a_mingru_forget_over_two_to_a_thousand_steps():
