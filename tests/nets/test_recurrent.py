@@ -288,6 +288,7 @@ def test_initial_parameters(cls, gates):
 def test_linear_recurrence_on_each_backend(backend, monkeypatch):
     """Step after step, and by the associative scan: both compute here."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    jax.clear_caches()  # of what was traced for another backend
     decay, x, start, weight = (
         normal(*s, seed=i) for i, s in enumerate([(T, 2), (T, 2), (2,), (T, 2)])
     )
