@@ -114,6 +114,51 @@ class Guess(Env):
         pass
 
 
+class MatrixGame(Env):
+    """One step an episode: two agents, who see nothing, are paid by a matrix of their actions."""
+
+    num_envs: int = eqx.field(static=True)
+    payoff: tuple[tuple[float, ...], ...] = eqx.field(static=True)
+    num_agents: int = eqx.field(static=True, default=2)
+    on_host: bool = eqx.field(static=True, default=False)
+    max_episode_steps: int = eqx.field(static=True, default=1)
+
+    @property
+    def observation_space(self):
+        return observation_box(gymnasium.spaces.Box(0, 1, (1,), np.float32))
+
+    @property
+    def action_space(self):
+        return action_discrete(gymnasium.spaces.Discrete(len(self.payoff)))
+
+    def _emit(self, first, reward):
+        timestep = TimeStep(
+            obs=jnp.ones((self.num_envs, 2, 1)),
+            reward=reward,
+            terminated=~first,
+            truncated=jnp.zeros(self.num_envs, bool),
+            first=first,
+            episode=Episode(~first, reward, (~first).astype(jnp.int32)),
+        )
+        return ~first, timestep
+
+    def reset(self, key):
+        return self._emit(jnp.ones(self.num_envs, bool), jnp.zeros(self.num_envs))
+
+    def step(self, state, action, key):
+        reward = jnp.asarray(self.payoff)[action[:, 0], action[:, 1]]
+        return self._emit(state, jnp.where(state, 0.0, reward))
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any):
+        return MatrixGame(num_envs, self.payoff)
+
+    def render(self, state, lane=0):
+        return None
+
+    def close(self):
+        pass
+
+
 class Relay(Env):
     """A team of two: `[time, agent, draw]` is seen, with a draw per episode; 4 steps an episode.
 
