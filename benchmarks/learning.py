@@ -11,6 +11,7 @@ written anew after every run, with final training and greedy returns per seed an
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -43,9 +44,40 @@ SUITES = {
     "classic": Suite([["env=cartpole"], ["env=acrobot"], ["env=mountain_car"]]),
     "minatar": Suite([["env=minatar", f"env.name={game}-MinAtar"] for game in _MINATAR]),
     "gymnasium": Suite([["env=gymnasium", "env.name=CartPole-v1", "tuned=pqn_cartpole"]]),
+    "memory": Suite(
+        [
+            ["agent=pqn_rnn", "env=memory_chain", "total_steps=300_000"],
+            ["agent=pqn", "env=memory_chain", "tuned=pqn_cartpole", "total_steps=300_000"],
+            ["agent=pqn_rnn", "env=cartpole"],
+            ["agent=pqn_rnn", "env=cartpole", "+env.observe=[0,2]"],
+            ["agent=pqn", "env=cartpole", "+env.observe=[0,2]"],
+        ]
+    ),
+    "teams": Suite(
+        [
+            ["agent=pqn_vdn", f"env={env}", f"agent.mixer={mixer}"]
+            for env in ("mpe", "overcooked", "pettingzoo")
+            for mixer in ("vdn", "independent")
+        ]
+    ),
     "atari-pong": _atari("Pong"),
     "atari-5": _atari("Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"),
 }
+
+
+def task_name(suite: Suite, task: list[str], config: dict[str, Any]) -> str:
+    """The environment's name; and what else the task asks for, where others of the suite share it.
+
+    That is all but `env=` and the length of the run.
+    """
+    name = f"{config['env']['suite']}/{config['env']['name']}"
+    alike = [other for other in suite.tasks if _chosen(other) == _chosen(task)]
+    more = [part for part in task if not part.startswith(("env=", "env.name=", "total_steps="))]
+    return " ".join([name, *more]) if len(alike) > 1 else name
+
+
+def _chosen(task: list[str]) -> list[str]:
+    return [part for part in task if part.startswith(("env=", "env.name="))]
 
 
 def run(directory: Path, overrides: list[str]) -> None:
@@ -156,7 +188,7 @@ def main() -> None:
     for task in suite.tasks:
         overrides = [*task, *args.override]
         config = compose(overrides)
-        name = f"{config['env']['suite']}/{config['env']['name']}"
+        name = task_name(suite, task, config)
         if args.only and args.only not in name:
             continue
         results = environments[name] = {
@@ -166,7 +198,7 @@ def main() -> None:
         }
         for seed in [0] if args.together else range(args.seeds):
             kind = f"seeds_{args.seeds}" if args.together else f"seed_{seed}"
-            directory = args.runs.resolve() / name / kind
+            directory = args.runs.resolve() / re.sub(r"[^\w/.-]+", "_", name) / kind
             if not args.collect:
                 num_seeds = args.seeds if args.together else 1
                 run(directory, [*overrides, f"seed={seed}", f"num_seeds={num_seeds}"])

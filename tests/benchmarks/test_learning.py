@@ -66,3 +66,14 @@ def test_runs_start_go_on_and_are_skipped(tmp_path, monkeypatch):
         learning.run(directory, ["env=cartpole"])
     assert calls[0][:2] == ("train", "env=cartpole") and f"hydra.run.dir={new}" in calls[0]
     assert calls[1:] == [("train", f"resume={begun}")]
+
+
+def test_names_tell_tasks_of_one_environment_apart():
+    for suite in learning.SUITES.values():
+        names = [learning.task_name(suite, task, learning.compose(task)) for task in suite.tasks]
+        assert len(set(names)) == len(names)
+    minatar, memory = learning.SUITES["minatar"], learning.SUITES["memory"]
+    config = {"env": {"suite": "gymnax", "name": "X"}}
+    assert learning.task_name(minatar, minatar.tasks[0], config) == "gymnax/X"
+    hidden = "gymnax/X agent=pqn_rnn +env.observe=[0,2]"
+    assert learning.task_name(memory, memory.tasks[3], config) == hidden
