@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .agents import Agent
+from .agents import Agent, decide
 from .errors import UsageError
 from .types import Memory, Scalar, TimeStep
 from .wrappers import Env
@@ -128,15 +128,7 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
 
     def step(state):
         key, act_key, env_key = jax.random.split(state.key, 3)
-        decision = agent.act(
-            state.timestep.obs,
-            state.memory,
-            first=state.timestep.first,
-            action_mask=state.timestep.action_mask,
-            reward=state.timestep.reward,
-            epsilon=epsilon,
-            key=act_key,
-        )
+        decision = decide(agent, state.timestep, state.memory, epsilon=epsilon, key=act_key)
         env_state, timestep = env.step(state.env_state, decision.action, env_key)
         length = jnp.where(timestep.first, 0, state.length + 1)
         offset = jnp.where(timestep.first, 0.0, state.offset)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, UInt8
 
-from .agents.agent import Agent
+from .agents import Agent, decide
 from .errors import MissingExtraError, UsageError
 from .files import write_whole
 from .types import Memory, TimeStep
@@ -121,12 +121,6 @@ def record_episode(
 def _step(
     agent: Agent, env: Env, state: PyTree, timestep: TimeStep, memory: Memory, key: PRNGKeyArray
 ) -> tuple[PyTree, TimeStep, Memory]:
-    decision = agent.act(
-        timestep.obs,
-        memory,
-        first=timestep.first,
-        action_mask=timestep.action_mask,
-        reward=timestep.reward,
-    )
+    decision = decide(agent, timestep, memory)
     state, timestep = env.step(state, jnp.asarray(decision.action), key)
     return state, timestep, decision.memory

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
-from .agents import Agent
+from .agents import Agent, decide
 from .errors import DivergedError, UsageError
 from .types import Memory, Rollout, Scalar, TimeStep
 from .wrappers import Env
@@ -176,14 +176,7 @@ def _collect(
             starts = index == length - overlap
             kept = jax.tree.map(lambda new, old: jnp.where(starts, new, old), memory, kept)
         act_key, env_key = jax.random.split(key)
-        decision = agent.act(
-            timestep.obs,
-            memory,
-            first=timestep.first,
-            action_mask=timestep.action_mask,
-            reward=timestep.reward,
-            key=act_key,
-        )
+        decision = decide(agent, timestep, memory, key=act_key)
         env_state, next_timestep = env.step(env_state, decision.action, env_key)
         carry = (env_state, next_timestep, decision.memory, kept)
         return carry, (timestep, decision.action, decision.value)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import eqx_q
+from eqx_q.agents import decide
 from eqx_q.run import make_agent, make_env
 
 Product = tuple[int, int, int]  # rows x inner x columns
@@ -112,7 +113,7 @@ def measure(config) -> dict[str, float]:
     num_minibatches = config["agent"]["num_minibatches"]
     gradient_steps = config["agent"]["num_epochs"] * num_minibatches
     acting = forward_products(agent, lanes)
-    if agent.has_memory:
+    if agent.initial_memory(lanes) is not None:
         forward = forward_products(
             agent, lanes // num_minibatches, agent.burn_in + agent.rollout_length + 1
         )
@@ -143,14 +144,7 @@ def measure(config) -> dict[str, float]:
         return jax.random.randint(key, (lanes, *agents), 0, agent.action_space.n), memory
 
     def by_network(agent, timestep, memory, key):
-        decision = agent.act(
-            timestep.obs,
-            memory,
-            first=timestep.first,
-            action_mask=timestep.action_mask,
-            reward=timestep.reward,
-            key=key,
-        )
+        decision = decide(agent, timestep, memory, key=key)
         return decision.action, decision.memory
 
     return {

@@ -8,7 +8,7 @@ import gymnasium
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..types import AnyArray, Decision, Memory, Rollout, Scalar
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
 
 
 class Agent(eqx.Module):
@@ -80,3 +80,23 @@ class Agent(eqx.Module):
     @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
+
+
+def decide(
+    agent: Agent,
+    timestep: TimeStep,
+    memory: Memory = None,
+    *,
+    epsilon: Float[AnyArray, "..."] | Scalar | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Decision:
+    """`agent.act` on all that a timestep says."""
+    return agent.act(
+        timestep.obs,
+        memory,
+        first=timestep.first,
+        action_mask=timestep.action_mask,
+        reward=timestep.reward,
+        epsilon=epsilon,
+        key=key,
+    )
