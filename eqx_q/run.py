@@ -42,7 +42,7 @@ Config = Mapping[str, Any]
 
 _LANES_IN_JAX, _LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
 _MOST_LANES = 2**24
-_SUITE_PACKAGES = ("gymnasium", "gymnax", "envpool", "pettingzoo", "mpe2")
+_SUITE_PACKAGES = ("gymnasium", "gymnax", "craftax", "envpool", "jaxmarl", "pettingzoo", "mpe2")
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
