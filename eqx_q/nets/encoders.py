@@ -11,7 +11,7 @@ Each is a function of the shape of one observation that composes layers. They sh
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -49,27 +49,54 @@ def _image_shape(shape: Shape, channels_first: bool, smallest: int) -> tuple[int
     return height, width, channels
 
 
-def _dense(
-    layers: list[AbstractLayer],
-    shape: Shape,
-    sizes: tuple[int, ...],
-    *,
-    norm: str,
-    activation: str,
-    init: str,
-    key: PRNGKeyArray,
-) -> Sequential:
-    """`layers`, flattened, then linear layers of `sizes`, each normalised and activated."""
-    layers = [*layers, Flatten()]
-    (inputs,) = output_shape(Sequential(tuple(layers)), shape)
-    for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
-        layers += [
-            Linear(inputs, size, key=k, init=init),
-            make_norm(norm, (size,)),
-            Activation(activation),
-        ]
-        inputs = size
-    return Sequential(tuple(layers))
+class _Style(NamedTuple):
+    """What the layers of an encoder have in common."""
+
+    norm: str
+    activation: str
+    init: str
+    lowering: Lowering = "auto"
+
+    def activate(self, shape: Shape) -> tuple[AbstractLayer, AbstractLayer]:
+        """Normalisation and activation of rows of `shape`."""
+        return make_norm(self.norm, shape), Activation(self.activation)
+
+    def conv(self, *args: Any, **options: Any) -> Conv:
+        return Conv(*args, init=self.init, lowering=self.lowering, **options)
+
+    def dense(
+        self, layers: list[AbstractLayer], shape: Shape, sizes: tuple[int, ...], key: PRNGKeyArray
+    ) -> Sequential:
+        """`layers`, flattened, then linear layers of `sizes`, each normalised and activated."""
+        layers = [*layers, Flatten()]
+        (inputs,) = output_shape(Sequential(tuple(layers)), shape)
+        for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
+            layers += [Linear(inputs, size, key=k, init=self.init), *self.activate((size,))]
+            inputs = size
+        return Sequential(tuple(layers))
+
+    def convolutional(
+        self,
+        shape: Shape,
+        convolutions: tuple[tuple[int, int, int], ...],
+        sizes: tuple[int, ...],
+        key: PRNGKeyArray,
+        *,
+        padding: Padding,
+        **raw: Any,
+    ) -> Sequential:
+        """Convolutions (window, stride, channels), then linear layers.
+
+        `raw` goes to the first convolution, which reads the observation.
+        """
+        dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
+        inputs = shape[0] if raw["channels_first"] else shape[-1]
+        layers: list[AbstractLayer] = []
+        for (window, stride, size), k in zip(convolutions, keys, strict=True):
+            layers.append(self.conv(inputs, size, window, stride, padding, key=k, **raw))
+            layers += self.activate(output_shape(Sequential(tuple(layers)), shape))
+            inputs, raw = size, {}
+        return self.dense(layers, shape, sizes, dense_key)
 
 
 def mlp(
@@ -85,45 +112,8 @@ def mlp(
 ) -> Sequential:
     """A multilayer perceptron over the flattened observation (purejaxql's `pqn_gymnax`)."""
     del channels_first  # all the same here
-    return _dense(
-        [Scale(input_scale)],
-        shape,
-        hidden_sizes,
-        norm=norm,
-        activation=activation,
-        init=init,
-        key=key,
-    )
-
-
-def _convolutional(
-    shape: Shape,
-    convolutions: tuple[tuple[int, int, int], ...],
-    hidden_sizes: tuple[int, ...],
-    *,
-    key: PRNGKeyArray,
-    padding: Padding,
-    norm: str,
-    activation: str,
-    init: str,
-    input_scale: float,
-    channels_first: bool,
-    lowering: Lowering,
-) -> Sequential:
-    """Convolutions (window, stride, channels), then linear layers."""
-    dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
-    inputs = shape[0] if channels_first else shape[-1]
-    raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
-    conv = partial(Conv, padding=padding, init=init, lowering=lowering)
-    layers: list[AbstractLayer] = []
-    for (window, stride, channels), k in zip(convolutions, keys, strict=True):
-        layers.append(conv(inputs, channels, window, stride, key=k, **raw))
-        layers.append(make_norm(norm, output_shape(Sequential(tuple(layers)), shape)))
-        layers.append(Activation(activation))
-        inputs, raw = channels, {}
-    return _dense(
-        layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
-    )
+    style = _Style(norm, activation, init)
+    return style.dense([Scale(input_scale)], shape, hidden_sizes, key)
 
 
 def minatar_cnn(
@@ -142,18 +132,9 @@ def minatar_cnn(
 ) -> Sequential:
     """One 3 × 3 convolution and a linear layer (Young & Tian 2019; purejaxql's `pqn_minatar`)."""
     _image_shape(shape, channels_first, smallest=3)
-    return _convolutional(
-        shape,
-        ((3, 1, channels),),
-        hidden_sizes,
-        key=key,
-        padding=padding,
-        norm=norm,
-        activation=activation,
-        init=init,
-        input_scale=input_scale,
-        channels_first=channels_first,
-        lowering=lowering,
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    return _Style(norm, activation, init, lowering).convolutional(
+        shape, ((3, 1, channels),), hidden_sizes, key, padding=padding, **raw
     )
 
 
@@ -172,18 +153,10 @@ def nature_cnn(
 ) -> Sequential:
     """Three convolutions and a linear layer (Mnih et al. 2015, Methods)."""
     _image_shape(shape, channels_first, smallest=36)
-    return _convolutional(
-        shape,
-        ((8, 4, 32), (4, 2, 64), (3, 1, 64)),
-        hidden_sizes,
-        key=key,
-        padding=padding,
-        norm=norm,
-        activation=activation,
-        init=init,
-        input_scale=input_scale,
-        channels_first=channels_first,
-        lowering=lowering,
+    convolutions = ((8, 4, 32), (4, 2, 64), (3, 1, 64))
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    return _Style(norm, activation, init, lowering).convolutional(
+        shape, convolutions, hidden_sizes, key, padding=padding, **raw
     )
 
 
@@ -207,7 +180,8 @@ def impala(
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
     raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
-    conv = partial(Conv, padding="SAME", init=init, lowering=lowering)
+    style = _Style(norm, activation, init, lowering)
+    conv = partial(style.conv, padding="SAME")
     layers: list[AbstractLayer] = []
     for size, section_key in zip(channels, keys, strict=True):
         first_key, *block_keys = jax.random.split(section_key, 5)
@@ -215,20 +189,13 @@ def impala(
         layers.append(conv(inputs, size, 3, key=first_key, **raw))
         layers.append(MaxPool(3, 2))
         halves = [
-            (
-                make_norm(norm, (height, width, size)),
-                Activation(activation),
-                conv(size, size, 3, key=k),
-            )
-            for k in block_keys
+            (*style.activate((height, width, size)), conv(size, size, 3, key=k)) for k in block_keys
         ]
         for first, second in (halves[:2], halves[2:]):
             layers.append(Residual(Sequential((*first, *second))))
         inputs, raw = size, {}
-    layers += [make_norm(norm, (height, width, inputs)), Activation(activation)]
-    return _dense(
-        layers, shape, hidden_sizes, norm=norm, activation=activation, init=init, key=dense_key
-    )
+    layers += style.activate((height, width, inputs))
+    return style.dense(layers, shape, hidden_sizes, dense_key)
 
 
 def hadamax(
@@ -252,7 +219,8 @@ def hadamax(
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 4)
     raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
-    conv = partial(Conv, padding="SAME", init=init or "xavier_normal", lowering=lowering)
+    style = _Style(norm, activation, init or "xavier_normal", lowering)
+    conv = partial(style.conv, padding="SAME")
     layers: list[AbstractLayer] = []
     blocks = ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1))
     for (window, size, pool, stride), block_key in zip(blocks, keys, strict=True):
@@ -260,20 +228,12 @@ def hadamax(
             Sequential(
                 (
                     conv(inputs, size, window, key=k, **raw),
-                    make_norm(norm, (height, width, size)),
-                    Activation(activation),
+                    *style.activate((height, width, size)),
                 )
             )
             for k in jax.random.split(block_key)
         ]
         layers += [Product(*branches), MaxPool(pool, stride)]
         height, width, inputs, raw = -(-height // stride), -(-width // stride), size, {}
-    return _dense(
-        layers,
-        shape,
-        hidden_sizes,
-        norm=norm,
-        activation=activation,
-        init=init or "he_normal",
-        key=dense_key,
-    )
+    style = style._replace(init=init or "he_normal")
+    return style.dense(layers, shape, hidden_sizes, dense_key)

@@ -8,6 +8,7 @@ forgets what came before: its memory is all zeros then, as it is at the start.
 import abc
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,6 +21,9 @@ from ..types import Memory
 from .layers import AbstractLayer, Linear, gather_statistics
 from .network import AbstractQNetwork, NetworkOutput
 
+Sequence: TypeAlias = Float[Array, "T B ..."]
+Start: TypeAlias = Bool[Array, "T B"]
+
 
 class AbstractRecurrence(eqx.Module):
     """A function of a sequence and a memory."""
@@ -30,15 +34,15 @@ class AbstractRecurrence(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, x: Float[Array, "T B inputs"], memory: PyTree[Array], first: Bool[Array, "T B"]
-    ) -> tuple[Float[Array, "T B features"], PyTree[Array]]:
+        self, x: Sequence, memory: PyTree[Array], first: Start
+    ) -> tuple[Sequence, PyTree[Array]]:
         """**Arguments:**
 
-        - `x`: the sequence.
+        - `x`: the sequence `[T, B, inputs]`.
         - `memory`: from `initial_memory`, or from the call before.
         - `first`: where memory is forgotten, before that step of the sequence.
 
-        **Returns:** the output at every step, and the memory after the last.
+        **Returns:** the output of every step, `[T, B, features]`, and the memory after the last.
         """
 
 
@@ -50,11 +54,18 @@ def _forget(memory: PyTree[Array], first: Bool[Array, "*lanes"]) -> PyTree[Array
 
 # From the projected input and the projected state `[B, gates]`, and the state before (a tuple of
 # `[B, size]` whose first one is the output), to the state after: element by element.
-Cell = Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]]
+Cell: TypeAlias = Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unroll(cell: Cell, weight, bias, x, state, first):
+def _unroll(
+    cell: Cell,
+    weight: Float[Array, "size gates"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "T B gates"],
+    state: tuple[Float[Array, "B size"], ...],
+    first: Bool[Array, "T B"],
+) -> tuple[Float[Array, "T B size"], tuple[Float[Array, "B size"], ...]]:
     """`cell` over the steps of `x`: all outputs, and the last state.
 
     The gradients of `weight` and `bias` are formed after the backward scan, as one product over
@@ -149,7 +160,9 @@ class GRU(AbstractRecurrence):
     def initial_memory(self, num_lanes: int) -> Float[Array, "B size"]:
         return jnp.zeros((num_lanes, *self.bias.shape))
 
-    def __call__(self, x, memory, first):
+    def __call__(
+        self, x: Sequence, memory: Float[Array, "B size"], first: Start
+    ) -> tuple[Sequence, Float[Array, "B size"]]:
         size = self.bias.shape[0]
         projected, _ = self.projection(x)
         bias = jnp.pad(self.bias, (2 * size, 0))
@@ -179,11 +192,18 @@ class LSTM(AbstractRecurrence):
     def __init__(self, inputs: int, size: int, *, key: PRNGKeyArray, init: str = "lecun_normal"):
         self.projection, self.weight = _gates(inputs, size, 4, key, init)
 
-    def initial_memory(self, num_lanes: int) -> tuple[Float[Array, "B size"], ...]:
+    def initial_memory(
+        self, num_lanes: int
+    ) -> tuple[Float[Array, "B size"], Float[Array, "B size"]]:
         zeros = jnp.zeros((num_lanes, self.weight.shape[0]))
         return zeros, zeros
 
-    def __call__(self, x, memory, first):
+    def __call__(
+        self,
+        x: Sequence,
+        memory: tuple[Float[Array, "B size"], Float[Array, "B size"]],
+        first: Start,
+    ) -> tuple[Sequence, tuple[Float[Array, "B size"], Float[Array, "B size"]]]:
         projected, _ = self.projection(x)
         bias = jnp.zeros(self.weight.shape[1])  # the projection has one already
         return _unroll_compiled(_lstm_cell, self.weight, bias, projected, memory, first)
@@ -264,7 +284,9 @@ class MinGRU(AbstractRecurrence):
     def initial_memory(self, num_lanes: int) -> Float[Array, "B size"]:
         return jnp.zeros((num_lanes, self.projection.bias.shape[0] // 2))
 
-    def __call__(self, x, memory, first):
+    def __call__(
+        self, x: Sequence, memory: Float[Array, "B size"], first: Start
+    ) -> tuple[Sequence, Float[Array, "B size"]]:
         gate, new = jnp.split(self.projection(x)[0], 2, axis=-1)
         keep = _forget(jax.nn.sigmoid(-gate), first)  # nothing of the step before, where `first`
         y = linear_recurrence(keep, jax.nn.sigmoid(gate) * new, memory)
