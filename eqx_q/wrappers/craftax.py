@@ -91,16 +91,11 @@ class Game:
         """Acts in one lane. Not Craftax's `step`, which may reset at once."""
         obs, world, reward, done, _ = self.env.step_env(key, state.world, action, self.params)
         at_limit = world.timestep >= self.max_episode_steps
-        terminates = self.time_limit == "terminate"
+        terminated = done | at_limit if self.time_limit == "terminate" else done
         reward = jnp.asarray(reward, jnp.float32)
         state = Play(world, state.returns + reward)
-        return state, Report(
-            self._observe(obs),
-            reward,
-            done | at_limit if terminates else done,
-            jnp.array(False) if terminates else at_limit,
-            self._metrics(state),
-        )
+        metrics = self._metrics(state)
+        return state, Report(self._observe(obs), reward, terminated, at_limit, metrics)
 
     def render(self, state: Play) -> UInt8[np.ndarray, "height width 3"]:
         """By the package's own renderer, which reads its textures when it is first used."""
@@ -152,11 +147,10 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
     - `max_episode_steps`: the time limit (the package's `max_timesteps`).
     - `time_limit`: `"truncate"`, or `"terminate"`: what the limit does to an episode. To others
         it terminates.
-    - `optimistic_resets`: worlds are generated for one in so many lanes at once, and only in steps
-        after which there is a lane to reset. 1: one in every lane and step, taken or not. It
-        changes the speed and nothing else: where more lanes have ended than that, more worlds are
-        generated. (The wrapper of that name that comes with Craftax's baselines gives them the
-        same world instead.)
+    - `optimistic_resets`: worlds are generated for one in so many lanes at a time, and only where
+        an episode has ended; 1: in every lane and step, taken or not. It changes the speed and
+        nothing else: where more episodes have ended than that, more worlds are generated. (Others
+        who use the name let lanes share a world then.)
     - `options`: other fields of the environment's parameters, static ones included.
     """
     del seed
@@ -183,7 +177,7 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
     ours = {
         "max_episode_steps": params.max_timesteps,
         "time_limit": "truncate",
-        "optimistic_resets": 16,
+        "optimistic_resets": 128,
     }
     of_params = _fields(params) - {"max_timesteps"}
     of_static = _fields(env.static_env_params)

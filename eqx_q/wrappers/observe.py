@@ -1,7 +1,6 @@
 """Hiding a part of what is observed, of any environment."""
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,9 +18,9 @@ from .env import Env
 class Observe(Env):
     """An environment of which only some entries of the observation's last axis are seen.
 
-    `Observe(cartpole, (0, 2))` hides the velocities; of images it keeps channels.
+    `Observe(cartpole, [0, 2])` hides the velocities; of images it keeps channels.
 
-    **Raises:** `UsageError` where there is no such entry.
+    **Raises:** `UsageError` where `entries` is no list of whole numbers, or there is no such entry.
     """
 
     env: Env
@@ -33,7 +32,7 @@ class Observe(Env):
     on_host: bool = eqx.field(static=True)
     max_episode_steps: int | None = eqx.field(static=True)
 
-    def __init__(self, env: Env, entries: Sequence[int]):
+    def __init__(self, env: Env, entries: Any):
         self.env = env
         space = observation_box(env.observation_space)
         self.entries = _checked(entries, space.shape)
@@ -59,7 +58,7 @@ class Observe(Env):
         num_envs: int,
         *,
         seed: int = 0,
-        observe: Sequence[int] | None = None,
+        observe: Any = None,
         **options: Any,
     ) -> "Observe":
         env = self.env.replicate(num_envs, seed=seed, **options)
@@ -76,7 +75,7 @@ class Observe(Env):
         return state, eqx.tree_at(lambda t: t.obs, timestep, seen)
 
 
-def _checked(observe: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _checked(observe: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     size = shape[-1] if shape else 0
     try:
         entries = tuple(operator.index(entry) for entry in observe)

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -38,14 +37,7 @@ SUITES = {
 }
 
 
-def make(
-    source: Any,
-    num_envs: int,
-    *,
-    seed: int = 0,
-    observe: Sequence[int] | None = None,
-    **options: Any,
-) -> Env:
+def make(source: Any, num_envs: int, *, seed: int = 0, observe: Any = None, **options: Any) -> Env:
     """Makes a vectorised environment.
 
     **Arguments:**
@@ -54,7 +46,7 @@ def make(
         parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
-    - `observe`: entries of the observation's last axis that are seen, the others are hidden:
+    - `observe`: a list of those entries of the observation's last axis that are not hidden:
         `[0, 2]` leaves CartPole without velocities. `None`: all.
     - `options`: of the suite.
 

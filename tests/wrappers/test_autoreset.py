@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from eqx_q.wrappers import autoreset
 from eqx_q.wrappers.autoreset import Report, Running
@@ -87,3 +88,64 @@ def test_lanes_reset_apart():
 
     _, timestep = autoreset.reset(reset_lane, jax.random.key(0), 50)
     assert len(np.unique(timestep.obs)) == 50
+
+
+class Dice:
+    """Lives for as long as its keys want, or is cut by action 1. Counts the worlds it makes."""
+
+    def __init__(self):
+        self.made = 0
+
+    def count(self, world):
+        self.made += 1
+
+    def reset(self, key):
+        world = jax.random.uniform(key)
+        jax.debug.callback(self.count, world)  # called for each of many lanes
+        return (world, key), Report(world, jnp.float32(0), jnp.array(False), jnp.array(False))
+
+    def step(self, state, action, key):
+        lives = (jax.random.uniform(key) > 0.3) | (action == 2)
+        return state, Report(state[0], jnp.float32(1), ~lives, action == 1)
+
+    def roll(self, num_envs, resets_at_once):
+        """40 steps; in the tenth of them every lane is cut."""
+        state, start = autoreset.reset(self.reset, jax.random.key(0), num_envs)
+        jax.effects_barrier()
+        self.made = 0
+
+        def step(state, x):
+            action, key = x
+            return autoreset.step(
+                self.reset,
+                self.step,
+                state,
+                jnp.full(num_envs, action),
+                key,
+                resets_at_once=resets_at_once,
+            )
+
+        actions = jnp.zeros(40, int).at[6:10].set(jnp.array([2, 2, 2, 1]))
+        state, rest = jax.lax.scan(step, state, (actions, jax.random.split(jax.random.key(1), 40)))
+        jax.effects_barrier()
+        state = jax.tree.map(lambda x: jax.random.key_data(x) if x.dtype == key_type else x, state)
+        return state, jax.tree.map(lambda a, b: np.concatenate([a[None], b]), start, rest)
+
+
+key_type = jax.random.key(0).dtype
+
+
+@pytest.mark.parametrize("resets_at_once", [1, 3, 4, 7])
+def test_resets_in_batches_are_those_of_every_lane(resets_at_once):
+    """Whether they divide the lanes or not, and where every lane has ended."""
+    num_envs, every, batched = 7, Dice(), Dice()
+    expected = every.roll(num_envs, None)
+    got = batched.roll(num_envs, resets_at_once)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    first = expected[1].first[1:]
+    assert first.all(1).any() and not first.any(1).all()
+    # Nobody shares a world with a neighbour, nor keeps that of an episode before.
+    assert len(np.unique(got[1].obs[got[1].first])) == got[1].first.sum() > 50
+    assert every.made == 40 * num_envs
+    batches = -(-first.sum(1) // resets_at_once)
+    assert batched.made == resets_at_once * batches.sum()

@@ -75,6 +75,7 @@ CASES = {
     "smax": ("jaxmarl/HeuristicEnemySMAX", {"num_allies": 2, "num_enemies": 3, "max_steps": 9}),
     "overcooked": ("jaxmarl/overcooked", {"max_steps": 12, "shaped_reward_horizon": 100}),
     "mpe_padded": ("jaxmarl/MPE_simple_speaker_listener_v4", {"max_steps": 12, "pad": True}),
+    "observe": ("gymnax/CartPole-v1", {"observe": [0, 2], "max_steps_in_episode": 20}),
     "own": (Walk, {}),
     "pettingzoo": ("pettingzoo/mpe2.simple_spread_v3", {"max_cycles": 15}),
     "own_team": (Fading, {}),

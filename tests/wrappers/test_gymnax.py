@@ -176,3 +176,34 @@ def test_cartpole_is_drawn_where_it_stands():
         state, _ = env.step(state, jnp.array([1]), jax.random.key(i))
     pictures.append(env.render(state))
     assert cart_column(pictures[1]) > cart_column(pictures[0]) + 5
+
+
+def test_memory_chain_asks_at_its_end_for_what_it_showed_at_its_start():
+    """At its full length: the context is seen twice, and the answer is due 99 steps later."""
+    _, seen = play(wrappers.make("gymnax/MemoryChain-bsuite", 3, memory_length=100), 0, 11)
+    for lane in range(3):
+        for start in (0, 102):
+            obs, reward = seen.obs[start:, lane], seen.reward[start:, lane]
+            assert seen.first[start, lane] and set(obs[:, 2][:2]) <= {-1.0, 1.0}
+            np.testing.assert_allclose(obs[1:102, 0], 1 - np.arange(101) / 100, atol=1e-6)
+            np.testing.assert_array_equal(obs[2:102, 1:], 0)
+            np.testing.assert_array_equal(reward[1:101], 0)
+            assert (
+                seen.terminated[start + 101, lane] and seen.episode.length[start + 101, lane] == 101
+            )
+    assert not seen.truncated.any()
+
+
+def test_memory_chain_pays_for_the_right_answer():
+    env = wrappers.make("gymnax/MemoryChain-bsuite", 4, memory_length=3)
+    state, timestep = env.reset(jax.random.key(1))
+    shown = timestep.obs[:, 2] > 0
+    assert shown.any() and not shown.all()
+    step = jax.jit(env.step)
+    right = jnp.array([True, False, True, False])
+    for t in range(4):
+        action = jnp.where(right, shown, ~shown) if t == 3 else ~shown
+        state, timestep = step(state, action.astype(int), jax.random.key(t))
+    np.testing.assert_array_equal(timestep.reward, [1, -1, 1, -1])
+    np.testing.assert_array_equal(timestep.episode.returns, [1, -1, 1, -1])
+    assert timestep.terminated.all()
