@@ -26,7 +26,7 @@ def to_gymnasium(
 
     A vector resets lanes as `env` does, in the step after their episode ended, which is
     `AutoresetMode.NEXT_STEP`. `info` has `"action_mask"` (`int8`, as Gymnasium's spaces want it)
-    where there is one, and `"metrics"`, the suite's own. Compiled once.
+    where there is one, and `"metrics"` where the suite has some. Compiled once.
 
     **Arguments:**
 
@@ -49,9 +49,8 @@ def to_pettingzoo(env: Env, *, render_mode: str | None = None) -> "PettingZooBri
 
     An agent is terminated in the step that takes it from `agent_mask`, and the rest when the
     episode ends: terminated or truncated as the team is. An agent is paid its own reward, where
-    there are such, else the team's. `info` has its `"action_mask"` (`int8`), where there is one.
-    A team of one is what an environment without agents becomes. Seeds and `render_mode` are as for
-    `to_gymnasium`.
+    there are such, else the team's. An environment without agents becomes a team of one. What is in
+    `info`, seeds and `render_mode` are as for `to_gymnasium`.
 
     **Raises:** `UsageError` for more lanes; `MissingExtraError` without PettingZoo.
     """

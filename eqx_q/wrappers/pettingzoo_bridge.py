@@ -89,7 +89,11 @@ class PettingZooBridge(ParallelEnv):
         return {agent: float(x) for agent, x in self._of_agents(timestep.agent_reward).items()}
 
     def _infos(self, timestep: TimeStep) -> dict[str, dict[str, Any]]:
-        if timestep.action_mask is None:
-            return {agent: {} for agent in self.agents}
-        masks = self._of_agents(timestep.action_mask)
-        return {agent: {"action_mask": np.asarray(x, np.int8)} for agent, x in masks.items()}
+        infos: dict[str, dict[str, Any]] = {agent: {} for agent in self.agents}
+        metrics = {name: x[0] for name, x in timestep.episode.metrics.items()}
+        for info in infos.values() if metrics else ():
+            info["metrics"] = metrics.copy()
+        if timestep.action_mask is not None:
+            for agent, mask in self._of_agents(timestep.action_mask).items():
+                infos[agent]["action_mask"] = np.asarray(mask, np.int8)
+        return infos

@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,25 @@ def test_masks_of_lanes_have_gymnasiums_marks():
     assert info["_action_mask"].tolist() == [True, True]
     env.action_space.sample(tuple(info["action_mask"]))
     env.close()
+
+
+def test_metrics_of_a_suite(monkeypatch):
+    emit = Clock._emit
+
+    def and_metrics(self, count, first):
+        state, timestep = emit(self, count, first)
+        return state, eqx.tree_at(lambda t: t.episode.metrics, timestep, {"count": count})
+
+    monkeypatch.setattr(Clock, "_emit", and_metrics)
+    one, lanes, team = to_gymnasium(Clock(1)), to_gymnasium(Clock(2)), to_pettingzoo(Clock(1))
+    assert one.reset()[1] == {"metrics": {"count": 0}}
+    assert one.step(0)[-1] == {"metrics": {"count": 1}}
+    lanes.reset()
+    lanes.step([0, 0])
+    info = lanes.step([0, 0])[-1]  # the first lane has begun anew
+    assert info["metrics"]["count"].tolist() == [0, 2] and info["_metrics"].all()
+    team.reset()
+    assert team.step({"agent_0": 0})[-1] == {"agent_0": {"metrics": {"count": 1}}}
 
 
 @pytest.mark.parametrize("bridge", [to_gymnasium, to_pettingzoo])
