@@ -162,12 +162,13 @@ class MatrixGame(Env):
 class Relay(Env):
     """A team of two: `[time, agent, draw]` is seen, with a draw per episode; 4 steps an episode.
 
-    The first is dead from step 2 on, when it must do 2. Who is alive is paid what it does. The
+    The first is dead from step `dies` on, when it must do 2. Who is alive is paid what it does. The
     second loses 100 for whatever anybody does that is not legal.
     """
 
     num_envs: int = eqx.field(static=True)
     limit: bool = eqx.field(static=True, default=False)
+    dies: int = eqx.field(static=True, default=2)
     num_agents: int = eqx.field(static=True, default=2)
     on_host: bool = eqx.field(static=True, default=False)
     max_episode_steps: int = eqx.field(static=True, default=4)
@@ -181,7 +182,7 @@ class Relay(Env):
         return action_discrete(gymnasium.spaces.Discrete(3))
 
     def _masks(self, time):
-        alive = jnp.stack([time < 2, time >= 0], -1)
+        alive = jnp.stack([time < self.dies, time >= 0], -1)
         odd = time[:, None] % 2 == 1
         usual = jnp.stack([alive, odd & alive, jnp.zeros_like(alive)], -1)
         return alive, usual | (~alive[..., None] & (jnp.arange(3) == 2))
@@ -221,7 +222,7 @@ class Relay(Env):
         return self._emit(jnp.where(over, 0, time + 1), draw, over, paid)
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any):
-        return Relay(num_envs, self.limit)
+        return Relay(num_envs, self.limit, self.dies)
 
     def render(self, state, lane=0):
         return None

@@ -41,9 +41,10 @@ class Loop:
                 "this environment was seeded when it was made: reset(seed=...) changes nothing",
                 stacklevel=3,
             )
-        if seed is not None or self._key is None:
-            (word,) = np.random.SeedSequence(seed).generate_state(1)
-            self._key = jax.random.key(word if seed is None else seed)
+        if seed is None and self._key is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        if seed is not None:
+            self._key = jax.random.key(seed)
         self._key, self._state, timestep = self._reset(self._key)
         return _on_host(timestep)
 

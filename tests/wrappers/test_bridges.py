@@ -55,9 +55,9 @@ def test_one_lane_equals_the_environment_itself():
         timestep = own.reset()
         np.testing.assert_array_equal(obs, timestep.obs[0])
         assert info == {} and obs.flags.writeable
-        over = False
+        over, action = False, 1
         while not over:
-            action = env.action_space.sample()
+            action = 1 if episode == 1 else 1 - action  # one falls, the others balance
             obs, reward, terminated, truncated, info = env.step(action)
             timestep = own.step([action])
             np.testing.assert_array_equal(obs, timestep.obs[0])
@@ -67,7 +67,7 @@ def test_one_lane_equals_the_environment_itself():
         ends.append(truncated)
         with pytest.raises(gymnasium.error.ResetNeeded):
             env.step(0)
-    assert set(ends) == {False, True}
+    assert ends == [True, False, True]
 
 
 def test_lanes_equal_the_environment_itself():
@@ -117,11 +117,11 @@ def test_it_passes_gymnasiums_check():
 
 
 def test_seeds_start_anew_and_without_one_it_goes_on():
-    env, other = to_gymnasium(cartpole(1)), to_gymnasium(cartpole(1))
+    env, other, third = [to_gymnasium(cartpole(1)) for _ in range(3)]
     starts = [env.reset(seed=seed)[0] for seed in (5, None, 5, None, 6)]
     np.testing.assert_array_equal(starts[:2], starts[2:4])
     assert not np.array_equal(starts[0], starts[1]) and not np.array_equal(starts[0], starts[4])
-    assert not np.array_equal(env.reset()[0], other.reset()[0])  # never seeded
+    assert not np.array_equal(other.reset()[0], third.reset()[0])  # never seeded
 
 
 def test_an_environment_of_pythons_keeps_its_seed_and_says_so():
@@ -219,6 +219,15 @@ def test_a_team_and_its_deaths(limit):
         assert reward == {"agent_1": 1} and env.agents == []
         assert terminated == {"agent_1": not limit} and truncated == {"agent_1": limit}
         assert env.step({}) == ({}, {}, {}, {}, {})
+
+
+def test_who_dies_in_the_step_of_the_limit_is_not_truncated():
+    env = to_pettingzoo(Relay(1, limit=True, dies=4))
+    env.reset()
+    for _ in range(4):
+        _, _, terminated, truncated, _ = env.step({"agent_0": 0, "agent_1": 0})
+    assert terminated == {"agent_0": True, "agent_1": False}
+    assert truncated == {"agent_0": False, "agent_1": True}
 
 
 def test_alone_it_is_a_team_of_one():
