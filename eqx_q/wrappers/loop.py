@@ -41,11 +41,11 @@ class Loop:
                 "this environment was seeded when it was made: reset(seed=...) changes nothing",
                 stacklevel=3,
             )
-        if seed is None and self._key is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        if seed is not None:
-            self._key = jax.random.key(seed)
-        self._key, self._state, timestep = self._reset(self._key)
+        key = self._key
+        if key is None or seed is not None:
+            (entropy,) = np.random.SeedSequence().generate_state(1)
+            key = jax.random.key(int(entropy) if seed is None else seed)
+        self._key, self._state, timestep = self._reset(key)
         return _on_host(timestep)
 
     def step(self, action: AnyArray) -> TimeStep:
