@@ -96,6 +96,19 @@ def test_options_that_are_null_are_left_to_the_library():
     assert agent.schedule_steps == 1000
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("env=smax", "env.name=SMAX", "env.attack_mode=null"),
+        ("env=overcooked", "env.team_reward=mean"),
+        ("env=mpe", "env.name=MPE_simple_speaker_listener_v4"),
+        ("env=jaxmarl", "env.name=MPE_simple_speaker_listener_v4"),
+    ],
+)
+def test_agents_that_differ_are_padded_as_the_error_says(overrides):
+    assert make_env(composed(*overrides, "env.pad=true"), 2).num_agents > 1
+
+
 def test_every_argument_of_the_library_is_in_the_configuration():
     config = composed("tuned=none")["agent"]
     arguments = inspect.signature(eqx_q.PQN.create).parameters.values()

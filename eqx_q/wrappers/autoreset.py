@@ -14,7 +14,7 @@ from ..types import AnyArray, Episode, TimeStep
 class Report(eqx.Module):
     """What a suite reports of a step or a reset, of one lane or of all. `None`: has no such thing.
 
-    After a reset, reward and flags are ignored. `game_reward` is what `episode.returns` counts,
+    After a reset, rewards and flags are ignored. `game_reward` is what `episode.returns` counts,
     where that is not the learner's `reward`.
     """
 
@@ -48,7 +48,9 @@ class Running(eqx.Module):
         happen there. Termination wins over truncation.
         """
         first = self.ended
-        reward = jnp.where(first, 0.0, report.reward)
+        reward, agent_reward = jnp.where(first, 0.0, report.reward), report.agent_reward
+        if agent_reward is not None:
+            agent_reward = jnp.where(first[:, None], 0.0, agent_reward)
         terminated = report.terminated & ~first
         truncated = report.truncated & ~report.terminated & ~first
         ended = terminated | truncated
@@ -64,7 +66,7 @@ class Running(eqx.Module):
             Episode(ended, returns, length, report.metrics),
             report.action_mask,
             report.agent_mask,
-            report.agent_reward,
+            agent_reward,
         )
         return Running(ended, returns, length), timestep
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import numbers
 import pickle
 from collections.abc import Callable
 from types import ModuleType
@@ -190,6 +191,11 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
             raise UsageError(f"{name} is {ours[name]!r}: give a whole number, 1 or more")
     if ours["time_limit"] not in get_args(TimeLimit):
         raise UnknownNameError("time_limit", str(ours["time_limit"]), get_args(TimeLimit))
+    for fields, known in ((params, of_params), (env.static_env_params, of_static)):
+        for name in known.intersection(options):
+            default = getattr(fields, name)
+            if not _alike(options[name], default):
+                raise UsageError(f"{name} is {options[name]!r}: give something like {default!r}")
     static = {name: options[name] for name in options if name in of_static}
     if static:  # sequences are tuples there, so that they hash
         static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
@@ -210,6 +216,19 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
 
 def _fields(params: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(params)}
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether an option can take the place of its default: a switch, a number, or so many."""
+    if isinstance(default, tuple):
+        sized = isinstance(value, list | tuple) and len(value) == len(default)
+        return sized and all(map(_alike, value, default))
+    if isinstance(value, bool) or isinstance(default, bool):
+        return type(value) is type(default)
+    if default is None:
+        return value is None or isinstance(value, numbers.Real)
+    kind = numbers.Integral if isinstance(default, int) else numbers.Real
+    return isinstance(value, kind)
 
 
 def _as_bytes(pixels: Float[Array, "height width 3"]) -> UInt8[Array, "height width 3"]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import numbers
 import pickle
 import sys
 import warnings
@@ -281,7 +282,8 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> JaxMAR
         Overcooked by name, and
 
         - `team_reward`: the team's reward is the `"sum"` of its agents' rewards, their `"mean"`, or
-            that of the first, which the environment gives to all (`"shared"`). By default
+            that of the first, which the environment gives to all (`"shared"`; refused where it
+            is known not to). By default
             `"shared"` where that is so (SMAX against an enemy, Overcooked, Hanabi, the switch
             riddle), else `"sum"`.
         - `time_limit`: `"truncate"`, or `"terminate"` to report a time limit as an end by the task,
@@ -317,19 +319,27 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
     for option in theirs:
         if option not in known:
             raise UnknownNameError("option", option, [*known, *_OURS])
+    if theirs.get("attack_mode", "closest") not in _ATTACK_MODES:
+        raise UnknownNameError("attack_mode", str(theirs["attack_mode"]), _ATTACK_MODES)
+    if "max_steps" in theirs:
+        _require_count("max_steps", theirs["max_steps"])
     arguments = _DEFAULTS.get(name, {}) | _look_up(_CLASSES[name], theirs)
     try:
         with warnings.catch_warnings():  # of Overcooked, that it has a successor, for example
             warnings.simplefilter("ignore")
             env = _CLASSES[name](**arguments)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UsageError(f"JaxMARL cannot make {name} with these options: {error}") from error
-    return _game(name, options, env, ours)
+        return _game(name, options, env, ours)
+    except UsageError:
+        raise
+    except Exception as error:  # what it trips over in options that it does not check
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"JaxMARL cannot make {name} with these options: {message}") from error
 
 
 def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]) -> Game:
     """**Arguments:** `options`: all that `make` was given; `ours`: those that JaxMARL has not."""
-    rules = next((rules for kind, rules in _RULES if isinstance(env, kind)), Rules())
+    known_rules = next((rules for kind, rules in _RULES if isinstance(env, kind)), None)
+    rules = known_rules or Rules()
     for option in ours:
         if option not in _OURS:
             raise UnknownNameError("option", option, _OURS)
@@ -337,13 +347,23 @@ def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[s
     for option, known in (("team_reward", TeamReward), ("time_limit", TimeLimit)):
         if ours[option] not in get_args(known):
             raise UnknownNameError(option, str(ours[option]), get_args(known))
-    if ours["shaped_reward_horizon"] < 0:
+    if known_rules and ours["team_reward"] == "shared" != rules.team_reward:
         raise UsageError(
-            f"shaped_reward_horizon is {ours['shaped_reward_horizon']}: give 0 or more env steps"
+            f"the agents of {env.name} are not paid the same: team_reward must be sum or mean"
         )
-    if ours["shaped_reward_horizon"] > 0 and not rules.shaped:
+    horizon, lanes = ours["shaped_reward_horizon"], ours["shaped_reward_lanes"]
+    if not isinstance(horizon, numbers.Real) or isinstance(horizon, bool) or not horizon >= 0:
+        raise UsageError(f"shaped_reward_horizon is {horizon!r}: give 0 or more env steps")
+    if lanes is not None:
+        _require_count("shaped_reward_lanes", lanes)
+    if horizon > 0 and not rules.shaped:
         raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
     return Game(source, options, env, rules, **ours)
+
+
+def _require_count(option: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{option} is {value!r}: give a whole number, 1 or more")
 
 
 def _constructor_options(kind: type) -> set[str]:
@@ -359,7 +379,7 @@ def _constructor_options(kind: type) -> set[str]:
 def _look_up(kind: type, options: dict[str, Any]) -> dict[str, Any]:
     """With maps and layouts in the place of their names."""
     if "map" in options:
-        scenario = _known("map", options["map"], MAP_NAME_TO_SCENARIO)
+        scenario = _known("map", str(options["map"]), MAP_NAME_TO_SCENARIO)
         return {k: v for k, v in options.items() if k != "map"} | {"scenario": scenario}
     if isinstance(options.get("layout"), str):
         second = issubclass(kind, environments.OvercookedV2)
@@ -484,7 +504,9 @@ _RULES: list[tuple[type, Rules]] = [
         Rules(
             terminated=_all_arrived_or_crashed,
             longest=_steps,
-            agent_mask=lambda env, state: ~(state.goal_reached | state.move_term | state.done),
+            # Not `done`, which the time limit sets too. `term` is what it was a step before: of
+            # those who evaporated then, nothing else is remembered.
+            agent_mask=lambda env, state: ~(state.goal_reached | state.move_term | state.term),
         ),
     ),
 ]
@@ -523,6 +545,7 @@ _DEFAULTS = {
     "jaxnav": {"act_type": "Discrete"},
 }
 _MPE_PHYSICS = ("damping", "contact_force", "contact_margin")  # taken, but not in a signature
+_ATTACK_MODES = ("closest", "random")  # any other name is taken for the first, unchecked
 _OURS = {
     "team_reward": "sum",
     "time_limit": "truncate",

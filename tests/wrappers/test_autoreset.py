@@ -68,10 +68,12 @@ def test_termination_wins_over_truncation():
 def test_first_is_the_wrappers_whatever_the_suite_reports():
     """A suite that pays, and claims an end, where the boundary rule has a reset."""
     yes = jnp.ones(2, bool)
-    report = Report(jnp.zeros((2, 1)), jnp.array([3.0, 4.0]), yes, yes)
+    paid = jnp.array([[1.0, 2.0], [3.0, 1.0]])
+    report = Report(jnp.zeros((2, 1)), paid.sum(-1), yes, yes, agent_reward=paid)
     before = Running(jnp.array([True, False]), jnp.array([10.0, 20.0]), jnp.array([5, 6]))
     after, timestep = before.follow(report)
     np.testing.assert_array_equal(timestep.reward, [0, 4])
+    np.testing.assert_array_equal(timestep.agent_reward, [[0, 0], [3, 1]])
     np.testing.assert_array_equal(timestep.first, [True, False])
     np.testing.assert_array_equal(timestep.terminated, [False, True])
     np.testing.assert_array_equal(timestep.truncated, [False, False])

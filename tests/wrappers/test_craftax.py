@@ -261,6 +261,18 @@ def test_options_reach_the_game():
     assert [one.max_episode_steps for one in pair] == [10_000, 7]
 
 
+@pytest.mark.parametrize("name", ["Craftax-Symbolic-v1", CLASSIC])
+def test_every_default_may_be_given_as_an_option(name):
+    env = make_craftax_env_from_name(name, auto_reset=False)
+    params, static = env.default_params, env.static_env_params
+    options = {
+        f.name: getattr(fs, f.name) for fs in (params, static) for f in dataclasses.fields(fs)
+    }
+    limit = options.pop("max_timesteps")
+    lanes = wrappers.make(f"craftax/{name}", 1, max_episode_steps=limit, **options)
+    assert lanes.game.env.static_env_params == static
+
+
 def test_equal_calls_share_what_is_compiled():
     assert wrappers.make(f"craftax/{CLASSIC}", 1, max_episode_steps=LIMIT).game is classic().game
     assert wrappers.make(f"craftax/{CLASSIC}", 1).game is not classic().game
@@ -275,6 +287,12 @@ def test_equal_calls_share_what_is_compiled():
         (CLASSIC, {"optimistic_resets": 0}, "optimistic_resets is 0: give a whole number, 1 or"),
         (CLASSIC, {"max_episode_steps": 2.5}, "max_episode_steps is 2.5: give a whole number"),
         (CLASSIC, {"time_limit": "terminated"}, "the nearest are terminate"),
+        (CLASSIC, {"map_size": "x"}, "map_size is 'x': give something like (64, 64)"),
+        (CLASSIC, {"map_size": [32]}, "map_size is [32]: give something like"),
+        (CLASSIC, {"map_size": [32, 1.5]}, "give something like (64, 64)"),
+        (CLASSIC, {"day_length": "x"}, "day_length is 'x': give something like 300"),
+        (CLASSIC, {"god_mode": 3}, "unknown option 'god_mode'"),
+        (CLASSIC, {"always_diamond": 3}, "always_diamond is 3: give something like True"),
     ],
 )
 def test_bad_input_is_told_how_to_be_mended(name, options, message):

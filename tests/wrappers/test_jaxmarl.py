@@ -190,6 +190,27 @@ def test_the_dead_can_only_stop():
     assert (timesteps.action_mask[~dead].sum(-1) >= raw.num_movement_actions).all()
 
 
+def test_who_is_only_cut_by_the_limit_is_not_gone():
+    """Or else a truncation would be learnt as a termination of every agent."""
+    _, raw, timesteps, log = played("jaxnav")
+    gone = np.zeros(raw_agents(raw), bool)
+    for t, lane, first, _, state, *_ in log:
+        gone = (gone & (not first)) | state.goal_reached | state.move_term
+        np.testing.assert_array_equal(timesteps.agent_mask[t, lane], ~gone)
+    alive = timesteps.agent_mask
+    assert alive[timesteps.truncated].any(-1).all() and not alive[timesteps.truncated].all()
+    assert not alive[timesteps.terminated].any()
+
+
+def test_who_has_evaporated_is_gone():
+    """Only its first step after arrival says that it has arrived. Rules alone, nothing compiled."""
+    game = wrappers.make("jaxmarl/jaxnav", 2, evaporating=True).game
+    _, state = jax.eval_shape(game.env.reset, jax.random.key(0))
+    goal, crash, before = np.eye(4, dtype=bool)[:3]
+    state = state.replace(goal_reached=goal, move_term=crash, term=before, done=np.ones(4, bool))
+    np.testing.assert_array_equal(game.rules.agent_mask(game.env, state), [0, 0, 0, 1])
+
+
 def test_padding_is_of_zeros_and_illegal_actions():
     _, _, timesteps, _ = played("MPE_simple_speaker_listener_v4")
     # The speaker sees 3 numbers and says 3 things, the listener sees 11 and has 5 moves.
@@ -387,9 +408,38 @@ WRONG = {
 @pytest.mark.parametrize("name", list(WRONG))
 def test_what_cannot_be_says_what_can(name):
     options, message = WRONG[name]
+    refused(name, options, message)
+
+
+def refused(name, options, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         wrappers.make(f"jaxmarl/{name}", 2, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("HeuristicEnemySMAX", {"map": 8}, "unknown map '8': the nearest are 8m"),
+        ("HeuristicEnemySMAX", {"attack_mode": "randm"}, "'randm': the nearest are random"),
+        ("overcooked", {"layout": 8}, "JaxMARL cannot make overcooked with these options: "),
+        ("overcooked", {"shaped_reward_horizon": "x"}, "is 'x': give 0 or more env steps"),
+        ("overcooked", {"shaped_reward_horizon": float("nan")}, "is nan: give 0 or more"),
+        ("overcooked", {"shaped_reward_lanes": -1}, "is -1: give a whole number, 1 or more"),
+        ("overcooked", {"shaped_reward_lanes": 1.5}, "is 1.5: give a whole number, 1 or more"),
+        ("MPE_simple_spread_v3", {"action_type": "Foo"}, "Action type: Foo is not supported"),
+        ("MPE_simple_spread_v3", {"max_steps": "x"}, "max_steps is 'x': give a whole number"),
+        ("MPE_simple_spread_v3", {"damping": "x"}, "cannot make MPE_simple_spread_v3 with these"),
+    ],
+)
+def test_options_that_jaxmarl_does_not_check(name, options, message):
+    refused(name, options, message)
+
+
+@pytest.mark.parametrize("name", ["MPE_simple_spread_v3", "SMAX", "coin_game", "jaxnav"])
+def test_what_agents_are_paid_differently_is_not_shared(name):
+    """While of a kind that is not known, anything is believed; see above."""
+    refused(name, {"team_reward": "shared", "pad": True}, "team_reward must be sum or mean")
 
 
 def test_pictures_show_what_is_there():
