@@ -352,7 +352,7 @@ def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[s
             f"the agents of {env.name} are not paid the same: team_reward must be sum or mean"
         )
     horizon, lanes = ours["shaped_reward_horizon"], ours["shaped_reward_lanes"]
-    if not isinstance(horizon, numbers.Real) or isinstance(horizon, bool) or not horizon >= 0:
+    if not isinstance(horizon, int | float) or isinstance(horizon, bool) or not horizon >= 0:
         raise UsageError(f"shaped_reward_horizon is {horizon!r}: give 0 or more env steps")
     if lanes is not None:
         _require_count("shaped_reward_lanes", lanes)
