@@ -103,7 +103,7 @@ def _empty_burn_in(agent: Agent, timestep: TimeStep, memory: Memory) -> Rollout 
     """Steps that never happened: each starts an episode, so that memory stays as at a start."""
     if not agent.burn_in:
         return None
-    decision = agent.act(timestep.obs, memory)
+    decision = decide(agent, timestep, memory)
     timesteps, actions, values = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (agent.burn_in, *x.shape)),
         (timestep, decision.action, decision.value),

@@ -56,11 +56,19 @@ class TimeStep(eqx.Module):
 
     @classmethod
     def initial(
-        cls, obs: Shaped[AnyArray, "N *obs"], action_mask: Bool[AnyArray, "N A"] | None = None
+        cls,
+        obs: Shaped[AnyArray, "N *obs"],
+        action_mask: Bool[AnyArray, "N *M A"] | None = None,
+        agent_mask: Bool[AnyArray, "N M"] | None = None,
+        agent_reward: Float[AnyArray, "N M"] | None = None,
     ) -> "TimeStep":
-        """What a loop of somebody's own sees after it has reset every lane."""
+        """What a loop of somebody's own sees after it has reset every lane.
+
+        In a team whose agents have rewards of their own, those are 0 here.
+        """
         no, zero = np.zeros(obs.shape[0], bool), np.zeros(obs.shape[0], np.float32)
-        return cls(obs, zero, no, no, ~no, Episode(no, zero, zero.astype(np.int32)), action_mask)
+        episode = Episode(no, zero, zero.astype(np.int32))
+        return cls(obs, zero, no, no, ~no, episode, action_mask, agent_mask, agent_reward)
 
     def then(
         self,
@@ -68,7 +76,9 @@ class TimeStep(eqx.Module):
         reward: Shaped[AnyArray, " N"],
         terminated: Bool[AnyArray, " N"],
         truncated: Bool[AnyArray, " N"],
-        action_mask: Bool[AnyArray, "N A"] | None = None,
+        action_mask: Bool[AnyArray, "N *M A"] | None = None,
+        agent_mask: Bool[AnyArray, "N M"] | None = None,
+        agent_reward: Float[AnyArray, "N M"] | None = None,
     ) -> "TimeStep":
         """What such a loop sees a step later, where lanes reset in the step after they ended.
 
@@ -80,7 +90,19 @@ class TimeStep(eqx.Module):
         returns = (self.episode.returns + reward) * ~first
         length = (self.episode.length + 1) * ~first
         episode = Episode(terminated | truncated, returns, length)
-        return TimeStep(obs, reward, terminated, truncated, first, episode, action_mask)
+        if agent_reward is not None:
+            agent_reward = np.float32(agent_reward) * ~first[:, None]
+        return TimeStep(
+            obs,
+            reward,
+            terminated,
+            truncated,
+            first,
+            episode,
+            action_mask,
+            agent_mask,
+            agent_reward,
+        )
 
 
 class Decision(eqx.Module):

@@ -278,7 +278,7 @@ def test_a_long_run_holds_no_more_than_a_short_one():
 
 
 def with_memory(env, **options):
-    network = {"hidden_sizes": [8], "memory": "gru", "memory_size": 8}
+    network = {"hidden_sizes": [8], "memory": "gru", "memory_size": 8, "last_reward": True}
     return make_agent(env, network_options=network, num_minibatches=2, **options)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ..errors import UsageError
-from ..nets import AbstractQNetwork
+from ..nets import AbstractQNetwork, NetworkOutput
 from ..spaces import Box, Discrete
 from ..types import Scalar
 
@@ -48,15 +48,28 @@ def check_network(
     reward = jax.ShapeDtypeStruct((1, num_agents), jnp.float32)
 
     def compute(obs, action, reward):
-        statistics, memory = network.initial_statistics(), network.initial_memory(num_agents)
-        return network(obs, statistics, memory, last_action=action, last_reward=reward)
+        kept = network.initial_statistics(), network.initial_memory(num_agents)
+        return kept, network(obs, *kept, last_action=action, last_reward=reward)
 
     try:
-        output = eqx.filter_eval_shape(compute, obs, action, reward)
-    except (TypeError, ValueError) as error:
+        (statistics, memory), output = eqx.filter_eval_shape(compute, obs, action, reward)
+    except (TypeError, ValueError, LookupError) as error:
         raise UsageError(
             f"the network cannot take observations of shape {observation_space.shape}: {error}"
         ) from error
+    if not isinstance(output, NetworkOutput):
+        raise UsageError(f"a network gives a NetworkOutput, not {type(output).__name__}")
+    for name, before, after in (
+        ("memory", memory, output.memory),
+        ("statistics", statistics, output.statistics),
+    ):
+        if not eqx.tree_equal(before, after):  # of shapes and types
+            raise UsageError(
+                f"the network's {name} must keep its shapes and types: before a step it is "
+                f"{before}, after it {after}"
+            )
+    if any(x.shape[:1] != (num_agents,) for x in jax.tree.leaves(memory)):
+        raise UsageError("the network's memory must have a leading axis of lanes")
     expected = (1, num_agents, int(action_space.n))
     if output.q_values.shape != expected:
         raise UsageError(

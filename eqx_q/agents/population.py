@@ -81,8 +81,9 @@ class Population(Agent):
 
     def initial_memory(self, num_envs: int) -> Memory:
         """See `Agent`; `num_envs` counts the lanes of all members."""
-        memory = self.members.initial_memory(self._lanes(num_envs))
-        return jax.tree.map(lambda x: jnp.tile(x, (self.num_members, *[1] * (x.ndim - 1))), memory)
+        lanes = self._lanes(num_envs)
+        memory = eqx.filter_vmap(lambda member: member.initial_memory(lanes))(self.members)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memory)
 
     def act(
         self,

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError
-from ..nets import AbstractQNetwork, as_network, make_network
+from ..nets import AbstractQNetwork, NetworkOutput, as_network, make_network
 from ..returns import q_lambda
 from ..spaces import Box, Discrete, action_discrete, observation_box
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
@@ -41,7 +41,10 @@ class Batch(eqx.Module):
 
 
 class PQNMemory(eqx.Module):
-    """What an agent remembers, a row per lane and agent: the network's memory, the last action."""
+    """What an agent remembers, a row per lane and agent.
+
+    That is the network's memory, and the last action: -1 where there was none.
+    """
 
     network: PyTree[Array]
     last_action: Int[Array, " B"]
@@ -152,6 +155,7 @@ class PQN(Agent):
             "rollout_length": rollout_length,
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
+            "num_agents": 1 if num_agents is None else num_agents,
         }
         traced: dict[str, Any] = {
             "learning_rate": learning_rate,
@@ -185,10 +189,10 @@ class PQN(Agent):
                 f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or "
                 "choose a memory (network_options.memory)"
             )
-        if burn_in > rollout_length:
+        if not isinstance(burn_in, int) or not 0 <= burn_in <= rollout_length:
             raise UsageError(
-                f"burn_in={burn_in} is longer than rollout_length={rollout_length}: it comes from "
-                "the rollout before"
+                f"burn_in={burn_in} must be a whole number from 0 to rollout_length="
+                f"{rollout_length}: it comes from the rollout before"
             )
         parameters = eqx.filter(network, eqx.is_inexact_array)
         return cls(
@@ -228,7 +232,7 @@ class PQN(Agent):
         """See `Agent`."""
         lanes = num_envs * (self.num_agents or 1)
         memory = self.network.initial_memory(lanes)
-        return None if memory is None else PQNMemory(memory, jnp.zeros(lanes, jnp.int32))
+        return None if memory is None else PQNMemory(memory, jnp.full(lanes, -1, jnp.int32))
 
     def act(
         self,
@@ -245,18 +249,18 @@ class PQN(Agent):
         lanes = self._lanes(obs.shape)
         if memory is None:
             memory = self.initial_memory(math.prod(lanes) // (self.num_agents or 1))
-        network_memory, last_action = _unpacked(memory)
+        self._check_memory(memory, math.prod(lanes))
 
         def rows(x):  # one step of all lanes and agents, as a network takes it
             return None if x is None else self._of_each_agent(x).reshape(1, -1)
 
-        shape = self.observation_space.shape
-        output = self.network(
-            jnp.asarray(obs, self.observation_space.dtype).reshape(1, -1, *shape),
+        obs = jnp.asarray(obs, self.observation_space.dtype)
+        output = _compute(
+            self.network,
+            obs.reshape(1, -1, *self.observation_space.shape),
             self.statistics,
-            network_memory,
+            memory,
             first=rows(first),
-            last_action=None if last_action is None else last_action[None],
             last_reward=rows(reward),
         )
         mask = None if action_mask is None else jnp.asarray(action_mask)
@@ -289,8 +293,9 @@ class PQN(Agent):
 
     def _of_each_agent(self, x: Shaped[AnyArray, "*lanes"]) -> Shaped[Array, "*lanes_and_agents"]:
         """What a whole lane has, for each of its agents."""
+        x = jnp.asarray(x)
         if self.num_agents is None:
-            return jnp.asarray(x)
+            return x
         return jnp.broadcast_to(x[..., None], (*x.shape, self.num_agents))
 
     def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
@@ -360,12 +365,26 @@ class PQN(Agent):
         return targets[..., 0] if targets.shape[-1] == 1 else targets
 
     def _as_team(self, rollout: Rollout) -> Rollout:
-        """An agent on its own as a team of one: with an agent axis after the lanes'."""
+        """An agent on its own as a team of one: with an agent axis after the lanes'.
+
+        Refuses what is no rollout of this agent.
+        """
+        num_steps, *lanes = rollout.actions.shape
+        team = [] if self.num_agents is None else [self.num_agents]
+        if not lanes or lanes[1:] != team:
+            expected = ", ".join(["steps", "lanes", *map(str, team)])
+            raise UsageError(f"actions have shape {rollout.actions.shape}, not ({expected})")
+        if num_steps <= self.burn_in:
+            raise UsageError(
+                f"a rollout of {num_steps} steps leaves nothing after burn_in={self.burn_in}: give "
+                "the last steps of the rollout before, then new ones"
+            )
         if self.has_memory and rollout.memory is None:
             raise UsageError(
                 "this agent has memory: give the rollout that before its first timestep, "
                 "Rollout(timesteps, actions, memory)"
             )
+        self._check_memory(rollout.memory, math.prod(lanes))
         if self.num_agents is not None:
             return rollout
 
@@ -375,15 +394,25 @@ class PQN(Agent):
         widened = jax.tree.map(lambda x: x[:, :, None], parts(rollout))
         return eqx.tree_at(parts, rollout, widened, is_leaf=lambda x: x is None)
 
+    def _check_memory(self, memory: Memory, num_rows: int) -> None:
+        if not self.has_memory:
+            return
+        if not isinstance(memory, PQNMemory) or memory.last_action.shape != (num_rows,):
+            raise UsageError(
+                f"this is no memory of {num_rows // (self.num_agents or 1)} lanes of this agent: "
+                "give what agent.initial_memory or the decision before gave"
+            )
+
     def _minibatches(
         self, num_items: int, num_steps: int, key: PRNGKeyArray
     ) -> tuple[Int[Array, "G B"], Float[Array, " G"]]:
         """For each of `G` gradient steps: which items to take, and the learning rate."""
         if num_items % self.num_minibatches:
             items = "lanes" if self.has_memory else "transitions"
+            or_length = "" if self.has_memory else " or rollout_length"
             raise UsageError(
                 f"num_minibatches={self.num_minibatches} does not divide the {num_items} {items} "
-                "of a rollout: change num_minibatches, num_envs or rollout_length"
+                f"of a rollout: change num_minibatches, num_envs{or_length}"
             )
         # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
         shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, num_items)), axis=-1)
@@ -420,7 +449,7 @@ class PQN(Agent):
         q_values, _, statistics = self._unroll(
             network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
         )
-        values = self._values(q_values, rollout.timesteps)
+        values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
         targets = self._targets_of(values, rollout.timesteps)
         loss, metrics = self._loss(q_values[:-1], rollout.actions, targets, acting)
         return loss, (statistics, metrics)
@@ -437,7 +466,7 @@ class PQN(Agent):
         chosen = self.mixer.mix(jnp.where(acting, chosen, 0.0))
         real = self.mixer.acts(acting)
         weight = real / jnp.maximum(jnp.sum(real), 1)
-        td_error = jnp.where(real, jax.lax.stop_gradient(target) - chosen, 0.0)
+        td_error = jnp.where(real, target - chosen, 0.0)
         loss = 0.5 * jnp.sum(weight * td_error**2)
         return loss, {
             "loss": loss,
@@ -465,16 +494,18 @@ class PQN(Agent):
     def _targets_of(
         self, values: Float[Array, "steps N M"], timesteps: TimeStep
     ) -> Float[Array, "T N K"]:
-        """Targets, given the values at all timesteps. Of the dead nothing is to be expected."""
-        if timesteps.agent_mask is not None:
-            values = jnp.where(timesteps.agent_mask, values, 0.0)
-        next_values = self.mixer.mix(values[1:])
+        """Targets, given the values at all timesteps. To the dead nothing more is to happen."""
         later = jax.tree.map(lambda x: x[1:], timesteps)
+        values, terminated = values[1:], later.terminated[..., None]
+        if later.agent_mask is not None:
+            values = jnp.where(later.agent_mask, values, 0.0)
+            terminated = terminated | ~self.mixer.acts(later.agent_mask)
+        next_values = self.mixer.mix(values)
         reward, terminated, truncated = (
             jnp.broadcast_to(x, next_values.shape)
             for x in (
                 self.mixer.reward(later) * self.reward_scale,
-                later.terminated[..., None],
+                terminated,
                 later.truncated[..., None],
             )
         )
@@ -497,6 +528,7 @@ class PQN(Agent):
             return Rollout(jax.tree.map(lambda x: x[steps], timesteps), actions[steps], memory)
 
         before = part(slice(self.burn_in), rollout.memory)
+        # Without a batch mask: only what is learnt from counts for normalisation.
         _, memory, _ = jax.lax.stop_gradient(self._unroll(network, statistics, before))
         memory = PQNMemory(memory, before.actions[-1].reshape(-1))
         return part(slice(self.burn_in, None), memory)
@@ -507,27 +539,53 @@ class PQN(Agent):
         """Q-values at all timesteps, from the memory at their start; memory after; statistics."""
         steps = rollout.timesteps
         lengths = steps.obs.shape[:3]
-        memory, last_action = _unpacked(rollout.memory)
 
         def rows(x):
             return x.reshape(x.shape[0], -1)
 
-        if last_action is not None:
-            last_action = jnp.concatenate([last_action[None], rows(rollout.actions)])[: lengths[0]]
-        output = network(
-            steps.obs.reshape(lengths[0], -1, *steps.obs.shape[3:]),
+        output = _compute(
+            network,
+            jnp.reshape(steps.obs, (lengths[0], -1, *steps.obs.shape[3:])),
             statistics,
-            memory,
+            rollout.memory,
+            rows(rollout.actions),
             first=rows(self._of_each_agent(steps.first)),
-            last_action=last_action,
             last_reward=rows(self._of_each_agent(steps.reward)),
             batch_mask=None if batch_mask is None else rows(batch_mask),
         )
         return output.q_values.reshape(*lengths, -1), output.memory, output.statistics
 
 
-def _unpacked(memory: PQNMemory | None) -> tuple[Memory, Int[Array, " B"] | None]:
-    return (None, None) if memory is None else (memory.network, memory.last_action)
+def _compute(
+    network: AbstractQNetwork,
+    obs: Shaped[Array, "T B *obs"],
+    statistics: PyTree,
+    memory: PQNMemory | None,
+    actions: Int[AnyArray, "steps B"] | None = None,
+    *,
+    first: Bool[Array, "T B"] | None,
+    last_reward: Float[Array, "T B"] | None,
+    batch_mask: Bool[Array, "T B"] | None = None,
+) -> NetworkOutput:
+    """The network on `T` steps, between which `actions` were taken. A start has no last ones."""
+    last_action = None
+    if memory is not None:
+        last_action = memory.last_action[None]
+        if actions is not None:
+            last_action = jnp.concatenate([last_action, actions])[: len(obs)]
+        if first is not None:
+            last_action = jnp.where(first, -1, last_action)
+    if last_reward is not None and first is not None:
+        last_reward = jnp.where(first, 0.0, last_reward)
+    return network(
+        obs,
+        statistics,
+        None if memory is None else memory.network,
+        first=first,
+        last_action=last_action,
+        last_reward=last_reward,
+        batch_mask=batch_mask,
+    )
 
 
 def _acting(rollout: Rollout) -> Bool[Array, "T N M"]:

@@ -50,8 +50,8 @@ class AbstractQNetwork(eqx.Module):
         - `statistics`: running normalisation statistics.
         - `memory`: memory before `obs[0]`.
         - `first`: where an episode starts: memory is reset *before* that observation.
-        - `last_action`, `last_reward`: what led to each observation, given to networks with memory;
-            they mean nothing where `first`. The reward is `None` where the caller has none.
+        - `last_action`, `last_reward`: what led to each observation, given to networks with memory:
+            -1 and 0 at an episode's start. The reward is `None` where the caller has none.
         - `batch_mask`: given in training only. Normalisation then uses (and updates the running
             statistics with) the statistics of this batch, over the rows that are `True`.
         """

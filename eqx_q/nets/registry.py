@@ -132,18 +132,18 @@ def make_network(
         encoder_key, head_key, memory_key = jax.random.split(key, 3)
         layers, features = make_encoder(encoder_key)
         if memory == "none":
-            make_head = HEADS[head](features, num_actions, key=head_key, init=init)
-            return FeedForward(Sequential((*layers, make_head)))
+            q_head = HEADS[head](features, num_actions, key=head_key, init=init)
+            return FeedForward(Sequential((*layers, q_head)))
         inputs = features + num_actions * last_action + last_reward
         recurrences = []
         for k in jax.random.split(memory_key, num_memory_layers):
             recurrences.append(RECURRENCES[memory](inputs, memory_size, key=k, init=init))
             inputs = memory_size
-        make_head = HEADS[head](inputs, num_actions, key=head_key, init=init)
+        q_head = HEADS[head](inputs, num_actions, key=head_key, init=init)
         return Recurrent(
             Sequential(tuple(layers)),
             tuple(recurrences),
-            make_head,
+            q_head,
             num_actions,
             last_action,
             last_reward,

@@ -109,3 +109,61 @@ def test_bad_input():
     population = eqx_q.Population(eqx.filter_vmap(lambda key: make_member(key, 1e-3))(keys))
     with pytest.raises(UsageError, match="4 lanes do not divide over 3 members"):
         population.act(np.zeros((4, 4), np.float32))
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm", "mingru"])
+@pytest.mark.parametrize("num_agents", [None, 2])
+def test_members_with_memory_act_and_learn_as_they_would_alone(memory, num_agents):
+    """With separate parameters for the agents of a team: one more axis in all of them."""
+
+    def create(key):
+        return eqx_q.PQN.create(
+            OBS,
+            ACT,
+            key=key,
+            num_agents=num_agents,
+            mixer="vdn",
+            network_options={
+                "hidden_sizes": [8],
+                "memory": memory,
+                "memory_size": 5,
+                "share_parameters": False,
+            },
+            rollout_length=T,
+            num_minibatches=2,
+            num_epochs=1,
+        )
+
+    rng, agents = np.random.default_rng(0), num_agents or 1
+    alone = [create(key) for key in jax.random.split(jax.random.key(0), S)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *alone)
+    population = eqx_q.Population(stacked)
+    team = () if num_agents is None else (num_agents,)
+    rollout = make_rollout()
+    obs = jnp.asarray(rng.normal(size=(T + 1, S * N, *team, 4)), jnp.float32)
+    actions = jnp.asarray(rng.integers(0, 3, size=(T, S * N, *team)), jnp.int32)
+    start = population.initial_memory(S * N)
+    decision = population.act(obs[0], start, first=rollout.timesteps.first[0])
+    timesteps = eqx.tree_at(lambda s: s.obs, rollout.timesteps, obs)
+    learnt, _ = population.update(
+        Rollout(timesteps, actions, decision.memory), key=jax.random.key(1)
+    )
+    for i, (agent, key) in enumerate(
+        zip(alone, jax.random.split(jax.random.key(1), S), strict=True)
+    ):
+        lanes, rows = slice(i * N, (i + 1) * N), slice(i * N * agents, (i + 1) * N * agents)
+        own = agent.act(
+            obs[0, lanes], agent.initial_memory(N), first=rollout.timesteps.first[0, lanes]
+        )
+        np.testing.assert_array_equal(own.action, decision.action[lanes])
+        memory_there = jax.tree.map(lambda x, rows=rows: x[rows], decision.memory)
+        for ours, theirs in zip(
+            jax.tree.leaves(memory_there), jax.tree.leaves(own.memory), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        part = jax.tree.map(lambda x, lanes=lanes: x[:, lanes], (timesteps, actions))
+        expected, _ = agent.update(Rollout(*part, own.memory), key=key)
+        for ours, theirs in zip(
+            jax.tree.leaves(learnt.member(i)), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

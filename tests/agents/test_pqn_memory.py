@@ -1,5 +1,7 @@
 """PQN with memory against a loop over single steps of single lanes."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import gymnasium
 import jax
@@ -44,8 +46,8 @@ class Elman(AbstractQNetwork):
     def step(self, memory, obs, first, last_action, last_reward):
         """One step of one lane."""
         memory = jnp.where(first, 0.0, memory)
-        extra = self.w_a[:, last_action] + self.w_r * last_reward
-        memory = jnp.tanh(self.w_x @ obs + self.w_h @ memory + jnp.where(first, 0.0, extra))
+        extra = self.w_a @ jax.nn.one_hot(last_action, 2) + self.w_r * last_reward
+        memory = jnp.tanh(self.w_x @ obs + self.w_h @ memory + extra)
         return memory, self.w_q @ memory
 
     def __call__(
@@ -120,8 +122,13 @@ def slow_loss(network, agent, rollout, lanes, burn_in=0):
         memory, last_action = rollout.memory.network[n], rollout.memory.last_action[n]
         q_values = []
         for t in range(num_steps + 1):
+            first = bool(steps.first[t, n])
             memory, q = network.step(
-                memory, steps.obs[t, n], steps.first[t, n], last_action, steps.reward[t, n]
+                memory,
+                steps.obs[t, n],
+                first,
+                -1 if first else last_action,  # which is no action
+                0.0 if first else steps.reward[t, n],
             )
             if t < burn_in:
                 memory = jax.lax.stop_gradient(memory)
@@ -199,7 +206,7 @@ def test_memory_after_a_reset_is_fresh_memory():
     agent = make_agent()
     obs = np.ones((N, 3), np.float32)
     used = agent.act(obs, agent.act(3 * obs).memory, first=np.ones(N, bool), reward=np.ones(N))
-    fresh = agent.act(obs, first=np.ones(N, bool), reward=np.zeros(N))
+    fresh = agent.act(obs)
     np.testing.assert_array_equal(used.memory.network, fresh.memory.network)
     later = agent.act(obs, agent.act(3 * obs).memory, reward=np.ones(N))
     assert not np.allclose(later.memory.network, fresh.memory.network)
@@ -227,5 +234,49 @@ def test_what_cannot_work_is_refused():
         make_agent(num_minibatches=3).update(rollout, key=jax.random.key(0))
     with pytest.raises(UsageError, match="burn_in=2 warms up memory, and this network has none"):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), burn_in=2)
-    with pytest.raises(UsageError, match="burn_in=6 is longer than rollout_length=5"):
-        make_agent(burn_in=6)
+    for burn_in in (6, -1):
+        with pytest.raises(UsageError, match=f"burn_in={burn_in} must be a whole number from 0"):
+            make_agent(burn_in=burn_in)
+    with pytest.raises(UsageError, match="5 steps leaves nothing after burn_in=5"):
+        make_agent(burn_in=5).update(rollout, key=jax.random.key(0))
+    for memory in (rollout.memory.network, agent.initial_memory(N + 1)):
+        with pytest.raises(UsageError, match="this is no memory of 4 lanes of this agent"):
+            agent.act(rollout.timesteps.obs[0], memory)
+        with pytest.raises(UsageError, match="this is no memory of 4 lanes of this agent"):
+            agent.update(Rollout(rollout.timesteps, rollout.actions, memory), key=jax.random.key(0))
+
+
+class Wrong(Elman):
+    """Gives what `output` makes of an output."""
+
+    output: Callable = eqx.field(static=True)
+
+    def __init__(self, key, output):
+        super().__init__(key)
+        self.output = output
+
+    def __call__(self, *args, **options):
+        return self.output(super().__call__(*args, **options))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda o: (o.q_values, o.memory), "a network gives a NetworkOutput, not tuple"),
+        (lambda o: NetworkOutput(o.q_values, None), "memory must keep its shapes and types"),
+        (lambda o: NetworkOutput(o.q_values, o.memory, 1.0), "statistics must keep its shapes"),
+        (lambda o: o[0], "the network cannot take observations"),
+    ],
+)
+def test_networks_that_break_the_contract_are_refused(output, message):
+    network = Wrong(jax.random.key(0), output)
+    with pytest.raises(UsageError, match=message):
+        eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network=network)
+
+
+def test_acting_from_nothing_is_acting_at_an_episodes_start():
+    agent = make_agent()
+    obs = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)
+    start = agent.act(obs, first=np.ones(N, bool))
+    for memory in (None, agent.initial_memory(N)):
+        np.testing.assert_array_equal(agent.act(obs, memory).value, start.value)

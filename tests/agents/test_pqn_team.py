@@ -71,15 +71,18 @@ def best_legal(agent, steps):
 
 
 def slow_targets(rewards, values, steps):
-    """`[T, N, K]` from the definition, K values a lane."""
+    """`[T, N, K]` from the definition, K values a lane: one of the team, or one of each agent."""
     targets = np.zeros_like(values[1:])
     for t in reversed(range(T)):
         for n in range(N):
-            terminated, truncated = steps.terminated[t + 1, n], steps.truncated[t + 1, n]
-            trace = 0.0 if terminated or truncated or t == T - 1 else 0.7
-            later = targets[t + 1, n] if t < T - 1 else 0.0
-            ahead = (1 - trace) * values[t + 1, n] + trace * later
-            targets[t, n] = 0.5 * rewards[t + 1, n] + 0.9 * (0.0 if terminated else 1.0) * ahead
+            for k in range(values.shape[-1]):
+                dead = values.shape[-1] == M and not steps.agent_mask[t + 1, n, k]
+                terminated = steps.terminated[t + 1, n] or dead
+                trace = 0.0 if terminated or steps.truncated[t + 1, n] or t == T - 1 else 0.7
+                later = targets[t + 1, n, k] if t < T - 1 else 0.0
+                ahead = (1 - trace) * values[t + 1, n, k] + trace * later
+                reward = 0.5 * rewards[t + 1, n, k]
+                targets[t, n, k] = reward + (0.0 if terminated else 0.9 * ahead)
     return targets
 
 
@@ -138,6 +141,22 @@ def test_the_dead_and_the_phantoms_teach_nothing():
     )
 
 
+def test_to_an_independent_agent_death_is_an_end():
+    """It dies after the second step; what the team is paid in the fourth is none of its own."""
+    agent, rollout = make_agent("independent", discount=1.0, lambda_=1.0), make_rollout(False)
+    no = jnp.zeros((T + 1, N), bool)
+    reward = jnp.zeros((T + 1, N)).at[2].set(4.0).at[4].set(100.0)
+    alive = jnp.ones((T + 1, N, M), bool).at[2:, :, 0].set(False)
+    steps = eqx.tree_at(
+        lambda s: (s.reward, s.terminated, s.truncated, s.first, s.agent_mask),
+        rollout.timesteps,
+        (reward, no.at[-1].set(True), no, no, alive),
+    )
+    targets = agent.targets(Rollout(steps, rollout.actions))
+    np.testing.assert_allclose(targets[:2, :, 0], 0.5 * 4.0)
+    np.testing.assert_allclose(targets[:2, :, 1], 0.5 * 104.0)
+
+
 def test_agents_act_by_themselves():
     agent, rollout = make_agent("vdn"), make_rollout()
     obs, mask = rollout.timesteps.obs[0], rollout.timesteps.action_mask[0]
@@ -157,5 +176,12 @@ def test_what_does_not_fit_is_refused():
     agent = make_agent("vdn")
     with pytest.raises(UsageError, match=r"the agent expects \(3, 3\), or \(lanes, 3, 3\)"):
         agent.act(np.zeros((N, M + 1, 3), np.float32))
+    first = agent.act(np.ones((M, 3), np.float32), first=np.array(True), reward=np.array(1.0))
+    assert first.action.shape == (M,)
+    alone = make_rollout()
+    with pytest.raises(UsageError, match=r"have shape \(6, 2\), not \(steps, lanes, 3\)"):
+        agent.update(Rollout(alone.timesteps, alone.actions[..., 0]), key=jax.random.key(0))
+    with pytest.raises(UsageError, match="num_agents must be a whole number of at least 1"):
+        eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), num_agents=0)
     with pytest.raises(UsageError, match="unknown mixer 'vnd': the nearest are vdn"):
         make_agent("vnd")
