@@ -35,6 +35,8 @@ from .media import record_episode, write_gif
 from .tracking import JsonlTracker, Tracker, Trackers
 from .training import Metrics, RunState, train
 from .wrappers import Env, make
+from .wrappers.host import closing
+from .wrappers.registry import SUITES
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ Config = Mapping[str, Any]
 
 _LANES_IN_JAX, _LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
 _MOST_LANES = 2**24
-_SUITE_PACKAGES = ("gymnasium", "gymnax", "craftax", "envpool", "jaxmarl", "pettingzoo", "mpe2")
+_SUITE_PACKAGES = (*(suite.package for suite in SUITES.values()), "mpe2")
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
@@ -113,7 +115,9 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
     if config["devices"] != 1:
         raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
     with contextlib.ExitStack() as stack:
-        env = _closing(stack, make_env(config, _lanes(config, whole(config, "num_envs"))))
+        env = stack.enter_context(
+            closing(make_env(config, _lanes(config, whole(config, "num_envs"))))
+        )
         agent = make_agent(config, env)
         run_state = _restored(config, directory, env, agent) if resume else None
         crew = _crew(config, directory, env, run_state, stack)
@@ -292,18 +296,22 @@ def evaluate_run(
     agent = _trained_agent(directory)
     members = agent.num_members or 1
     with contextlib.ExitStack() as stack:
-        one = _closing(stack, make_env(config, members))
+        one = stack.enter_context(closing(make_env(config, members)))
         lanes = num_envs or min(episodes, _LANES_ON_HOST if one.on_host else _LANES_IN_JAX)
         options = _given(config["protocol"] if protocol is None else protocol)
         emulator_seed = _emulator_seed(seed, "afterwards")
-        env = _closing(stack, one.replicate(members * lanes, seed=emulator_seed, **options))
+        env = stack.enter_context(
+            closing(one.replicate(members * lanes, seed=emulator_seed, **options))
+        )
         cap = max_episode_steps or _episode_cap(env)
         key = jax.random.key(seed)
         returns = evaluate(
             agent, env, num_episodes=episodes, key=key, epsilon=epsilon, max_episode_steps=cap
         )
         if video:
-            scene = _closing(stack, one.replicate(members, seed=emulator_seed, **options))
+            scene = stack.enter_context(
+                closing(one.replicate(members, seed=emulator_seed, **options))
+            )
             frames, _ = record_episode(agent, scene, key=key)
             if frames:
                 write_gif(directory / "media" / "evaluation.gif", frames)
@@ -375,7 +383,7 @@ def _evaluation(config, env, budget, stack) -> Evaluation | None:
         **_given(config["protocol"]),
     )
     return Evaluation(
-        _closing(stack, env),
+        stack.enter_context(closing(env)),
         every=_every(config, "eval", parts=20),
         num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
         seed=seed + 1,
@@ -400,7 +408,7 @@ def _video(config, env, directory, tracker, budget, stack) -> Video | None:
     seed = _emulator_seed(whole(config, "seed"), "video")
     env = env.replicate(_lanes(config, 1), seed=seed)
     return Video(
-        _closing(stack, env),
+        stack.enter_context(closing(env)),
         directory / "media",
         every=_every(config, "video", parts=4),
         tracker=tracker,

@@ -15,10 +15,13 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import eqx_q
-from eqx_q.checkpoint import load
-from eqx_q.run import _emulator_seed, make_env
+from eqx_q.checkpoint import load, save
+from eqx_q.run import _emulator_seed, _provenance, make_agent, make_env
+from eqx_q.wrappers.host import closing
+from eqx_q.wrappers.registry import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -323,6 +326,26 @@ def test_a_diverged_run_names_its_last_good_checkpoint(script, tmp_path, monkeyp
         assert status == 1 and "finish it with `python scripts/train.py resume=run`" in err
     finally:
         del gymnasium.registry["Spoiled-v0"]
+
+
+def test_what_an_environment_in_python_says_is_one_line(script, tmp_path):
+    options = ["agent=pqn_vdn", "env=pettingzoo", "tuned=none", "total_steps=512", "log_every=1"]
+    options += ["env.team_reward=shared", "+env.observe=[0, 2]", "hydra.run.dir=run"]
+
+    def check(status, out, err):
+        assert status == 1
+        assert err.startswith("error: team_reward=shared, but agents were paid ")
+        assert err.count("\n") == 1 and "Traceback" not in out
+
+    check(*script("train", *SMALL, *QUIET, *options))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    with closing(make_env(config, 1)) as env:
+        save(tmp_path / "run" / "agent.eqx", make_agent(config, env))
+    check(*script("evaluate", "run=run", "episodes=2"))
+
+
+def test_the_versions_of_all_suites_are_told():
+    assert {suite.package for suite in SUITES.values()} <= set(_provenance()["versions"])
 
 
 def test_help_names_every_choice(script):

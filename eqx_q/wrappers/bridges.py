@@ -128,6 +128,8 @@ class GymnasiumVectorBridge(VectorEnv):
         return timestep.obs, timestep.reward, *flags, self._infos(timestep)
 
     def render(self):
+        if self.render_mode is None:
+            return None
         return tuple(self._loop.render(lane) for lane in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any):

@@ -169,7 +169,7 @@ def ids() -> list[str]:
     return [f"{name}-v5" for name in names]
 
 
-def accepts(source: Any) -> bool:
+def accepts(source: Any, options: dict[str, Any]) -> bool:
     """Pools of the caller's own are not taken: a pool must be seeded and wired when it is made."""
     return False
 

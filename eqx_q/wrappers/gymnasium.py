@@ -26,7 +26,8 @@ class GymnasiumHost(Host):
     """A Gymnasium vector environment.
 
     Observations are `float32`, or `uint8` where they are so; spaces other than `Box` are flattened
-    (`Discrete` becomes one-hot). An `info["action_mask"]` becomes the action mask.
+    (`Discrete` becomes one-hot). An `info["action_mask"]` becomes the action mask; where
+    the very first reset gives none, there is none later.
     """
 
     num_agents = None
@@ -108,7 +109,7 @@ def ids() -> list[str]:
     return list(gymnasium.registry)
 
 
-def accepts(source: Any) -> bool:
+def accepts(source: Any, options: dict[str, Any]) -> bool:
     """Whether `source` may be a function that returns a `gymnasium.Env`."""
     return callable(source)
 

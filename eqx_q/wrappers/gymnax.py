@@ -116,7 +116,7 @@ def ids() -> list[str]:
     return [name for name in names if _is_discrete(*_default(name))]
 
 
-def accepts(source: Any) -> bool:
+def accepts(source: Any, options: dict[str, Any]) -> bool:
     """Whether `source` is a gymnax environment, or a pair of one and its parameters."""
     if isinstance(source, tuple) and len(source) == 2:
         source = source[0]

@@ -1,6 +1,10 @@
 """Environments that live in Python, called back from compiled code in order."""
 
 import abc
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -35,6 +39,7 @@ class Host(abc.ABC):
     max_episode_steps: int | None
     shapes: dict[str, jax.ShapeDtypeStruct]
     is_open: bool
+    failure: Exception | None = None  # what was last raised in a callback
 
     @abc.abstractmethod
     def reset(self) -> Reported:
@@ -55,6 +60,20 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Closes the environments; `is_open` is false from then on."""
+
+    def check_open(self) -> None:
+        """Raises `UsageError` after `close`."""
+        if not self.is_open:
+            raise UsageError("this environment is closed: make it anew")
+
+    def call(self, function: Callable[..., Reported], *arguments: Any) -> Reported:
+        """What compiled code calls back: `function`, whose exception is remembered."""
+        try:
+            self.check_open()  # it may have been closed since that code was compiled
+            return function(*arguments)
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 def cast_box(space: gymnasium.spaces.Box) -> Box:
@@ -94,15 +113,13 @@ class HostEnv(Env):
         self.max_episode_steps = host.max_episode_steps
 
     def reset(self, key: PRNGKeyArray) -> tuple[Running, TimeStep]:
-        self._check_open()
-        reported = io_callback(self.host.reset, self.host.shapes, ordered=True)
+        reported = self._call_back(self.host.reset)
         return Running.start(self.num_envs).follow(Report(**reported))
 
     def step(
         self, state: Running, action: Int[Array, "N *M"], key: PRNGKeyArray
     ) -> tuple[Running, TimeStep]:
-        self._check_open()
-        reported = io_callback(self.host.step, self.host.shapes, action, ordered=True)
+        reported = self._call_back(self.host.step, action)
         return state.follow(Report(**reported))
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "HostEnv":
@@ -118,9 +135,38 @@ class HostEnv(Env):
 
     def close(self) -> None:
         if self.host.is_open:
-            jax.effects_barrier()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # a step that failed is over too
+                jax.effects_barrier()
             self.host.close()
 
-    def _check_open(self) -> None:
-        if not self.host.is_open:
-            raise UsageError("this environment is closed: make it anew")
+    def _call_back(self, function: Callable[..., Reported], *arguments: Any) -> Any:
+        self.host.check_open()
+        call = functools.partial(self.host.call, function)
+        return io_callback(call, self.host.shapes, *arguments, ordered=True)
+
+
+@contextlib.contextmanager
+def closing(env: Env) -> Iterator[Env]:
+    """`env`, closed in the end. What is raised in a callback of its comes out as itself.
+
+    JAX would log it, and raise a `JaxRuntimeError` with its traceback for a message.
+    """
+    log = logging.getLogger("jax._src.callback")
+    silence = logging.Filter("of no logger")
+    log.addFilter(silence)
+    try:
+        yield env
+    except jax.errors.JaxRuntimeError:
+        for host in _hosts(env):
+            if host.failure is not None:
+                raise host.failure from None
+        raise
+    finally:
+        log.removeFilter(silence)
+        env.close()
+
+
+def _hosts(env: Env) -> list[Host]:
+    """Those of the environment, and of those that it is made of."""
+    parts = jax.tree.leaves(env, is_leaf=lambda part: isinstance(part, HostEnv))
+    return [part.host for part in parts if isinstance(part, HostEnv)]

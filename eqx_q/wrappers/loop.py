@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt8
@@ -50,6 +51,8 @@ class Loop:
 
     def step(self, action: AnyArray) -> TimeStep:
         """Acts in every lane."""
+        if self._key is None:
+            raise gymnasium.error.ResetNeeded("call reset before the first step")
         self._key, self._state, timestep = self._step(self._key, self._state, np.int32(action))
         return _on_host(timestep)
 

@@ -1,5 +1,6 @@
 """PettingZoo: teams of agents, stepped in Python (pettingzoo.farama.org)."""
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -22,6 +23,7 @@ from .drawing import quiet_pygame
 from .host import Host, HostEnv, Reported, cast_box, shapes_of
 
 TEAM_REWARDS = ("sum", "mean", "shared")
+_OWN_OPTIONS = ("pad", "team_reward")  # not of the environment
 _VERSION = re.compile(r"[-_]v(\d+)$")
 _PACKAGES = ("mpe2",)  # whose modules are environments; PettingZoo's own are in its registry
 
@@ -90,7 +92,8 @@ class PettingZooHost(Host):
     last observation in the step in which it is done, zeros and a reward of 0 from the next on.
 
     Observations are `float32`, or `uint8` where all are so; spaces other than `Box` are flattened.
-    Masks are those of `info["action_mask"]` or of observations `{"observation", "action_mask"}`.
+    Masks are those of `info["action_mask"]` or of observations `{"observation", "action_mask"}`;
+    where the very first reset gives none, there are none later.
     """
 
     max_episode_steps = None
@@ -261,18 +264,20 @@ def ids() -> list[str]:
     return sorted(found)
 
 
-def accepts(source: Any) -> bool:
+def accepts(source: Any, options: dict[str, Any]) -> bool:
     """Whether `source` is a PettingZoo environment, a class of such, or a function that makes one.
 
-    To know what a function makes, it is called once more.
+    To know what a function makes, it is called once more, and what it made is closed.
     """
-    if not isinstance(source, type) and callable(source):
-        try:
-            source = source()
-        except Exception:
-            return False
-    kind = source if isinstance(source, type) else type(source)
-    return issubclass(kind, (ParallelEnv, AECEnv))
+    if isinstance(source, type) or not callable(source):
+        kind = source if isinstance(source, type) else type(source)
+        return issubclass(kind, (ParallelEnv, AECEnv))
+    options = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+    made = None
+    with contextlib.suppress(Exception):
+        made = source(**options)
+        made.close()
+    return isinstance(made, (ParallelEnv, AECEnv))
 
 
 def make(
@@ -288,7 +293,7 @@ def make(
 
     **Arguments:**
 
-    - `source`: `"family.name"` of PettingZoo's own (`"butterfly.pistonball_v6"`); the name of a
+    - `source`: `"family.name"` of PettingZoo's own (`"classic.rps_v2"`); the name of a
         module with a function `parallel_env` or `env` (`"mpe2.simple_spread_v3"`); or a function
         that returns a `ParallelEnv`, or an `AECEnv` that PettingZoo can convert.
     - `num_envs`: lanes.
@@ -351,6 +356,8 @@ def _creator(name: str) -> Callable[..., Any]:
     known = _registered(pettingzoo.aec_registry) | _registered(pettingzoo.parallel_registry)
     if name in known:
         return known[name].make
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UnknownNameError("PettingZoo environment", name, ids())
     package = name.partition(".")[0]
     try:
         module = importlib.import_module(name)

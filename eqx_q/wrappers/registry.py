@@ -17,13 +17,14 @@ class Suite(NamedTuple):
     The module has
 
     - `ids() -> list[str]`: the names it knows;
-    - `accepts(source) -> bool`: whether it can wrap this object of the caller's own;
+    - `accepts(source, options) -> bool`: whether it can wrap this object of the caller's own;
     - `make(source, num_envs, *, seed, **options) -> Env`: from a name or such an object.
     """
 
     module: str
     package: str
     extra: str | None
+    takes_functions: bool = False  # that make an environment of its
 
 
 # To add a suite: one file, and one line here.
@@ -32,8 +33,10 @@ SUITES = {
     "craftax": Suite(".craftax", "craftax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari"),
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
-    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent"),
-    "gymnasium": Suite(".gymnasium", "gymnasium", None),  # last: it accepts any function
+    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", takes_functions=True),
+    "gymnasium": Suite(
+        ".gymnasium", "gymnasium", None, takes_functions=True
+    ),  # last: it accepts any function
 }
 
 
@@ -69,14 +72,24 @@ def _make(source: Any, num_envs: int, seed: int, options: dict[str, Any]) -> Env
             raise UnknownNameError("suite", suite, SUITES)
         return _load(suite).make(name, num_envs, seed=seed, **options)
     for name, suite in SUITES.items():
-        # Whoever holds an object of a package has imported it: no other need be.
-        if suite.package in sys.modules and _load(name).accepts(source):
+        if _may_hold(suite, source) and _load(name).accepts(source, options):
             return _load(name).make(source, num_envs, seed=seed, **options)
     raise UsageError(
         f"cannot make an environment of {source!r}: give 'suite/name', a gymnax environment "
         "(alone or with its parameters), or a function that returns a gymnasium.Env "
         "or a PettingZoo environment"
     )
+
+
+def _may_hold(suite: Suite, source: Any) -> bool:
+    """Whether it can be of the suite: whoever holds an object of a package has imported it.
+
+    A function may do so only when it is called.
+    """
+    is_imported = suite.package in sys.modules
+    if is_imported or not (suite.takes_functions and callable(source)):
+        return is_imported
+    return importlib.util.find_spec(suite.package) is not None
 
 
 def env_ids(suite: str) -> list[str]:

@@ -92,6 +92,14 @@ def test_lanes_equal_the_environment_itself():
     assert resets > 3
 
 
+def test_lanes_must_be_reset_first_and_draw_only_when_asked():
+    env = to_gymnasium(cartpole(2))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(2, int))
+    env.reset(seed=0)
+    assert env.render() is None
+
+
 def test_gymnasiums_own_statistics_count_episodes_right():
     env = RecordEpisodeStatistics(to_gymnasium(Clock(3, shortest=2)))
     env.reset(seed=0)

@@ -1,5 +1,10 @@
 """Teams of PettingZoo's, against themselves stepped by hand."""
 
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import gymnasium
@@ -16,6 +21,7 @@ from rollouts import CHUNK, assert_equal, play
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import MissingExtraError, UsageError
+from eqx_q.wrappers import pettingzoo as suite
 
 
 class Fates(ParallelEnv):
@@ -319,6 +325,8 @@ def make_pair(**options):
         ("pettingzoo/mpe.simple_spread_v3", {}, "the nearest are mpe2.simple_spread_v3"),
         ("pettingzoo/mpe2.simple_spred_v3", {}, "the nearest are mpe2.simple_spread_v3"),
         ("pettingzoo/butterfly.pistonbal_v6", {}, "the nearest are butterfly.pistonball_v6"),
+        ("pettingzoo/", {}, "unknown PettingZoo environment ''"),
+        ("pettingzoo/.rps_v2", {}, "the nearest are classic.rps_v2"),
         ("pettingzoo/json", {}, "no function 'parallel_env' or 'env'"),
         ("pettingzoo/mpe2.simple_spread_v3", {"cycles": 3}, "unexpected keyword argument 'cycles'"),
         ("pettingzoo/mpe2.simple_spread_v3", {"team_reward": "men"}, "the nearest are mean"),
@@ -347,9 +355,54 @@ def test_a_missing_package_is_named(monkeypatch):
         raise ModuleNotFoundError(f"No module named '{name}'", name=name.partition(".")[0])
 
     monkeypatch.setattr("importlib.import_module", missing)
-    host = wrappers.pettingzoo
     with pytest.raises(MissingExtraError, match=r"'mpe2'.*pip install 'eqx_q\[multi-agent\]'"):
-        host.make("mpe2.simple_spread_v3", 1)
+        suite.make("mpe2.simple_spread_v3", 1)
+
+
+def test_a_function_gets_its_options_and_what_it_made_to_be_known_is_closed(monkeypatch):
+    closed = []
+    monkeypatch.setattr(Fates, "close", lambda self: closed.append(self))
+    env = wrappers.make(lambda end: Fates({"a": (end, "task")}), 2, team_reward="mean", end=2)
+    assert env.num_agents == 1 and len(closed) == 1 and closed[0] not in env.host.envs
+    env.close()
+    assert len(closed) == 3
+
+
+def test_a_function_may_be_the_first_to_import_pettingzoo():
+    code = """
+        import sys
+        import eqx_q
+
+        def own():
+            from mpe2 import simple_spread_v3
+            return simple_spread_v3.parallel_env()
+
+        assert "pettingzoo" not in sys.modules
+        print(eqx_q.make(own, 1).num_agents)
+    """
+    command = [sys.executable, "-c", inspect.cleandoc(code)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "3\n", done.stderr
+
+
+def test_what_the_configuration_advertises_can_be_made():
+    path = Path(__file__).parents[2] / "conf" / "env" / "pettingzoo.yaml"
+    (name,) = re.findall(r"env\.name=([\w.]*\w)", path.read_text())
+    ((option, value),) = re.findall(r"\+env\.(\w+)=(\d+)", path.read_text())
+    env = wrappers.make(f"pettingzoo/{name}", 1, **{option: int(value)})
+    assert env.num_agents is not None
+    assert env.host.envs[0].unwrapped.max_zombies == int(value) != 10
+    env.close()
+
+
+def test_compiled_code_too_learns_that_it_is_closed():
+    env = wrappers.make(make_pair, 1)
+    state, _ = env.reset(jax.random.key(0))
+    step = jax.jit(env.step)
+    jax.block_until_ready(step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
+    env.close()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="this environment is closed"):
+        jax.block_until_ready(step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
 
 
 def test_gymnasium_functions_stay_gymnasiums():
