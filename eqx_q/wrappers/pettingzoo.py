@@ -273,7 +273,7 @@ def accepts(source: Any, options: dict[str, Any]) -> bool:
         kind = source if isinstance(source, type) else type(source)
         return issubclass(kind, (ParallelEnv, AECEnv))
     options = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
-    made = None
+    made: Any = None
     with contextlib.suppress(Exception):
         made = source(**options)
         made.close()

@@ -24,7 +24,7 @@ class Suite(NamedTuple):
     module: str
     package: str
     extra: str | None
-    takes_functions: bool = False  # that make an environment of its
+    takes_functions: bool = False  # which may import the package only when called
 
 
 # To add a suite: one file, and one line here.
@@ -34,9 +34,7 @@ SUITES = {
     "envpool": Suite(".envpool", "envpool", "atari"),
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
     "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", takes_functions=True),
-    "gymnasium": Suite(
-        ".gymnasium", "gymnasium", None, takes_functions=True
-    ),  # last: it accepts any function
+    "gymnasium": Suite(".gymnasium", "gymnasium", None),  # last: it accepts any function
 }
 
 
