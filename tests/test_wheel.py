@@ -66,7 +66,8 @@ def run_alone(site: Path, script: str, *arguments: object) -> str:
 
 def test_extras_are_out_of_sight(site):
     script = "import importlib.util as u; print([u.find_spec(n) for n in sys.argv[1:]])"
-    extras = ["gymnax", "envpool", "hydra", "aim", "tqdm", "PIL", "matplotlib", "flax", "chex"]
+    extras = ["gymnax", "envpool", "craftax", "jaxmarl", "pettingzoo", "hydra", "aim", "tqdm"]
+    extras += ["PIL", "matplotlib", "flax", "chex"]
     assert run_alone(site, script, *extras).strip() == str([None] * len(extras))
 
 
@@ -97,6 +98,7 @@ print(json.dumps(missing))
     }
     assert set(missing) == sources - {"eqx_q"}
     needs = {f"eqx_q.wrappers{suite.module}": suite.package for suite in SUITES.values()}
+    needs["eqx_q.wrappers.pettingzoo_bridge"] = "pettingzoo"  # its face loads it when it is used
     needs["eqx_q.tracking.aim_worker"] = "aim"  # a program of its own
     for module, package in missing.items():
         assert package in (None, needs.get(module)), f"{module} imports {package}"
