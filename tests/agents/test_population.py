@@ -111,8 +111,7 @@ def test_bad_input():
         population.act(np.zeros((4, 4), np.float32))
 
 
-@pytest.mark.parametrize("memory", ["gru", "lstm", "mingru"])
-@pytest.mark.parametrize("num_agents", [None, 2])
+@pytest.mark.parametrize(("memory", "num_agents"), [("gru", 2), ("lstm", None), ("mingru", None)])
 def test_members_with_memory_act_and_learn_as_they_would_alone(memory, num_agents):
     """With separate parameters for the agents of a team: one more axis in all of them."""
 
