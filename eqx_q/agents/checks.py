@@ -42,7 +42,11 @@ def check_ranges(traced: dict[str, Scalar]) -> None:
 def check_network(
     network: AbstractQNetwork, observation_space: Box, action_space: Discrete, num_agents: int
 ) -> None:
-    """Refuses a network that does not map one observation to one Q-value per action."""
+    """Tries a network on one observation of each agent, without computing anything.
+
+    **Raises:** `UsageError` where it does not take it, does not give a Q-value per action, or does
+    not give back memory and statistics of the shapes and types that it started with.
+    """
     obs = jax.ShapeDtypeStruct((1, num_agents, *observation_space.shape), observation_space.dtype)
     action = jax.ShapeDtypeStruct((1, num_agents), jnp.int32)
     reward = jax.ShapeDtypeStruct((1, num_agents), jnp.float32)

@@ -267,7 +267,8 @@ def ids() -> list[str]:
 def accepts(source: Any, options: dict[str, Any]) -> bool:
     """Whether `source` is a PettingZoo environment, a class of such, or a function that makes one.
 
-    To know what a function makes, it is called once more, and what it made is closed.
+    To know what a function makes, it is called once more; what it made is closed if it is one of
+    these. Anything else is left alone: it may be an object that the caller goes on with.
     """
     if isinstance(source, type) or not callable(source):
         kind = source if isinstance(source, type) else type(source)
@@ -276,8 +277,10 @@ def accepts(source: Any, options: dict[str, Any]) -> bool:
     made: Any = None
     with contextlib.suppress(Exception):
         made = source(**options)
-        made.close()
-    return isinstance(made, (ParallelEnv, AECEnv))
+    if not isinstance(made, (ParallelEnv, AECEnv)):
+        return False
+    made.close()
+    return True
 
 
 def make(

@@ -1,5 +1,7 @@
 import gymnasium
 import gymnax
+import jax
+import numpy as np
 import pytest
 
 import eqx_q.wrappers as wrappers
@@ -74,3 +76,27 @@ def test_ones_own_environments_are_taken():
     assert by_class.max_episode_steps is None
     for env in (factory, by_class):
         env.close()
+
+
+class Open(gymnasium.Env):
+    """Cannot be used once it is closed."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    is_open = True
+
+    def reset(self, *, seed=None, options=None):
+        assert self.is_open
+        return np.zeros(2, np.float32), {}
+
+    def close(self):
+        self.is_open = False
+
+
+def test_what_a_function_hands_out_is_not_closed_on_the_way():
+    """It may be one object, which is asked for again: a simulator that somebody has running."""
+    running = Open()
+    env = wrappers.make(lambda: running, 1)
+    _, timestep = env.reset(jax.random.key(0))
+    np.testing.assert_array_equal(timestep.obs, np.zeros((1, 2)))
+    env.close()
