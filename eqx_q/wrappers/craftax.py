@@ -7,7 +7,7 @@ import numbers
 import pickle
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import equinox as eqx
 import gymnasium
@@ -26,8 +26,7 @@ from ..spaces import Box, Discrete
 from ..types import AnyArray
 from .autoreset import Report
 from .lanes import Lanes
-
-TimeLimit = Literal["truncate", "terminate"]
+from .options import TimeLimit, require_choice, require_count
 
 _IDS = [
     "Craftax-Symbolic-v1",
@@ -187,10 +186,8 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
             raise UnknownNameError("option", name, {*ours, *of_params, *of_static})
     ours |= {name: options[name] for name in options if name in ours}
     for name in ("max_episode_steps", "optimistic_resets"):
-        if not isinstance(ours[name], int) or isinstance(ours[name], bool) or ours[name] < 1:
-            raise UsageError(f"{name} is {ours[name]!r}: give a whole number, 1 or more")
-    if ours["time_limit"] not in get_args(TimeLimit):
-        raise UnknownNameError("time_limit", str(ours["time_limit"]), get_args(TimeLimit))
+        require_count(name, ours[name])
+    require_choice("time_limit", ours["time_limit"], get_args(TimeLimit))
     for fields, known in ((params, of_params), (env.static_env_params, of_static)):
         for name in known.intersection(options):
             default = getattr(fields, name)

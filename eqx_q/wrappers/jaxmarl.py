@@ -1,67 +1,32 @@
 """JaxMARL: SMAX, Overcooked, MPE and more teams in JAX (github.com/FLAIROx/JaxMARL)."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import numbers
 import pickle
-import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxmarl import environments, registered_envs
+from jaxmarl.environments import MultiAgentEnv, spaces
+from jaxmarl.environments.smax.heuristic_enemy_smax_env import EnemySMAX
+from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
-from ..types import AnyArray, TimeStep
+from ..types import TimeStep
 from . import autoreset
 from .autoreset import LaneState, Report
-from .drawing import draw_discs
 from .env import Env
-
-# One of its imports puts Python's own streams in the place of whatever catches the output.
-with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
-    from jaxmarl import environments, registered_envs
-    from jaxmarl.environments import MultiAgentEnv, spaces
-    from jaxmarl.environments.smax.heuristic_enemy_smax_env import EnemySMAX
-    from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
-
-TeamReward = Literal["sum", "mean", "shared"]
-TimeLimit = Literal["truncate", "terminate"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What JaxMARL's interface does not tell of an environment, but its state does.
-
-    **Attributes**, all functions but the last two (`env`, then one lane's state):
-
-    - `terminated`: of `env`, the state before, the actions, the state after, and JaxMARL's `done`:
-        whether the task itself ended the episode. Where `done` and not this, it was a time limit.
-    - `longest`: the steps of an episode that only the limit ends; `None` where there is no limit.
-    - `agent_mask`: which agents live.
-    - `action_masks`: by agent, the actions that are legal.
-    - `metrics`: what else to say of an episode.
-    - `draw`: a picture.
-    - `team_reward`: how the agents' rewards make the team's, where the caller does not say.
-    - `shaped`: whether there are shaped rewards beside the game's own.
-    """
-
-    terminated: Callable[..., Bool[Array, ""]] = lambda env, before, action, after, done: done
-    longest: Callable[[Any], int | None] = lambda env: None
-    agent_mask: Callable[..., Bool[Array, " M"] | None] = lambda env, state: None
-    action_masks: Callable[..., Mapping[str, Array] | None] = lambda env, state: None
-    metrics: Callable[..., dict[str, AnyArray]] = lambda env, state: {}
-    draw: Callable[..., UInt8[np.ndarray, "height width 3"] | None] = lambda env, state: None
-    team_reward: TeamReward = "sum"
-    shaped: bool = False
+from .jaxmarl_rules import RULES, Rules
+from .options import TeamReward, TimeLimit, require_choice, require_count
 
 
 class Play(eqx.Module):
@@ -319,10 +284,9 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
     for option in theirs:
         if option not in known:
             raise UnknownNameError("option", option, [*known, *_OURS])
-    if theirs.get("attack_mode", "closest") not in _ATTACK_MODES:
-        raise UnknownNameError("attack_mode", str(theirs["attack_mode"]), _ATTACK_MODES)
+    require_choice("attack_mode", theirs.get("attack_mode", "closest"), _ATTACK_MODES)
     if "max_steps" in theirs:
-        _require_count("max_steps", theirs["max_steps"])
+        require_count("max_steps", theirs["max_steps"])
     arguments = _DEFAULTS.get(name, {}) | _look_up(_CLASSES[name], theirs)
     try:
         with warnings.catch_warnings():  # of Overcooked, that it has a successor, for example
@@ -338,15 +302,14 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
 
 def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]) -> Game:
     """**Arguments:** `options`: all that `make` was given; `ours`: those that JaxMARL has not."""
-    known_rules = next((rules for kind, rules in _RULES if isinstance(env, kind)), None)
+    known_rules = next((rules for kind, rules in RULES if isinstance(env, kind)), None)
     rules = known_rules or Rules()
     for option in ours:
         if option not in _OURS:
             raise UnknownNameError("option", option, _OURS)
     ours = _OURS | {"team_reward": rules.team_reward} | ours
-    for option, known in (("team_reward", TeamReward), ("time_limit", TimeLimit)):
-        if ours[option] not in get_args(known):
-            raise UnknownNameError(option, str(ours[option]), get_args(known))
+    require_choice("team_reward", ours["team_reward"], get_args(TeamReward))
+    require_choice("time_limit", ours["time_limit"], get_args(TimeLimit))
     if known_rules and ours["team_reward"] == "shared" != rules.team_reward:
         raise UsageError(
             f"the agents of {env.name} are not paid the same: team_reward must be sum or mean"
@@ -355,15 +318,10 @@ def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[s
     if not isinstance(horizon, int | float) or isinstance(horizon, bool) or not horizon >= 0:
         raise UsageError(f"shaped_reward_horizon is {horizon!r}: give 0 or more env steps")
     if lanes is not None:
-        _require_count("shaped_reward_lanes", lanes)
+        require_count("shaped_reward_lanes", lanes)
     if horizon > 0 and not rules.shaped:
         raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
     return Game(source, options, env, rules, **ours)
-
-
-def _require_count(option: str, value: Any) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{option} is {value!r}: give a whole number, 1 or more")
 
 
 def _constructor_options(kind: type) -> set[str]:
@@ -398,118 +356,6 @@ def _fill(x: Array, shape: tuple[int, ...]) -> Array:
     """`x` with zeros at the end of its axes, up to `shape`."""
     return jnp.pad(x, [(0, size - own) for own, size in zip(x.shape, shape, strict=True)])
 
-
-# The rules of JaxMARL's environments. Each says what it ends by, and how long it may last.
-
-
-def _never(env: Any, before: Any, action: Any, after: Any, done: Bool[Array, ""]):
-    return jnp.zeros_like(done)
-
-
-def _steps(env: Any) -> int:
-    return int(env.max_steps)
-
-
-def _steps_and_one(env: Any) -> int:
-    return int(env.max_steps) + 1  # it looks at the clock before it sets it forward
-
-
-def _units(state: Any) -> Any:
-    return getattr(state, "state", state)  # an enemy that plays by itself is wrapped around them
-
-
-def _sides(env: Any, state: Any) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether anybody lives of the allies, and of the enemies."""
-    alive = _units(state).unit_alive
-    return alive[: env.num_allies].any(), alive[env.num_allies :].any()
-
-
-def _battle_over(env: Any, before: Any, action: Any, after: Any, done: Any) -> Bool[Array, ""]:
-    allies, enemies = _sides(env, after)
-    return ~allies | ~enemies
-
-
-def _battle_won(env: Any, state: Any) -> dict[str, AnyArray]:
-    allies, enemies = _sides(env, state)
-    return {"won": allies & ~enemies}
-
-
-def _all_arrived_or_crashed(env: Any, before: Any, action: Any, after: Any, done: Any):
-    return (after.goal_reached | after.move_term | after.term).all()
-
-
-def _told(env: Any, before: Any, action: Int[Array, " M"], after: Any, done: Any):
-    return action[before.agent_in_room] == env.game_actions["TELL"]
-
-
-def _draw_battle(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
-    units = _units(state)
-    radii = np.asarray(env.unit_type_radiuses)[units.unit_types]
-    colours = np.where(units.unit_teams[:, None] == 0, _ALLY, _ENEMY)
-    alive, size = units.unit_alive, np.array([env.map_width, env.map_height], float)
-    return draw_discs(units.unit_positions[alive], radii[alive], colours[alive], 0 * size, size)
-
-
-def _draw_particles(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
-    colours = np.asarray(env.colour, np.uint8)
-    corner = np.array([2.0, 2.0])
-    return draw_discs(state.p_pos, np.asarray(env.rad), colours, -corner, corner)
-
-
-def _draw_kitchen(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
-    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer  # it brings matplotlib
-
-    border = env.agent_view_size - 1
-    grid = np.asarray(state.maze_map)[border:-border, border:-border]
-    return OvercookedVisualizer._render_grid(
-        grid, agent_dir_idx=state.agent_dir_idx, agent_inv=state.agent_inv
-    )
-
-
-_ALLY, _ENEMY = np.array([(80, 140, 255), (90, 200, 90)], np.uint8)
-
-_BATTLE = Rules(
-    terminated=_battle_over,
-    longest=_steps_and_one,
-    agent_mask=lambda env, state: _units(state).unit_alive[: env.num_agents],
-    action_masks=lambda env, state: env.get_avail_actions(state),
-    metrics=_battle_won,
-    draw=_draw_battle,
-)
-_KITCHEN = Rules(terminated=_never, longest=_steps, team_reward="shared", shaped=True)
-
-_RULES: list[tuple[type, Rules]] = [
-    (environments.SMAX, _BATTLE),
-    (EnemySMAX, dataclasses.replace(_BATTLE, team_reward="shared")),
-    (environments.Overcooked, dataclasses.replace(_KITCHEN, draw=_draw_kitchen)),
-    (environments.OvercookedV2, _KITCHEN),
-    (
-        environments.SimpleMPE,
-        Rules(terminated=_never, longest=_steps_and_one, draw=_draw_particles),
-    ),
-    (
-        environments.Hanabi,
-        Rules(
-            action_masks=lambda env, state: env.get_legal_moves(state),
-            team_reward="shared",
-        ),
-    ),
-    (environments.SwitchRiddle, Rules(terminated=_told, longest=_steps, team_reward="shared")),
-    (
-        environments.CoinGame,
-        Rules(terminated=_never, longest=lambda env: env.num_inner_steps * env.num_outer_steps),
-    ),
-    (
-        environments.JaxNav,
-        Rules(
-            terminated=_all_arrived_or_crashed,
-            longest=_steps,
-            # Not `done`, which the time limit sets too. `term` is what it was a step before: of
-            # those who evaporated then, nothing else is remembered.
-            agent_mask=lambda env, state: ~(state.goal_reached | state.move_term | state.term),
-        ),
-    ),
-]
 
 _CLASSES = {
     "SMAX": environments.SMAX,

@@ -6,7 +6,7 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium
 import numpy as np
@@ -21,8 +21,8 @@ from ..spaces import Box, Discrete
 from ..types import AnyArray
 from .drawing import quiet_pygame
 from .host import Host, HostEnv, Reported, cast_box, shapes_of
+from .options import TeamReward, require_choice
 
-TEAM_REWARDS = ("sum", "mean", "shared")
 _OWN_OPTIONS = ("pad", "team_reward")  # not of the environment
 _VERSION = re.compile(r"[-_]v(\d+)$")
 _PACKAGES = ("mpe2",)  # whose modules are environments; PettingZoo's own are in its registry
@@ -314,8 +314,7 @@ def make(
 def _host(
     source: Any, num_envs: int, *, seed: int, pad: bool, team_reward: str, **options: Any
 ) -> PettingZooHost:
-    if team_reward not in TEAM_REWARDS:
-        raise UnknownNameError("team_reward", team_reward, TEAM_REWARDS)
+    require_choice("team_reward", team_reward, get_args(TeamReward))
     recipe = (source, {"pad": pad, "team_reward": team_reward, **options})
     if isinstance(source, (ParallelEnv, AECEnv)):
         raise UsageError("each lane needs an environment of its own: give a function that makes it")

@@ -1,5 +1,6 @@
 """Environments by name: `make("suite/name", num_envs)`."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -101,4 +102,6 @@ def _load(name: str) -> ModuleType:
     suite = SUITES[name]
     if suite.extra is not None and importlib.util.find_spec(suite.package) is None:
         raise MissingExtraError(suite.package, suite.extra)
-    return importlib.import_module(suite.module, __package__)
+    # JaxMARL's import puts Python's own streams in the place of whatever catches the output.
+    with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+        return importlib.import_module(suite.module, __package__)

@@ -1,0 +1,22 @@
+"""What several suites take as options, and how options are checked."""
+
+import numbers
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from ..errors import UnknownNameError, UsageError
+
+TeamReward = Literal["sum", "mean", "shared"]
+TimeLimit = Literal["truncate", "terminate"]
+
+
+def require_choice(option: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuses what is not one of `choices`."""
+    if value not in tuple(choices):
+        raise UnknownNameError(option, str(value), choices)
+
+
+def require_count(option: str, value: Any) -> None:
+    """Refuses what is not a whole number of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{option} is {value!r}: give a whole number, 1 or more")
