@@ -89,6 +89,10 @@ def test_tuned_values_are_those_of_the_papers_code():
     assert expected.items() <= cleanrl["agent"].items()
 
 
+def test_minatar_is_scaled_as_in_the_papers_code():
+    assert composed("env=minatar")["agent"]["network_options"]["input_scale"] == 1 / 255
+
+
 def test_options_that_are_null_are_left_to_the_library():
     assert make_agent(composed("num_envs=2"), make_env(composed(), 2)).reward_scale == 0.1
     config = composed("agent.learning_rate_end=null", "agent.schedule_steps=1000")
