@@ -17,11 +17,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from .checkpoint import load_latest, newest_checkpoint, save_checkpoint
 from .errors import UsageError
-from .evaluation import compile_evaluation, evaluate
+from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
 from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
@@ -71,6 +70,8 @@ class TimeBudget:
 class Evaluation:
     """Adds `eval/return` and its kin to the metrics, from an environment of its own.
 
+    What the suite says of an episode, as whether a battle was `won`, is averaged as `eval/won`.
+
     Randomness is folded from the step counter, so that evaluating changes nothing in the run.
 
     **Arguments:**
@@ -81,7 +82,7 @@ class Evaluation:
     - `max_episode_steps`: where longer episodes are cut.
     - `budget`: evaluations beyond it are skipped.
 
-    **Attributes:** `returns`: of the last evaluation, `[episodes]` or `[S, episodes]`.
+    **Attributes:** `last`: what the last evaluation played.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Evaluation:
         budget: TimeBudget | None = None,
     ):
         self.every = every
-        self.returns: Float[np.ndarray, "*S episodes"] | None = None
+        self.last: Episodes | None = None
         self._env = env
         self._options = {
             "num_episodes": num_episodes,
@@ -116,12 +117,14 @@ class Evaluation:
             self._compiled = True
         started = time.perf_counter()
         key = jax.random.fold_in(self._key, int(run_state.num_updates))
-        returns = np.asarray(evaluate(run_state.agent, self._env, key=key, **self._options))
+        self.last = play_episodes(run_state.agent, self._env, key=key, **self._options)
         seconds = time.perf_counter() - started
         self._budget.charge("evaluation", seconds)
-        self.returns = returns
-        metrics["eval/return"] = returns.mean(-1)
-        metrics["eval/return_std"] = returns.std(-1)
+        metrics["eval/return"] = self.last.returns.mean(-1)
+        metrics["eval/return_std"] = self.last.returns.std(-1)
+        metrics["eval/length"] = self.last.lengths.mean(-1)
+        for name, values in self.last.metrics.items():
+            metrics[f"eval/{name}"] = values.mean(-1)
         metrics["eval/seconds"] = seconds
 
 

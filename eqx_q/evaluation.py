@@ -1,4 +1,4 @@
-"""Evaluation: returns of whole episodes."""
+"""Evaluation: whole episodes, their returns and what else the environment says of them."""
 
 import math
 import warnings
@@ -11,12 +11,20 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .agents import Agent, decide
 from .errors import UsageError
-from .types import Memory, Scalar, TimeStep
+from .types import AnyArray, Memory, Scalar, TimeStep
 from .wrappers import Env
 
 
+class Episodes(eqx.Module):
+    """What was played: returns (unclipped), steps, and the suite's own metrics by name."""
+
+    returns: Float[AnyArray, "*S episodes"]
+    lengths: Int[AnyArray, "*S episodes"]
+    metrics: dict[str, Float[AnyArray, "*S episodes"]]
+
+
 class _State(eqx.Module):
-    """Where an evaluation stands: each lane fills its own row of `returns`.
+    """Where an evaluation stands: each lane fills its own row of `played`.
 
     `length` counts the steps since counting began: at the episode's start, or at the last cut;
     `offset` is the return that the episode had there.
@@ -26,7 +34,7 @@ class _State(eqx.Module):
     timestep: TimeStep
     memory: Memory
     key: PRNGKeyArray
-    returns: Float[Array, "lanes episodes"]
+    played: Episodes
     finished: Int[Array, " lanes"]
     capped: Bool[Array, "lanes episodes"]
     length: Int[Array, " lanes"]
@@ -43,6 +51,23 @@ def evaluate(
     max_episode_steps: int | None = None,
 ) -> Float[np.ndarray, "*S episodes"]:
     """Returns of `num_episodes` episodes (per member of a population), unclipped.
+
+    The `returns` of `play_episodes`, which takes the same arguments.
+    """
+    options = {"num_episodes": num_episodes, "key": key, "epsilon": epsilon}
+    return play_episodes(agent, env, max_episode_steps=max_episode_steps, **options).returns
+
+
+def play_episodes(
+    agent: Agent,
+    env: Env,
+    *,
+    num_episodes: int = 128,
+    key: PRNGKeyArray,
+    epsilon: Scalar = 0.0,
+    max_episode_steps: int | None = None,
+) -> Episodes:
+    """Plays `num_episodes` episodes (per member of a population).
 
     Every lane plays equally many, so that short episodes are not counted more often than long ones.
 
@@ -66,10 +91,8 @@ def evaluate(
             "they count with the return they had by then",
             stacklevel=2,
         )
-    returns = np.asarray(state.returns)
-    if agent.num_members is None:
-        return returns.reshape(-1)
-    return returns.reshape(agent.num_members, -1)
+    members = () if agent.num_members is None else (agent.num_members,)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(*members, -1), state.played)
 
 
 def compile_evaluation(
@@ -82,7 +105,7 @@ def compile_evaluation(
 ) -> None:
     """Compiles what `evaluate` runs with the same arguments, and plays nothing."""
     state = _initial(agent, env, num_episodes, jax.random.key(0))
-    finished = jnp.full_like(state.finished, state.returns.shape[1])
+    finished = jnp.full_like(state.finished, state.capped.shape[1])
     state = eqx.tree_at(lambda state: state.finished, state, finished)
     jax.block_until_ready(_play(env, state, agent, *_limits(epsilon, max_episode_steps)).finished)
 
@@ -104,12 +127,14 @@ def _initial(agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray) -> _S
     reset_key, key = jax.random.split(key)
     env_state, timestep = env.reset(reset_key)
     lanes = env.num_envs
+    rows = jnp.zeros((lanes, per_lane))
+    metrics: dict[str, AnyArray] = dict.fromkeys(timestep.episode.metrics, rows)
     return _State(
         env_state=env_state,
         timestep=timestep,
         memory=agent.initial_memory(lanes),
         key=key,
-        returns=jnp.zeros((lanes, per_lane)),
+        played=Episodes(rows, rows.astype(jnp.int32), metrics),
         finished=jnp.zeros(lanes, jnp.int32),
         capped=jnp.zeros((lanes, per_lane), bool),
         length=jnp.zeros(lanes, jnp.int32),
@@ -120,7 +145,7 @@ def _initial(agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray) -> _S
 @eqx.filter_jit
 def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
     """Plays until every lane has filled its row."""
-    num_lanes, per_lane = state.returns.shape
+    num_lanes, per_lane = state.capped.shape
     lanes = jnp.arange(num_lanes)
 
     def running(state):
@@ -136,12 +161,17 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
         counts = timestep.episode.ended | cut
         slot = jnp.where(counts, state.finished, per_lane)
         returns = timestep.episode.returns - offset
+        ended = Episodes(returns, length, timestep.episode.metrics)
         return _State(
             env_state=env_state,
             timestep=timestep,
             memory=decision.memory,
             key=key,
-            returns=state.returns.at[lanes, slot].set(returns, mode="drop"),
+            played=jax.tree.map(
+                lambda row, x: row.at[lanes, slot].set(x.astype(row.dtype), mode="drop"),
+                state.played,
+                ended,
+            ),
             capped=state.capped.at[lanes, slot].set(cut, mode="drop"),
             finished=state.finished + counts,
             length=jnp.where(cut, 0, length),

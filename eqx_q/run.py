@@ -29,7 +29,7 @@ from .agents import Agent, Population
 from .callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from .checkpoint import load, newest_checkpoint, save
 from .errors import DivergedError, UnknownNameError, UsageError
-from .evaluation import evaluate
+from .evaluation import Episodes, play_episodes
 from .files import write_whole
 from .media import record_episode, write_gif
 from .tracking import JsonlTracker, Tracker, Trackers
@@ -305,7 +305,7 @@ def evaluate_run(
         )
         cap = max_episode_steps or _episode_cap(env)
         key = jax.random.key(seed)
-        returns = evaluate(
+        played = play_episodes(
             agent, env, num_episodes=episodes, key=key, epsilon=epsilon, max_episode_steps=cap
         )
         if video:
@@ -315,7 +315,7 @@ def evaluate_run(
             frames, _ = record_episode(agent, scene, key=key)
             if frames:
                 write_gif(directory / "media" / "evaluation.gif", frames)
-    returns = np.atleast_2d(returns)
+    returns = np.atleast_2d(played.returns)
     return {
         "env": _env_name(config),
         "env_options": options,
@@ -327,6 +327,7 @@ def evaluate_run(
         "return_mean": float(returns.mean()),
         "return_per_seed": returns.mean(1).tolist(),
         "return_std_per_seed": returns.std(1).tolist(),
+        "per_seed": _episode_means(played),
         "returns": returns.tolist(),
         **_provenance(),
     }
@@ -461,8 +462,8 @@ def _episode_cap(env: Env) -> int | None:
 
 
 def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
-    last, returns = crew.recorder.last, crew.evaluation and crew.evaluation.returns
-    eval_returns = None if returns is None else np.atleast_2d(returns).mean(1)
+    last, played = crew.recorder.last, crew.evaluation and crew.evaluation.last
+    eval_returns = None if played is None else np.atleast_2d(played.returns).mean(1)
     return {
         "status": "done" if last["env_steps"] >= last["total_steps"] else "stopped",
         "agent": config["agent"]["_target_"],
@@ -474,11 +475,18 @@ def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
         "train_return_per_seed": crew.recorder.returns,
         "eval_return_mean": None if eval_returns is None else eval_returns.mean(),
         "eval_return_per_seed": eval_returns,
+        "eval_per_seed": None if played is None else _episode_means(played),
         "steps_per_second": crew.recorder.steps_per_second * config["num_seeds"],
         "compile_seconds": last["compile_seconds"],
         "train_seconds": last["train_seconds"],
         **_provenance(),
     }
+
+
+def _episode_means(played: Episodes) -> dict[str, list[float]]:
+    """Per member, of the length and of what the suite says of episodes."""
+    values = {"length": played.lengths, **played.metrics}
+    return {name: np.atleast_2d(x).mean(1).tolist() for name, x in values.items()}
 
 
 def _env_name(config: Config) -> str:

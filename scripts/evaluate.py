@@ -47,7 +47,10 @@ def _table(result: dict) -> str:
         rows.append(
             f"{member:>8}{mean:>12.2f}{std:>12.2f}{min(returns):>12.2f}{max(returns):>12.2f}"
         )
-    return "\n".join([*rows, f"{'all':>8}{result['return_mean']:>12.2f}"])
+    rows.append(f"{'all':>8}{result['return_mean']:>12.2f}")
+    for name, values in result["per_seed"].items():
+        rows.append(f"{name}: {', '.join(f'{value:.4g}' for value in values)}")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

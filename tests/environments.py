@@ -44,7 +44,7 @@ class Clock(Env):
             terminated=ended & (not self.limit),
             truncated=ended & self.limit,
             first=first,
-            episode=Episode(ended, count.astype(jnp.float32), count),
+            episode=Episode(ended, count.astype(jnp.float32), count, {"half": count / 2}),
         )
         return (count, ended), timestep
 

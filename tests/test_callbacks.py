@@ -14,6 +14,7 @@ from eqx_q import callbacks
 from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from eqx_q.checkpoint import load, newest_checkpoint
 from eqx_q.errors import UsageError
+from eqx_q.evaluation import Episodes
 
 
 def make_agent(env, key=0, memory="none", burn_in=0):
@@ -52,7 +53,9 @@ def test_evaluation_adds_its_returns_and_changes_nothing(env):
     assert_same(agent, train(env, 48, [])[0])
     key = jax.random.fold_in(jax.random.key(5), 48 // 8)
     expected = eqx_q.evaluate(agent, env.replicate(3), num_episodes=3, key=key)
-    np.testing.assert_array_equal(evaluation.returns, expected)
+    assert evaluation.last is not None
+    np.testing.assert_array_equal(evaluation.last.returns, expected)
+    assert seen[-1]["eval/length"] == pytest.approx(expected.mean())  # CartPole pays 1 a step
     assert seen[-1]["eval/return"] == pytest.approx(expected.mean())
     assert seen[-1]["eval/return_std"] == pytest.approx(expected.std())
 
@@ -79,8 +82,9 @@ def test_a_budget_lets_side_work_take_its_share_and_no_more(monkeypatch, caplog)
 
 def test_evaluations_over_budget_are_skipped_but_the_last(env, monkeypatch):
     calls = []
-    fake = lambda agent, env, **_: calls.append(int(agent.env_steps)) or np.ones(3)  # noqa: E731
-    monkeypatch.setattr(callbacks, "evaluate", fake)
+    played = Episodes(np.ones(3, np.float32), np.ones(3, np.int32), {})
+    fake = lambda agent, env, **_: calls.append(int(agent.env_steps)) or played  # noqa: E731
+    monkeypatch.setattr(callbacks, "play_episodes", fake)
     monkeypatch.setattr(callbacks, "compile_evaluation", lambda agent, env, **_: None)
     budget = TimeBudget(0.0)
     train(env, 80, [Evaluation(env, every=16, num_episodes=3, budget=budget)])

@@ -7,7 +7,7 @@ from environments import Clock, Guess
 
 import eqx_q
 from eqx_q.errors import UsageError
-from eqx_q.evaluation import _play, compile_evaluation
+from eqx_q.evaluation import _play, compile_evaluation, play_episodes
 
 
 def make_agent(env):
@@ -30,6 +30,18 @@ def test_long_episodes_are_cut_and_it_says_so():
         )
     # Lane 2 plays 3 steps: 2, then the one left; lane 3 plays 4: 2, then the two left.
     np.testing.assert_array_equal(returns, [1, 1, 2, 2, 2, 1, 2, 2])
+
+
+def test_lengths_and_metrics_are_those_of_the_episodes():
+    env = Clock(4)
+    options = {"num_episodes": 8, "key": jax.random.key(0)}
+    whole = play_episodes(make_agent(env), env, **options)
+    np.testing.assert_array_equal(whole.lengths, np.repeat([1, 2, 3, 4], 2))
+    np.testing.assert_array_equal(whole.metrics["half"], np.repeat([0.5, 1.0, 1.5, 2.0], 2))
+    with pytest.warns(UserWarning, match="were cut"):
+        cut = play_episodes(make_agent(env), env, max_episode_steps=2, **options)
+    np.testing.assert_array_equal(cut.lengths, cut.returns)
+    np.testing.assert_array_equal(cut.metrics["half"][4:], [1.0, 1.5, 1.0, 2.0])
 
 
 def test_epsilon_one_acts_at_random():
