@@ -75,6 +75,12 @@ ResetLane = Callable[[PRNGKeyArray], tuple[PyTree, Report]]
 StepLane = Callable[[PyTree, Int[Array, "*M"], PRNGKeyArray], tuple[PyTree, Report]]
 
 
+class Lasting(eqx.Module):
+    """A part of a lane's state that outlives episodes: a reset leaves it as the step made it."""
+
+    value: PyTree
+
+
 class LaneState(eqx.Module):
     """The state of every lane of a JAX-native suite."""
 
@@ -116,7 +122,7 @@ def step(
 
     def lane(ended: Bool[Array, ""], inner: PyTree, action: Any, key: PRNGKeyArray):
         fresh, stepped = reset_lane(key), step_lane(inner, action, key)
-        return jax.tree.map(lambda a, b: jnp.where(ended, a, b), fresh, stepped)
+        return _renew(lambda old, new: jnp.where(ended, new, old), stepped, fresh)
 
     if resets_at_once is None:
         inner, report = _strong(jax.vmap(lane)(ended, state.inner, action, keys))
@@ -146,10 +152,22 @@ def _reset_in_batches(
         done, tree = carry
         some = jax.lax.dynamic_slice_in_dim(lanes, done, size)
         fresh = jax.vmap(reset_lane)(keys.at[some].get(mode="clip"))
-        tree = jax.tree.map(lambda x, new: x.at[some].set(new, mode="drop"), tree, fresh)
+        tree = _renew(lambda old, new: old.at[some].set(new, mode="drop"), tree, fresh)
         return done + size, tree
 
     return jax.lax.while_loop(remain, reset_some, (0, stepped))[1]
+
+
+def _renew(renew: Callable[[Array, Array], Array], stepped: PyTree, fresh: PyTree) -> PyTree:
+    """`stepped`, each leaf renewed from `fresh` but what is `Lasting`."""
+
+    def lasts(node: Any) -> bool:
+        return isinstance(node, Lasting)
+
+    def one(old: Any, new: Any) -> Any:
+        return old if lasts(old) else renew(old, new)
+
+    return jax.tree.map(one, stepped, fresh, is_leaf=lasts)
 
 
 def _strong(tree: PyTree[Array]) -> PyTree[Array]:

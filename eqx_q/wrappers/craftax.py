@@ -69,6 +69,7 @@ class Game:
     lanes_per_reset: int | None
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
+    num_agents: None = None
 
     def __post_init__(self):
         obs, _ = jax.eval_shape(self.env.reset_env, jax.random.key(0), self.params)

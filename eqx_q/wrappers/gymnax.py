@@ -44,6 +44,7 @@ class Game:
     params: Any
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
+    num_agents: None = None
     lanes_per_reset: None = None
 
     def __post_init__(self):

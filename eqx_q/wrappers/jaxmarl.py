@@ -21,11 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
-from ..types import TimeStep
-from . import autoreset
-from .autoreset import LaneState, Report
-from .env import Env
+from .autoreset import Lasting, Report
 from .jaxmarl_rules import RULES, Rules
+from .lanes import Lanes
 from .options import TeamReward, TimeLimit, require_choice, require_count
 
 
@@ -33,7 +31,7 @@ class Play(eqx.Module):
     """The state of one lane. `steps` counts on over all its episodes, resets included."""
 
     game: PyTree
-    steps: Int[Array, ""]
+    steps: Lasting
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,9 +57,12 @@ class Game:
     time_limit: TimeLimit
     pad: bool
     shaped_reward_horizon: float
-    shaped_reward_lanes: int | None
+    shaped_reward_lanes: int
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
+    num_agents: int = dataclasses.field(init=False)
+    max_episode_steps: int | None = dataclasses.field(init=False)
+    lanes_per_reset: None = None
     action_mask: Bool[np.ndarray, "M A"] | None = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -84,21 +85,18 @@ class Game:
         object.__setattr__(self, "observation_space", Box(box))
         object.__setattr__(self, "action_space", Discrete(gymnasium.spaces.Discrete(max(counts))))
         object.__setattr__(self, "action_mask", None if mask.all() else mask)
+        object.__setattr__(self, "num_agents", len(self.env.agents))
+        object.__setattr__(self, "max_episode_steps", self.rules.longest(self.env))
 
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Starts an episode in one lane."""
         obs, state = self.env.reset(key)
         no, zeros = jnp.array(False), jnp.zeros(len(self.env.agents))
-        return Play(state, jnp.int32(0)), self._report(obs, state, zeros, zeros, no, no)
+        return Play(state, Lasting(jnp.int32(0))), self._report(obs, state, zeros, zeros, no, no)
 
-    def step(
-        self, play: Play, action: Int[Array, " M"], key: PRNGKeyArray, lanes: int
-    ) -> tuple[Play, Report]:
-        """Acts in one lane. Not JaxMARL's `step`, which resets at once and hides where it did.
-
-        **Arguments:** `lanes`: how many step at once, by which a shaped reward is annealed.
-        """
-        before = play.game
+    def step(self, state: Play, action: Int[Array, " M"], key: PRNGKeyArray) -> tuple[Play, Report]:
+        """Acts in one lane. Not JaxMARL's `step`, which resets at once and hides where it did."""
+        before, steps = state.game, state.steps.value
         actions = {agent: action[i] for i, agent in enumerate(self.env.agents)}
         obs, after, rewards, done, info = self.env.step_env(key, before, actions)
         done = jnp.asarray(done["__all__"], bool)
@@ -109,14 +107,18 @@ class Game:
         reward = self._by_agent(rewards)
         shaped = jnp.zeros_like(reward)
         if self.shaped_reward_horizon > 0:
-            progress = play.steps * (lanes / self.shaped_reward_horizon)
+            progress = steps * (self.shaped_reward_lanes / self.shaped_reward_horizon)
             shaped = self._by_agent(info["shaped_reward"]) * jnp.maximum(1.0 - progress, 0.0)
         report = self._report(obs, after, reward, shaped, terminated, done & ~terminated)
-        return Play(after, play.steps), report
+        return Play(after, Lasting(steps + 1)), report
 
-    def render(self, play: Play) -> UInt8[np.ndarray, "height width 3"] | None:
+    def render(self, state: Play) -> UInt8[np.ndarray, "height width 3"] | None:
         """One lane, where there are rules to draw it by."""
-        return self.rules.draw(self.env, play.game)
+        return self.rules.draw(self.env, jax.tree.map(np.asarray, state.game))
+
+    def replace(self, options: dict[str, Any]) -> "Game":
+        """The same with other options."""
+        return _game(self.source, self.options | options)
 
     def _report(self, obs, state, reward, shaped, terminated, truncated) -> Report:
         if self.team_reward == "shared":
@@ -176,51 +178,6 @@ class Game:
         return [first[agent].shape for agent in actions]
 
 
-class JaxMARLEnv(Env):
-    """Lanes of one JaxMARL environment."""
-
-    game: Game = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
-    num_envs: int = eqx.field(static=True)
-    num_agents: int = eqx.field(static=True)
-    on_host: bool = eqx.field(static=True)
-    max_episode_steps: int | None = eqx.field(static=True)
-
-    def __init__(self, game: Game, num_envs: int):
-        self.game = game
-        self.observation_space = game.observation_space
-        self.action_space = game.action_space
-        self.num_envs = num_envs
-        self.num_agents = len(game.env.agents)
-        self.on_host = False
-        self.max_episode_steps = game.rules.longest(game.env)
-
-    def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
-        return autoreset.reset(self.game.reset, key, self.num_envs)
-
-    def step(
-        self, state: LaneState, action: Int[Array, "N M"], key: PRNGKeyArray
-    ) -> tuple[LaneState, TimeStep]:
-        lanes = self.game.shaped_reward_lanes or self.num_envs
-        step = functools.partial(self.game.step, lanes=lanes)
-        after, timestep = autoreset.step(self.game.reset, step, state, action, key)
-        # An episode starts anew, the annealing does not.
-        after = eqx.tree_at(lambda s: s.inner.steps, after, state.inner.steps + 1)
-        return after, timestep
-
-    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "JaxMARLEnv":
-        if not options:
-            return JaxMARLEnv(self.game, num_envs)
-        return make(self.game.source, num_envs, seed=seed, **(self.game.options | options))
-
-    def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
-        return self.game.render(jax.tree.map(lambda x: np.asarray(x[lane]), state.inner))
-
-    def close(self) -> None:
-        pass
-
-
 def ids() -> list[str]:
     """All of JaxMARL whose agents each observe one array and have discrete actions."""
     return [name for name in _CLASSES if name not in _UNFIT]
@@ -231,7 +188,7 @@ def accepts(source: Any, options: dict[str, Any]) -> bool:
     return isinstance(source, MultiAgentEnv)
 
 
-def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> JaxMARLEnv:
+def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
     """Makes lanes of a JaxMARL environment.
 
     Where a team acts against others whose rewards are no part of its own (most of MPE's games
@@ -259,11 +216,17 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> JaxMAR
             the shaped reward goes down from 1 to 0, as in JaxMARL's baselines. 0: no shaped reward.
             `episode.returns` never counts it.
         - `shaped_reward_lanes`: the lanes that count there: those of one learner, where many learn
-            at once. By default all.
+            at once. By default `num_envs`; `replicate` keeps that.
     """
     del seed
+    if options.get("shaped_reward_lanes") is None:
+        options["shaped_reward_lanes"] = num_envs
+    return Lanes(_game(source, options), num_envs)
+
+
+def _game(source: Any, options: dict[str, Any]) -> Game:
     if not isinstance(source, str):
-        return JaxMARLEnv(_game(source, options, source, options), num_envs)
+        return _configured(source, options, source, options)
     if source not in registered_envs:
         raise UnknownNameError("JaxMARL environment", source, ids())
     if source not in _CLASSES:
@@ -272,7 +235,7 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> JaxMAR
             "and give that environment instead of the name"
         )
     # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
-    return JaxMARLEnv(_named_game(source, pickle.dumps(sorted(options.items()))), num_envs)
+    return _named_game(source, pickle.dumps(sorted(options.items())))
 
 
 @functools.cache
@@ -292,7 +255,7 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
         with warnings.catch_warnings():  # of Overcooked, that it has a successor, for example
             warnings.simplefilter("ignore")
             env = _CLASSES[name](**arguments)
-        return _game(name, options, env, ours)
+        return _configured(name, options, env, ours)
     except UsageError:
         raise
     except Exception as error:  # what it trips over in options that it does not check
@@ -300,7 +263,9 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
         raise UsageError(f"JaxMARL cannot make {name} with these options: {message}") from error
 
 
-def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]) -> Game:
+def _configured(
+    source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]
+) -> Game:
     """**Arguments:** `options`: all that `make` was given; `ours`: those that JaxMARL has not."""
     known_rules = next((rules for kind, rules in RULES if isinstance(env, kind)), None)
     rules = known_rules or Rules()
@@ -314,11 +279,10 @@ def _game(source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[s
         raise UsageError(
             f"the agents of {env.name} are not paid the same: team_reward must be sum or mean"
         )
-    horizon, lanes = ours["shaped_reward_horizon"], ours["shaped_reward_lanes"]
+    horizon = ours["shaped_reward_horizon"]
     if not isinstance(horizon, int | float) or isinstance(horizon, bool) or not horizon >= 0:
         raise UsageError(f"shaped_reward_horizon is {horizon!r}: give 0 or more env steps")
-    if lanes is not None:
-        require_count("shaped_reward_lanes", lanes)
+    require_count("shaped_reward_lanes", ours["shaped_reward_lanes"])
     if horizon > 0 and not rules.shaped:
         raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
     return Game(source, options, env, rules, **ours)

@@ -22,7 +22,8 @@ class Game(Protocol):
 
     **Attributes:**
 
-    - `observation_space`, `action_space`, `max_episode_steps`: as in [`eqx_q.wrappers.Env`][].
+    - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`: as in
+        [`eqx_q.wrappers.Env`][].
     - `lanes_per_reset`: `None`: a reset is cheap, and computed in every lane and step. A number:
         it is dear, and computed for one in so many lanes at once; see `autoreset.step`.
     """
@@ -31,6 +32,8 @@ class Game(Protocol):
     def observation_space(self) -> Box: ...
     @property
     def action_space(self) -> Discrete: ...
+    @property
+    def num_agents(self) -> int | None: ...
     @property
     def max_episode_steps(self) -> int | None: ...
     @property
@@ -41,7 +44,7 @@ class Game(Protocol):
         ...
 
     def step(
-        self, state: PyTree, action: Int[Array, ""], key: PRNGKeyArray
+        self, state: PyTree, action: Int[Array, "*M"], key: PRNGKeyArray
     ) -> tuple[PyTree, Report]:
         """Acts in one lane."""
         ...
@@ -62,7 +65,7 @@ class Lanes(Env):
     observation_space: Box = eqx.field(static=True)
     action_space: Discrete = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
-    num_agents: None = eqx.field(static=True)
+    num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
     max_episode_steps: int | None = eqx.field(static=True)
 
@@ -71,7 +74,7 @@ class Lanes(Env):
         self.observation_space = game.observation_space
         self.action_space = game.action_space
         self.num_envs = num_envs
-        self.num_agents = None
+        self.num_agents = game.num_agents
         self.on_host = False
         self.max_episode_steps = game.max_episode_steps
 
@@ -79,7 +82,7 @@ class Lanes(Env):
         return autoreset.reset(self.game.reset, key, self.num_envs)
 
     def step(
-        self, state: LaneState, action: Int[Array, " N"], key: PRNGKeyArray
+        self, state: LaneState, action: Int[Array, "N *M"], key: PRNGKeyArray
     ) -> tuple[LaneState, TimeStep]:
         ratio = self.game.lanes_per_reset
         at_once = None if ratio is None else -(-self.num_envs // ratio)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eqx_q.wrappers import autoreset
-from eqx_q.wrappers.autoreset import Report, Running
+from eqx_q.wrappers.autoreset import Lasting, Report, Running
 
 
 def reset_lane(key):
@@ -104,11 +104,15 @@ class Dice:
     def reset(self, key):
         world = jax.random.uniform(key)
         jax.debug.callback(self.count, world)  # called for each of many lanes
-        return (world, key), Report(world, jnp.float32(0), jnp.array(False), jnp.array(False))
+        return (world, key, Lasting(jnp.int32(0))), Report(
+            world, jnp.float32(0), jnp.array(False), jnp.array(False)
+        )
 
     def step(self, state, action, key):
         lives = (jax.random.uniform(key) > 0.3) | (action == 2)
-        return state, Report(state[0], jnp.float32(1), ~lives, action == 1)
+        world, world_key, steps = state
+        state = (world, world_key, Lasting(steps.value + 1))
+        return state, Report(world, jnp.float32(1), ~lives, action == 1)
 
     def roll(self, num_envs, resets_at_once):
         """40 steps; in the tenth of them every lane is cut."""
@@ -144,6 +148,7 @@ def test_resets_in_batches_are_those_of_every_lane(resets_at_once):
     expected = every.roll(num_envs, None)
     got = batched.roll(num_envs, resets_at_once)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+    np.testing.assert_array_equal(got[0].inner[2].value, 40)  # it outlasts every episode
     first = expected[1].first[1:]
     assert first.all(1).any() and not first.any(1).all()
     # Nobody shares a world with a neighbour, nor keeps that of an episode before.
