@@ -28,10 +28,14 @@ _FINAL_FRACTION = 0.05  # of the run: its episodes make the final training retur
 
 @dataclass(frozen=True)
 class Suite:
-    """Overrides of `scripts/train.py` per environment; protocols to evaluate under afterwards."""
+    """Overrides of `scripts/train.py` per environment; protocols to evaluate under afterwards.
+
+    `score`: what the environment says of an episode that counts beside its return.
+    """
 
     tasks: list[list[str]]
     protocols: tuple[str, ...] = ()
+    score: str | None = None
 
 
 def _atari(*games: str) -> Suite:
@@ -47,6 +51,12 @@ SUITES = {
     "memory": Suite(
         [
             ["agent=pqn_rnn", "env=memory_chain", "total_steps=300_000"],
+            [
+                "agent=pqn_rnn",
+                "env=memory_chain",
+                "agent.network_options.memory=mingru",
+                "total_steps=300_000",
+            ],
             ["agent=pqn", "env=memory_chain", "tuned=pqn_cartpole", "total_steps=300_000"],
             ["agent=pqn_rnn", "env=cartpole"],
             ["agent=pqn_rnn", "env=cartpole", "+env.observe=[0,2]"],
@@ -59,6 +69,17 @@ SUITES = {
             for env in ("mpe", "overcooked", "pettingzoo")
             for mixer in ("vdn", "independent")
         ]
+    ),
+    "smax": Suite(
+        [
+            ["agent=pqn_vdn", "env=smax", f"agent.mixer={mixer}", "total_steps=2_000_000"]
+            for mixer in ("vdn", "independent")
+        ],
+        score="won",
+    ),
+    "craftax": Suite(
+        [[f"agent={agent}", "env=craftax_classic"] for agent in ("pqn", "pqn_rnn")],
+        score="percent_of_maximum",
     ),
     "atari-pong": _atari("Pong"),
     "atari-5": _atari("Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"),
@@ -104,7 +125,7 @@ def _script(name: str, *arguments: str) -> None:
         sys.exit(f"error: scripts/{name}.py failed with the message above")
 
 
-def collect(directory: Path) -> list[dict[str, Any]]:
+def collect(directory: Path, score: str | None = None) -> list[dict[str, Any]]:
     """The results of a run, finished or not, one per seed in it."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "episode_return" in row]
@@ -126,19 +147,31 @@ def collect(directory: Path) -> list[dict[str, Any]]:
             "greedy_curve": thin_out(greedy(rows, member)),
         }
         | ({"seed": summary["seed"] + member} if "seed" in summary else {})
+        | ({score: _scores(rows, score, member)} if score else {})
         for member in range(members)
     ]
 
 
-def training(rows: list[dict[str, Any]], member: int) -> np.ndarray:
+def _scores(rows: list[dict[str, Any]], score: str, member: int) -> dict[str, Any]:
+    in_training, greedily = training(rows, member, score), greedy(rows, member, score)
+    return {
+        "training": final_return(in_training),
+        "greedy": float(greedily[-1, 1]) if len(greedily) else None,
+        "training_curve": thin_out(in_training),
+        "greedy_curve": thin_out(greedily),
+    }
+
+
+def training(rows: list[dict[str, Any]], member: int, name: str = "return") -> np.ndarray:
     """`[points, 3]`: steps, mean return of the episodes ended since the point before, how many."""
-    points = [_point(row, "episode_return", "episodes", member) for row in rows]
+    points = [_point(row, f"episode_{name}", "episodes", member) for row in rows]
     return np.array([point for point in points if point[2] > 0]).reshape(-1, 3)
 
 
-def greedy(rows: list[dict[str, Any]], member: int) -> np.ndarray:
+def greedy(rows: list[dict[str, Any]], member: int, name: str = "return") -> np.ndarray:
     """`[points, 3]`: steps, mean return of an evaluation, 1."""
-    points = [_point(row, "eval/return", None, member) for row in rows if "eval/return" in row]
+    name = f"eval/{name}"
+    points = [_point(row, name, None, member) for row in rows if name in row]
     return np.array(points).reshape(-1, 3)
 
 
@@ -194,6 +227,7 @@ def main() -> None:
         results = environments[name] = {
             "overrides": overrides,
             "total_steps": config["total_steps"],
+            "score": suite.score,
             "seeds": [],
         }
         for seed in [0] if args.together else range(args.seeds):
@@ -205,7 +239,7 @@ def main() -> None:
                 for protocol in suite.protocols:
                     evaluate(directory, protocol, args.episodes)
             if (directory / "metrics.jsonl").exists():
-                results["seeds"] += collect(directory)
+                results["seeds"] += collect(directory, suite.score)
             out = args.out or RESULTS / f"learning_{args.suite}.json"
             write(out, {"suite": args.suite, "environments": environments})
 

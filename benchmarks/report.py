@@ -12,6 +12,7 @@ given human-normalised, from the no-op scores of atari_scores.csv (Wang et al. 2
 
 import argparse
 import csv
+import itertools
 import json
 import os
 from pathlib import Path
@@ -75,8 +76,10 @@ def _column(seeds: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Without the columns in which there is nothing."""
+    filled = [any(column) for column in zip(*rows, strict=True)]
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(itertools.compress(line, filled))} |" for line in lines)
 
 
 def _origin(result: dict[str, Any]) -> str:
@@ -105,6 +108,8 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
             continue
         steps = min(seed["env_steps"] for seed in seeds)
         greedy = _column(seeds, "greedy_return")
+        score = environment.get("score")
+        scores = _column([seed[score] for seed in seeds], "greedy") if score else np.zeros((0, 1))
         rows.append(
             [
                 name,
@@ -112,10 +117,11 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 estimate(_column(seeds, "training_return")),
                 estimate(greedy),
                 ", ".join(f"{value:.1f}" for value in greedy[:, 0]),
+                f"{score}: {estimate(scores, digits=2)}" if score else "",
                 _references(references, name),
             ]
         )
-    head = ["environment", "steps", "training", "greedy", "greedy, each seed"]
+    head = ["environment", "steps", "training", "greedy", "greedy, each seed", "greedy, besides"]
     return _table([*head, "peers, training / greedy"], rows)
 
 

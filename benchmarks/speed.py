@@ -60,6 +60,20 @@ CASES = {
         "purejaxql",
         {"script": "pqn_rnn_gymnax", "algorithm": "pqn_rnn_cartpole"},
     ),
+    "rnn_memory_chain": Case(
+        ["agent=pqn_rnn", "env=memory_chain"],
+        100_000,
+        "purejaxql",
+        {"script": "pqn_rnn_gymnax", "algorithm": "pqn_rnn_memory_chain"},
+        beside={
+            f"eqx_q, {memory}": [
+                "agent=pqn_rnn",
+                "env=memory_chain",
+                f"agent.network_options.memory={memory}",
+            ]
+            for memory in ("lstm", "mingru")
+        },
+    ),
     "vdn_smax": Case(
         ["agent=pqn_vdn", "env=smax"],
         2 * 128 * 128,

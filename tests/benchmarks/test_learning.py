@@ -48,6 +48,20 @@ def test_collect_takes_every_member_and_its_evaluations(tmp_path):
     assert second["protocols"] == {"sticky": 2.5}
 
 
+def test_collect_takes_what_counts_beside_the_return(tmp_path):
+    row = {"env_steps": 10, "episode_return": 2.0, "episodes": 4, "eval/return": 3.0}
+    rows = [row | {"episode_won": 0.25, "eval/won": 0.5}, row | {"env_steps": 20}]
+    rows[1] |= {"episode_won": 0.75, "eval/won": 1.0}
+    _run(tmp_path / "run", rows, status="done", seed=0, eval_return_per_seed=[3.0])
+    (only,) = learning.collect(tmp_path / "run", "won")
+    assert only["won"] == {
+        "training": 0.75,
+        "greedy": 1.0,
+        "training_curve": [[10.0, 0.25], [20.0, 0.75]],
+        "greedy_curve": [[10.0, 0.5], [20.0, 1.0]],
+    }
+
+
 def test_collect_takes_runs_that_are_not_finished(tmp_path):
     _run(tmp_path / "run", [{"env_steps": 10, "episode_return": 2.0, "episodes": 1}])
     (only,) = learning.collect(tmp_path / "run")
@@ -76,4 +90,4 @@ def test_names_tell_tasks_of_one_environment_apart():
     config = {"env": {"suite": "gymnax", "name": "X"}}
     assert learning.task_name(minatar, minatar.tasks[0], config) == "gymnax/X"
     hidden = "gymnax/X agent=pqn_rnn +env.observe=[0,2]"
-    assert learning.task_name(memory, memory.tasks[3], config) == hidden
+    assert learning.task_name(memory, memory.tasks[4], config) == hidden

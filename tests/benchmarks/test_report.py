@@ -59,6 +59,15 @@ def _seed(value, **more):
     }
 
 
+def test_what_counts_beside_the_return_has_a_column_where_there_is_any():
+    result = _learning("jaxmarl/X", [_seed(1.0, won={"greedy": won}) for won in (0.8, 0.9, 1.0)])
+    references = {"returns": {}}
+    assert "besides" not in report.learning_table(result, references)
+    result["environments"]["jaxmarl/X"]["score"] = "won"
+    text = report.learning_table(result, references)
+    assert "| greedy, besides |" in text and "| won: **0.90** [0.80, 1.00] |" in text
+
+
 def test_the_report_replaces_itself_between_the_markers(tmp_path):
     seeds = [_seed(v, protocols={"sticky": v}) for v in (10.0, 11.0, 12.0)]
     result = _learning("envpool/Pong-v5", seeds)
@@ -84,7 +93,7 @@ def test_the_report_replaces_itself_between_the_markers(tmp_path):
 
 def test_one_seed_has_no_interval():
     table = report.learning_table(_learning("x/y", [_seed(3.0)]), {"returns": {}})
-    assert "| x/y | 2 M | 3.0 | 4.0 | 4.0 |  |" in table
+    assert "| x/y | 2 M | 3.0 | 4.0 | 4.0 |\n" in f"{table}\n"
 
 
 def test_memory_is_told_with_where_it_came_from(tmp_path):
