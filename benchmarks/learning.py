@@ -17,9 +17,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from omegaconf import OmegaConf
 from record import RESULTS, ROOT, compose, write
 
 _MAX_POINTS = 100
@@ -47,7 +48,7 @@ _MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 SUITES = {
     "classic": Suite([["env=cartpole"], ["env=acrobot"], ["env=mountain_car"]]),
     "minatar": Suite([["env=minatar", f"env.name={game}-MinAtar"] for game in _MINATAR]),
-    "gymnasium": Suite([["env=gymnasium", "env.name=CartPole-v1", "tuned=pqn_cartpole"]]),
+    "gymnasium": Suite([["env=gymnasium", "env.name=CartPole-v1"]]),
     "memory": Suite(
         [
             ["agent=pqn_rnn", "env=memory_chain", "total_steps=300_000"],
@@ -103,6 +104,7 @@ def _chosen(task: list[str]) -> list[str]:
 
 def run(directory: Path, overrides: list[str]) -> None:
     """Trains in `directory`, unless that is done; goes on where it was interrupted."""
+    _check_same(directory, overrides)
     if _summary(directory).get("status") == "done":
         print(f"done already: {directory}", flush=True)
     elif any((directory / "checkpoints").glob("*")):
@@ -110,6 +112,20 @@ def run(directory: Path, overrides: list[str]) -> None:
     else:
         shutil.rmtree(directory, ignore_errors=True)  # it was interrupted before a checkpoint
         _script("train", *overrides, "tracker=jsonl", "video.every=0", f"hydra.run.dir={directory}")
+
+
+def _check_same(directory: Path, overrides: list[str]) -> None:
+    """A directory may hold a run of another configuration, of which this would tell untruths."""
+    if not (directory / "config.yaml").exists():
+        return
+    stored = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    there, here = cast(dict[str, Any], stored), compose(overrides)
+    for name in ("total_steps", "num_envs", "seed", "num_seeds", "agent", "env"):
+        before, now = there[name], here[name]
+        if isinstance(now, dict):  # of keys that were added since, the run had the default
+            before, now = ({k: part.get(k) for k in before if k in now} for part in (before, now))
+        if before != now:
+            sys.exit(f"error: {directory} holds a run with {name} {before}, not {now}: move it")
 
 
 def evaluate(directory: Path, protocol: str, episodes: int) -> None:
@@ -136,6 +152,7 @@ def collect(directory: Path, score: str | None = None) -> list[dict[str, Any]]:
         for path in sorted(directory.glob("evaluation_*.json"))
     }
     kept = ("status", "seed", "steps_per_second", "compile_seconds", "wall_seconds", "device")
+    kept += ("commit",)
     return [
         {
             **{name: summary[name] for name in kept if name in summary},

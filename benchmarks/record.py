@@ -15,6 +15,8 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
+from eqx_q.wrappers.registry import SUITES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LOAD = os.getloadavg()[0]  # before the benchmark adds its own
@@ -31,7 +33,8 @@ def provenance() -> dict[str, Any]:
     """How a result came about. Paths in the command are shortened to their last part."""
     command = " ".join(re.sub(r"[^\s=]*/(?=[^/\s])", "", word) for word in sys.argv[1:])
     versions = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnax", "gymnasium", "envpool"):
+    suites = [suite.package for suite in SUITES.values()]
+    for package in ("jax", "jaxlib", "equinox", "optax", "numpy", *suites, "mpe2"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

@@ -113,7 +113,7 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{steps / 1e6:.3g} M",
+                _steps(steps, environment.get("total_steps", steps)),
                 estimate(_column(seeds, "training_return")),
                 estimate(greedy),
                 ", ".join(f"{value:.1f}" for value in greedy[:, 0]),
@@ -123,6 +123,12 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
         )
     head = ["environment", "steps", "training", "greedy", "greedy, each seed", "greedy, besides"]
     return _table([*head, "peers, training / greedy"], rows)
+
+
+def _steps(done: int, planned: int) -> str:
+    """In millions; of how many, where the run is not finished."""
+    rest = f" of {planned / 1e6:.3g}" if done < planned else ""
+    return f"{done / 1e6:.3g}{rest} M"
 
 
 def atari_table(result: dict[str, Any]) -> str | None:

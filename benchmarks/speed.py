@@ -26,13 +26,18 @@ from record import LOAD, RESULTS, ROOT, commit, compose, write
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: our configuration, the peer's script, and more of ours beside it."""
+    """What is compared: our configuration, the peer's script, and more of ours beside it.
+
+    `loss`: how many times ours the peer's loss is, and with it the norm that gradients are clipped
+    to.
+    """
 
     overrides: list[str]
     total_steps: int
     peer: str
     request: dict[str, Any]
     beside: dict[str, list[str]] = field(default_factory=dict)
+    loss: float = 1.0
 
 
 CASES = {
@@ -79,6 +84,7 @@ CASES = {
         2 * 128 * 128,
         "purejaxql",
         {"script": "pqn_vdn_rnn_jaxmarl", "algorithm": "pqn_vdn_rnn_smax"},
+        loss=2.0,
     ),
     "craftax": Case(
         ["env=craftax"],
@@ -142,6 +148,8 @@ def peer_request(case: Case, config: dict[str, Any], path: str) -> dict[str, Any
     """What the peer's driver is to run: its own configuration file, with our values."""
     argument, names = _PEERS[case.peer]
     values = {theirs: _select(config, ours) for theirs, ours in names.items()}
+    if "MAX_GRAD_NORM" in values:
+        values["MAX_GRAD_NORM"] *= case.loss
     return {**case.request, "path": str(Path(path).resolve()), argument: values}
 
 
@@ -236,6 +244,9 @@ def main() -> None:
         name, _, path = args.peer.partition("=")
         if name != case.peer or not Path(path).is_dir():
             parser.error(f"{args.case} is compared with {case.peer}: give --peer {case.peer}=PATH")
+        unknown = {o.split("=")[0] for o in args.override} - set(_PEERS[name][1].values())
+        if unknown:
+            parser.error(f"{name} is not given {', '.join(unknown)}: leave it out, or --peer")
         contestants[name] = (args.peer_python, f"run_{name}", peer_request(case, config, path))
         result |= {"peer": name, "peer_commit": commit(Path(path))}
     for name, overrides in case.beside.items():

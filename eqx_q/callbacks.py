@@ -294,7 +294,7 @@ class Progress:
             self._bar = tqdm(
                 total=int(metrics["total_steps"]),
                 initial=int(metrics["env_steps"]),
-                unit="step",
+                unit="step" if np.ndim(metrics["episode_return"]) == 0 else "step of each seed",
                 unit_scale=True,
                 file=self._stream,
             )
@@ -304,7 +304,8 @@ class Progress:
     def _line(self, metrics: Metrics) -> str:
         done, total = int(metrics["env_steps"]), int(metrics["total_steps"])
         speed = float(np.sum(metrics["steps_per_second"]))
-        left = (total - done) / max(speed, 1e-9)
+        members = np.size(metrics["episode_return"])  # who share the speed
+        left = (total - done) * members / max(speed, 1e-9)
         parts = [
             f"{done:,}/{total:,} steps ({done / total:.0%})",
             f"{speed:,.0f} steps/s",

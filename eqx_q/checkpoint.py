@@ -119,7 +119,9 @@ def load_latest(directory: str | os.PathLike) -> tuple[PyTree, Path]:
         raise CorruptFileError(
             f"all {len(candidates)} checkpoints in '{directory}' are damaged: start the run anew"
         )
-    raise UsageError(f"there is no checkpoint in '{directory}': give the directory of a run")
+    raise UsageError(
+        f"there is no checkpoint in '{directory}': the run ended before its first, start it anew"
+    )
 
 
 def newest_checkpoint(directory: str | os.PathLike) -> Path | None:

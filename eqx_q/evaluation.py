@@ -26,8 +26,7 @@ class Episodes(eqx.Module):
 class _State(eqx.Module):
     """Where an evaluation stands: each lane fills its own row of `played`.
 
-    `length` counts the steps since counting began: at the episode's start, or at the last cut;
-    `offset` is the return that the episode had there.
+    `cut_length` and `cut_return` are what the game's episode had at its last cut, or 0.
     """
 
     env_state: object
@@ -37,8 +36,8 @@ class _State(eqx.Module):
     played: Episodes
     finished: Int[Array, " lanes"]
     capped: Bool[Array, "lanes episodes"]
-    length: Int[Array, " lanes"]
-    offset: Float[Array, " lanes"]
+    cut_length: Int[Array, " lanes"]
+    cut_return: Float[Array, " lanes"]
 
 
 def evaluate(
@@ -137,8 +136,8 @@ def _initial(agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray) -> _S
         played=Episodes(rows, rows.astype(jnp.int32), metrics),
         finished=jnp.zeros(lanes, jnp.int32),
         capped=jnp.zeros((lanes, per_lane), bool),
-        length=jnp.zeros(lanes, jnp.int32),
-        offset=jnp.zeros(lanes),
+        cut_length=jnp.zeros(lanes, jnp.int32),
+        cut_return=jnp.zeros(lanes),
     )
 
 
@@ -155,13 +154,14 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
         key, act_key, env_key = jax.random.split(state.key, 3)
         decision = decide(agent, state.timestep, state.memory, epsilon=epsilon, key=act_key)
         env_state, timestep = env.step(state.env_state, decision.action, env_key)
-        length = jnp.where(timestep.first, 0, state.length + 1)
-        offset = jnp.where(timestep.first, 0.0, state.offset)
-        cut = (length == cap) & ~timestep.episode.ended
-        counts = timestep.episode.ended | cut
+        episode, anew = timestep.episode, state.timestep.episode.ended  # not `first`: see lives
+        cut_length = jnp.where(anew, 0, state.cut_length)
+        cut_return = jnp.where(anew, 0.0, state.cut_return)
+        length = episode.length - cut_length
+        cut = (length == cap) & ~episode.ended
+        counts = episode.ended | cut
         slot = jnp.where(counts, state.finished, per_lane)
-        returns = timestep.episode.returns - offset
-        ended = Episodes(returns, length, timestep.episode.metrics)
+        ended = Episodes(episode.returns - cut_return, length, episode.metrics)
         return _State(
             env_state=env_state,
             timestep=timestep,
@@ -174,8 +174,8 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
             ),
             capped=state.capped.at[lanes, slot].set(cut, mode="drop"),
             finished=state.finished + counts,
-            length=jnp.where(cut, 0, length),
-            offset=jnp.where(cut, timestep.episode.returns, offset),
+            cut_length=jnp.where(cut, episode.length, cut_length),
+            cut_return=jnp.where(cut, episode.returns, cut_return),
         )
 
     return jax.lax.while_loop(running, step, state)

@@ -14,8 +14,9 @@ import logging
 import operator
 import pkgutil
 import platform
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ def make_agent(config: Config, env: Env) -> Agent:
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, set(known) - {"key"})
-
+    for name in _traced(config) & set(options):
+        number(config, f"agent.{name}")
     if env.num_agents is not None:
         options["num_agents"] = env.num_agents
 
@@ -105,8 +107,16 @@ def _agent_key(seed):
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
-def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[str, Any]:
+def train_run(
+    config: Config,
+    directory: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Trains as `config` says, and leaves the results in `directory`.
+
+    **Arguments:** `on_start`: called when all that `config` asks for has been made.
 
     **Returns:** the summary, which is in `summary.json` too.
     **Raises:** `UsageError` for what the configuration gets wrong.
@@ -122,6 +132,7 @@ def train_run(config: Config, directory: Path, *, resume: bool = False) -> dict[
         run_state = _restored(config, directory, env, agent) if resume else None
         crew = _crew(config, directory, env, run_state, stack)
         total = whole(config, "total_steps", least=1)
+        on_start()
         if run_state is not None and _env_steps(run_state.agent) >= total:
             _end_again(directory, crew, run_state, total)
         else:
@@ -211,7 +222,7 @@ class _Crew(NamedTuple):
 
 def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
-    budget = TimeBudget(config["eval"]["time_fraction"])
+    budget = TimeBudget(fraction(config, "eval.time_fraction"))
     begin = 0 if run_state is None else _env_steps(run_state.agent)
     tracker = _closing(stack, _tracker(config, directory, begin))
     interrupt = stack.enter_context(Interrupt())
@@ -284,12 +295,13 @@ def evaluate_run(
     epsilon: float = 0.0,
     max_episode_steps: int | None = None,
     protocol: Mapping[str, Any] | None = None,
-    video: bool = False,
+    video: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the agent that a run left behind, in the environment that it was trained in.
 
     **Arguments:** `episodes`, `num_envs`: per member. `protocol`: options of the environment that
-    differ from training; by default those of the run's own evaluations.
+    differ from training; by default those of the run's own evaluations. `video`: a file for the
+    GIF of an episode.
 
     **Returns:** returns per member with their statistics, and how they were come by.
     """
@@ -314,7 +326,10 @@ def evaluate_run(
             )
             frames, _ = record_episode(agent, scene, key=key)
             if frames:
-                write_gif(directory / "media" / "evaluation.gif", frames)
+                write_gif(video, frames)
+                logger.info("written to %s", video)
+            else:
+                logger.warning("no video: %s cannot be drawn", _env_name(config))
     returns = np.atleast_2d(played.returns)
     return {
         "env": _env_name(config),
@@ -358,6 +373,22 @@ def whole(config: Config, name: str, *, least: int = 0) -> int:
     return int(value)
 
 
+def number(config: Config, name: str) -> float:
+    """A number of the configuration. Raises `UsageError` where it is something else."""
+    value = _at(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"{name}={value}: give a number")
+    return float(value)
+
+
+def fraction(config: Config, name: str) -> float:
+    """A number from 0 to 1. Raises `UsageError` where it is something else."""
+    value = number(config, name)
+    if not 0 <= value <= 1:
+        raise UsageError(f"{name}={value}: give a number from 0 to 1")
+    return value
+
+
 def whole_or_none(config: Config, name: str) -> int | None:
     """Like `whole`, of at least 1, where the key may be null."""
     given = _at(config, name) is not None
@@ -371,8 +402,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _evaluation(config, env, budget, stack) -> Evaluation | None:
-    options = config["eval"]
-    if options["every"] == 0:
+    if config["eval"]["every"] == 0:
         return None
     lanes = whole_or_none(config, "eval.num_envs") or (
         _LANES_ON_HOST if env.on_host else _LANES_IN_JAX
@@ -388,7 +418,7 @@ def _evaluation(config, env, budget, stack) -> Evaluation | None:
         every=_every(config, "eval", parts=20),
         num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
         seed=seed + 1,
-        epsilon=options["epsilon"],
+        epsilon=fraction(config, "eval.epsilon"),
         max_episode_steps=whole_or_none(config, "eval.max_episode_steps") or _episode_cap(env),
         budget=budget,
     )
@@ -436,7 +466,7 @@ def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
 
 def _every(config: Config, section: str, *, parts: int) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
-    if config[section]["every"]:
+    if config[section]["every"] is not None:
         return whole(config, f"{section}.every", least=1)
     return max(1, whole(config, "total_steps") // parts)
 
@@ -468,6 +498,7 @@ def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
         "status": "done" if last["env_steps"] >= last["total_steps"] else "stopped",
         "agent": config["agent"]["_target_"],
         "env": _env_name(config),
+        "chosen": config.get("chosen"),
         "seed": config["seed"],
         "num_seeds": config["num_seeds"],
         "env_steps": last["env_steps"],
@@ -494,12 +525,27 @@ def _env_name(config: Config) -> str:
 
 
 def _provenance() -> dict[str, Any]:
-    """The device, and the versions of what matters where it is installed."""
+    """The device, the versions of what matters where it is installed, and our commit."""
     versions = {"python": platform.python_version()}
     for package in ("eqx_q", "jax", "jaxlib", "equinox", "optax", "numpy", *_SUITE_PACKAGES):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
+    device = jax.devices()[0].device_kind
+    return {"device": device, "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, `-dirty` where files differ; `None` outside of one."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return (
+            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +29,7 @@ from eqx_q.run import changeable
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
+_failed: list[str] = []  # of a sweep's runs, what they ended with
 
 # A run in progress cannot change these.
 _FIXED = {"agent", "env", "tuned", "num_envs", "seed", "num_seeds"}
@@ -53,12 +56,17 @@ def launch(main: Callable[[], Any]) -> None:
         _fail(_explain(error))
     except OSError as error:
         _fail(_unwritable(error.filename, error))
-    except KeyboardInterrupt:
-        _fail("interrupted before there was anything to save")
+    except KeyboardInterrupt as interruption:
+        _fail(str(interruption) or "interrupted before there was anything to save")
+    if _failed:
+        _fail(f"{len(_failed)} of the sweep's runs failed, with the messages above")
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Decorates what `hydra.main` calls: a `UsageError` ends the process with its one line."""
+    """Decorates what `hydra.main` calls: a `UsageError` ends the process with its one line.
+
+    Of a sweep it ends one run, and the others go on.
+    """
 
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> Any:
@@ -66,11 +74,27 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             _check_kinds(config)
             return function(config)
         except UsageError as error:
-            _fail(str(error))
+            if not _is_sweep():
+                _fail(str(error))
+            _failed.append(str(error))
+            _say(str(error))
+            return math.nan
         except Exception as error:
             raise _TaskError(error) from error
 
     return wrapped
+
+
+def end_sweep() -> None:
+    """Where a run of a sweep was stopped by hand, the others are not begun."""
+    if _is_sweep():
+        raise KeyboardInterrupt("the sweep was stopped: go on with the runs that are missing")
+
+
+def chosen() -> dict[str, Any]:
+    """What was chosen of the groups, by name: for the record."""
+    choices = HydraConfig.get().runtime.choices
+    return {group: choices.get(group) for group in ("agent", "env", "tuned", "protocol")}
 
 
 def run_directory(config: DictConfig) -> Path:
@@ -87,8 +111,10 @@ def run_directory(config: DictConfig) -> Path:
         raise UsageError(_unwritable(str(directory), error)) from None
     metrics = directory / "metrics.jsonl"
     if not config.resume and metrics.exists() and metrics.stat().st_size:
+        begun = any((directory / "checkpoints").glob("*.ckpt"))
+        mend = f"continue it with resume={directory}" if begun else "delete it"
         raise UsageError(
-            f"'{directory}' already holds a run: continue it with resume={directory}, "
+            f"'{directory}' already holds a run: {mend}, "
             "or choose another directory with hydra.run.dir=DIR"
         )
     return directory
@@ -112,7 +138,11 @@ def stored_config(directory: Path) -> DictConfig:
     """The configuration of a run. Raises `UsageError` where the directory holds none."""
     path = Path(directory) / "config.yaml"
     if not path.exists():
-        raise UsageError(f"'{directory}' is not a run directory: there is no config.yaml in it")
+        below = sorted(Path(directory).glob("*/config.yaml"))
+        hint = f"; the newest run below it is '{below[-1].parent}'" if below else ""
+        raise UsageError(
+            f"'{directory}' is not a run directory: there is no config.yaml in it{hint}"
+        )
     try:
         config = OmegaConf.load(path)
     except (OSError, ValueError, yaml.YAMLError):
@@ -163,8 +193,16 @@ def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> s
     return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
-def _fail(message: str) -> NoReturn:
+def _is_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str) -> NoReturn:
+    _say(message)
     sys.exit(1)
 
 

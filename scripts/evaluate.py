@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
-from eqx_q.run import evaluate_run, whole, whole_or_none, write_json
+from eqx_q.run import evaluate_run, fraction, whole, whole_or_none, write_json
 
 logger = logging.getLogger("eqx_q")
 
@@ -20,19 +20,20 @@ def main(config: DictConfig) -> float:
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to evaluate: give run=DIR")
     directory = Path(config.run)
-    given = settings(config)
+    stored, given = settings(stored_config(directory)), settings(config)
+    protocol = HydraConfig.get().runtime.choices.get("protocol")
+    protocol = protocol or stored.get("chosen", {}).get("protocol", "as_trained")
     result = evaluate_run(
-        settings(stored_config(directory)),
+        stored,
         directory,
         episodes=whole(given, "episodes", least=1),
         num_envs=whole_or_none(given, "num_envs"),
         seed=whole(given, "seed"),
-        epsilon=given["epsilon"],
+        epsilon=fraction(given, "epsilon"),
         max_episode_steps=whole_or_none(given, "max_episode_steps"),
         protocol=given.get("protocol"),
-        video=given["video"],
+        video=directory / "media" / f"evaluation_{protocol}.gif" if given["video"] else None,
     )
-    protocol = HydraConfig.get().runtime.choices.get("protocol") or "as_trained"
     path = directory / f"evaluation_{protocol}.json"
     write_json(path, {"protocol": protocol, **result})
     print(_table(result))

@@ -3,7 +3,17 @@
 import logging
 import os
 
-from _app import hydra, launch, log_tuned_values, resumed, run_directory, settings, task
+from _app import (
+    chosen,
+    end_sweep,
+    hydra,
+    launch,
+    log_tuned_values,
+    resumed,
+    run_directory,
+    settings,
+    task,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.files import write_whole
@@ -22,15 +32,23 @@ def main(config: DictConfig) -> float | None:
         config = resumed(config)
     else:
         log_tuned_values()
+        OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.deterministic:  # read when JAX first touches a device, which is later
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    write_whole(directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()])
     logger.info("run directory: %s", directory)
-    summary = train_run(settings(config), directory, resume=resume)
+    summary = train_run(
+        settings(config),
+        directory,
+        resume=resume,
+        on_start=lambda: write_whole(
+            directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
+        ),
+    )
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
+        end_sweep()
     return summary["eval_return_mean"]
 
 

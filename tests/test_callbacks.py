@@ -188,7 +188,7 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):
     progress = Progress(stream)
     progress(state, metrics)
     assert stream.getvalue() == (
-        "500/2,000 steps (25%)  100 steps/s  return 15  eval 8  0:00:15 left\n"
+        "500/2,000 steps (25%)  100 steps/s  return 15  eval 8  0:00:45 left\n"
     )
     progress(state, metrics)  # less than ten seconds later
     assert stream.getvalue().count("\n") == 1

@@ -125,7 +125,10 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     change = ["total_steps=2000", "agent.learning_rate=1e-5", "agent.schedule_steps=99"]
     status, _, err = script("train", "resume=run", *change)
     assert status == 0, err
-    assert script("train", "resume=run", "total_steps=2500")[0] == 0  # what was changed stays so
+    status, _, err = script("train", "resume=run", "total_steps=2500", "agent.discount=5")
+    assert status == 1 and "discount=5" in err
+    # What was refused leaves nothing behind; what was changed stays so.
+    assert script("train", "resume=run", "total_steps=2500")[0] == 0
     agent = load(tmp_path / "run" / "agent.eqx")
     agent = agent if num_seeds == 1 else agent.member(1)
     assert agent.env_steps == 2560
@@ -134,6 +137,14 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.num_epochs=2")
     assert status == 1
     assert "leave out 'agent.num_epochs=2' (of the agent it can change discount, epsilon_" in err
+
+
+def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
+    options = [*SMALL, *QUIET, "total_steps=128", "hydra.sweep.dir=sweep"]
+    status, _, err = script("train", "-m", *options, "agent.discount=5,0.5")
+    assert status == 1
+    assert "error: discount=5" in err and "error: 1 of the sweep's runs failed" in err
+    assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
 def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_path):
@@ -199,6 +210,10 @@ BAD_INPUT = {
     "total_steps=1.5": "total_steps=1.5: give a whole number",
     "num_seeds=0": "num_seeds=0: give a whole number of at least 1",
     "total_steps=inf": "total_steps=inf: give a whole number",
+    "checkpoint.every=0": "checkpoint.every=0: give a whole number of at least 1",
+    "eval.every=50 eval.epsilon=7": "eval.epsilon=7.0: give a number from 0 to 1",
+    "eval.time_fraction=null": "eval.time_fraction=None: give a number",
+    "agent.schedule_steps=soon": "agent.schedule_steps=soon: give a number",
     "checkpoint.keep=0": "checkpoint.keep=0: give a whole number of at least 1",
     "checkpoint.keep=null": "checkpoint.keep=None: give a whole number",
     "log_every=1.5": "log_every=1.5: give a whole number",
@@ -209,7 +224,9 @@ BAD_INPUT = {
     "resume=damaged": "config.yaml' is damaged: ",
     "devices=2": "devices=2: only devices=1 is supported so far",
     "hydra.run.dir=file/run": "cannot write to the run directory",
-    "hydra.run.dir=used": "already holds a run: continue it with resume=",
+    "hydra.run.dir=used": "already holds a run: delete it, or choose another directory",
+    "hydra.run.dir=above/begun": "already holds a run: continue it with resume=",
+    "resume=above": "no config.yaml in it; the newest run below it is 'above/begun'",
     "resume=nowhere": "'nowhere' is not a run directory: there is no config.yaml in it",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
@@ -227,6 +244,11 @@ def test_bad_input_gets_one_line(script, tmp_path, arguments):
     (tmp_path / "damaged" / "config.yaml").write_text("")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text("{}\n")
+    begun = tmp_path / "above" / "begun"
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "checkpoints" / "1.ckpt").touch()
+    (begun / "metrics.jsonl").write_text("{}\n")
+    (begun / "config.yaml").touch()
     status, _, err = script("train", *SMALL, *QUIET, "total_steps=100", *arguments.split())
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -1,5 +1,6 @@
 """Evaluation counts whole episodes, equally many from every lane."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -42,6 +43,30 @@ def test_lengths_and_metrics_are_those_of_the_episodes():
         cut = play_episodes(make_agent(env), env, max_episode_steps=2, **options)
     np.testing.assert_array_equal(cut.lengths, cut.returns)
     np.testing.assert_array_equal(cut.metrics["half"][4:], [1.0, 1.5, 1.0, 2.0])
+
+
+class Lives(Clock):
+    """Every second step costs a life, which ends the learner's episode and not the game's."""
+
+    def _emit(self, count, first):
+        state, timestep = super()._emit(count, first)
+        lost = (count % 2 == 0) & (count > 0)
+        return state, eqx.tree_at(
+            lambda t: (t.terminated, t.first),
+            timestep,
+            (timestep.terminated | lost, first | (count % 2 == 1)),
+        )
+
+
+def test_a_lost_life_ends_no_episode():
+    env = Lives(6)
+    options = {"num_episodes": 6, "key": jax.random.key(0)}
+    whole = play_episodes(make_agent(env), env, **options)
+    np.testing.assert_array_equal(whole.returns, [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(whole.lengths, whole.returns)
+    with pytest.warns(UserWarning, match="2 of 6 episodes were cut at 4"):
+        cut = play_episodes(make_agent(env), env, max_episode_steps=4, **options)
+    np.testing.assert_array_equal(cut.returns, [1, 2, 3, 4, 4, 4])
 
 
 def test_epsilon_one_acts_at_random():

@@ -4,6 +4,7 @@ Training is one compiled call there: it is lowered and compiled first, then time
 The argument is JSON: `path`, `script`, `algorithm` (its configuration file), `overrides`, `seed`.
 """
 
+import copy
 import importlib
 import json
 import resource
@@ -30,7 +31,12 @@ config: Any = OmegaConf.to_container(
         request["overrides"],
     )
 )
-train, key = script.make_train(config), jax.random.PRNGKey(request["seed"])
+key = jax.random.PRNGKey(request["seed"])
+if hasattr(script, "env_from_config"):  # of teams: the environment is made before
+    env, _ = script.env_from_config(copy.deepcopy(config))
+    train = script.make_train(config, env)
+else:
+    train = script.make_train(config)
 
 start = time.perf_counter()
 compiled = jax.jit(train).lower(key).compile()

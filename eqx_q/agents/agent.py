@@ -59,7 +59,8 @@ class Agent(eqx.Module):
             axis in `obs`); by default that of an episode's start.
         - `first`: where an episode starts, so that memory is reset.
         - `action_mask`: legal actions.
-        - `reward`: that led to `obs`, for networks that look at it.
+        - `reward`: that came with `obs`, for networks that look at it; in a team each agent's, or
+            one for all.
         - `epsilon`: probability of a random legal action; by default the schedule's.
         - `key`: randomness. Without it the choice is greedy.
         """
@@ -96,7 +97,7 @@ def decide(
         memory,
         first=timestep.first,
         action_mask=timestep.action_mask,
-        reward=timestep.reward,
+        reward=timestep.reward if timestep.agent_reward is None else timestep.agent_reward,
         epsilon=epsilon,
         key=key,
     )

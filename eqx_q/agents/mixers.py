@@ -7,15 +7,20 @@ own is a team of one.
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, UsageError
 from ..types import TimeStep
 
 
 class AbstractMixer(eqx.Module):
-    """From agents' values to those that are regressed on targets."""
+    """From agents' values to those that are regressed on targets. It has no parameters."""
+
+    def __check_init__(self):
+        if jax.tree.leaves(eqx.filter(self, eqx.is_array)):
+            raise UsageError(f"{type(self).__name__} holds arrays, and a mixer is not trained")
 
     @abc.abstractmethod
     def mix(self, values: Float[Array, "*lanes M"]) -> Float[Array, "*lanes K"]:

@@ -115,7 +115,7 @@ class PQN(Agent):
         num_agents: int | None = None,
         network: str | eqx.Module = "auto",
         network_options: dict[str, Any] | None = None,
-        mixer: str = "independent",
+        mixer: str | AbstractMixer = "independent",
         rollout_length: int = 32,
         burn_in: int = 0,
         num_epochs: int = 2,
@@ -142,7 +142,8 @@ class PQN(Agent):
             module: an `AbstractQNetwork`, or any that maps one observation to Q-values `[A]`.
         - `num_agents`: `M` of a team, else `None`.
         - `network_options`: options of the named network.
-        - `mixer`: `"vdn"` or `"independent"`; without a team they are the same.
+        - `mixer`: `"vdn"`, `"independent"` or an `AbstractMixer`; without a team the first two are
+            the same.
         - `learning_rate_end`: by default the learning rate stays constant.
 
         Every other argument is an attribute of the class.
@@ -171,6 +172,8 @@ class PQN(Agent):
         }
         check_sizes(sizes)
         check_ranges(traced)
+        if "num_agents" in (network_options or {}):
+            raise UsageError("num_agents is no option of the network: give it to create itself")
         if isinstance(network, str):
             network = make_network(
                 network,
@@ -197,7 +200,7 @@ class PQN(Agent):
         parameters = eqx.filter(network, eqx.is_inexact_array)
         return cls(
             network=network,
-            mixer=make_mixer(mixer),
+            mixer=make_mixer(mixer) if isinstance(mixer, str) else mixer,
             statistics=network.initial_statistics(),
             optimizer_state=optax.radam(0.0).init(parameters),
             env_steps=jnp.zeros((), jnp.uint32),
@@ -252,7 +255,9 @@ class PQN(Agent):
         self._check_memory(memory, math.prod(lanes))
 
         def rows(x):  # one step of all lanes and agents, as a network takes it
-            return None if x is None else self._of_each_agent(x).reshape(1, -1)
+            if x is not None and jnp.shape(x) != lanes:
+                x = self._of_each_agent(x)
+            return None if x is None else jnp.reshape(jnp.asarray(x), (1, -1))
 
         obs = jnp.asarray(obs, self.observation_space.dtype)
         output = _compute(
@@ -264,6 +269,7 @@ class PQN(Agent):
             last_reward=rows(reward),
         )
         mask = None if action_mask is None else jnp.asarray(action_mask)
+        self._check_shape("action_mask", mask, (*lanes, int(self.action_space.n)))
         q_values = legal(output.q_values.reshape(*lanes, -1), mask)
         if key is None:
             action = jnp.argmax(q_values, axis=-1)
@@ -374,6 +380,12 @@ class PQN(Agent):
         if not lanes or lanes[1:] != team:
             expected = ", ".join(["steps", "lanes", *map(str, team)])
             raise UsageError(f"actions have shape {rollout.actions.shape}, not ({expected})")
+        seen = (num_steps + 1, *lanes)
+        obs_shape = self.observation_space.shape
+        self._check_shape("timesteps.obs", rollout.timesteps.obs, (*seen, *obs_shape))
+        num_actions = int(self.action_space.n)
+        self._check_shape("action_mask", rollout.timesteps.action_mask, (*seen, num_actions))
+        self._check_shape("agent_mask", rollout.timesteps.agent_mask, seen)
         if num_steps <= self.burn_in:
             raise UsageError(
                 f"a rollout of {num_steps} steps leaves nothing after burn_in={self.burn_in}: give "
@@ -393,6 +405,13 @@ class PQN(Agent):
 
         widened = jax.tree.map(lambda x: x[:, :, None], parts(rollout))
         return eqx.tree_at(parts, rollout, widened, is_leaf=lambda x: x is None)
+
+    def _check_shape(self, name: str, x: AnyArray | None, expected: tuple[int, ...]) -> None:
+        if x is not None and x.shape != expected:
+            raise UsageError(
+                f"{name} has shape {x.shape}, not {expected}: axes are steps (a rollout has one "
+                "timestep more than actions), lanes, agents of a team, then one's own"
+            )
 
     def _check_memory(self, memory: Memory, num_rows: int) -> None:
         if not self.has_memory:
@@ -550,7 +569,11 @@ class PQN(Agent):
             rollout.memory,
             rows(rollout.actions),
             first=rows(self._of_each_agent(steps.first)),
-            last_reward=rows(self._of_each_agent(steps.reward)),
+            last_reward=rows(
+                self._of_each_agent(steps.reward)
+                if steps.agent_reward is None
+                else steps.agent_reward
+            ),
             batch_mask=None if batch_mask is None else rows(batch_mask),
         )
         return output.q_values.reshape(*lengths, -1), output.memory, output.statistics

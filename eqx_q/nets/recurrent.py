@@ -216,10 +216,10 @@ class LSTM(AbstractRecurrence):
 def linear_recurrence(
     decay: Float[Array, "T *features"], x: Float[Array, "T *features"], start: Float[Array, "..."]
 ) -> Float[Array, "T *features"]:
-    """`h_t = decay_t h_{t-1} + x_t`, with `start` before the first, for all `t` in parallel.
+    """`h_t = decay_t h_{t-1} + x_t`, with `start` before the first.
 
-    It takes log T steps (Blelloch 1990, §1.4; Martin & Cundy 2018, §2). Where `decay_t` is 0, what
-    came before is forgotten.
+    For all `t` in parallel, in log T steps (Blelloch 1990, §1.4; Martin & Cundy 2018, §2); on CPU
+    one after the other. Where `decay_t` is 0, what came before is forgotten.
     """
     return _linear_recurrence(decay, x, start)[0]
 

@@ -29,9 +29,13 @@ ENCODERS: dict[str, Callable[..., Sequential]] = {
 }
 
 
-def has_channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether images of this shape are `[C, H, W]`: fewer channels than columns."""
-    return len(shape) == 3 and shape[0] < shape[-1]
+def has_channels_first(space: gymnasium.spaces.Box) -> bool:
+    """Whether these are pictures `[C, H, W]`: bytes, with fewer channels than columns.
+
+    Grids of features are floats, and have their features last, however many those are.
+    """
+    shape = space.shape
+    return space.dtype == np.uint8 and len(shape) == 3 and shape[0] < shape[-1]
 
 
 def choose_encoder(shape: tuple[int, ...]) -> str:
@@ -72,7 +76,8 @@ def make_network(
     - `key`: for the parameters.
     - `normalize_input`: batch normalisation of the raw observations, instead of scaling them.
     - `input_scale`: a factor for the observations; by default 1/255 for `uint8`, else 1.
-    - `channels_first`: whether images are `[C, H, W]`; by default that is seen from their shape.
+    - `channels_first`: whether images are `[C, H, W]`; by default bytes with fewer channels than
+        columns are, and floats are not.
     - `head`: `"linear"` or `"dueling"`.
     - `init`: of the weights, one of `layers.INITIALIZERS`. By default each encoder's own, and
         `lecun_normal` after it, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the
@@ -82,14 +87,16 @@ def make_network(
     - `last_action`, `last_reward`: whether the memory sees those too.
     - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: there is no team.
     - `share_parameters`: whether one network serves all agents of a team, or each has its own.
-    - `agent_id`: whether a network that is shared sees which agent it computes for: before the
-        encoder where observations are vectors, else after it.
+    - `agent_id`: whether a network that is shared sees which agent it computes for, as one-hot
+        beside the observation's last axis (in pictures: constant channels).
     - `options`: of the encoder: `hidden_sizes`, `norm`, `activation`, and more, see there.
 
     **Raises:** `UsageError` for a name, an option or a shape that cannot work.
     """
     shape = observation_space.shape
-    channels_first = has_channels_first(shape) if channels_first is None else channels_first
+    channels_first = (
+        has_channels_first(observation_space) if channels_first is None else channels_first
+    )
     if name == "auto":
         name = choose_encoder((*shape[1:], shape[0]) if channels_first else shape)
     if name not in ENCODERS:
@@ -167,23 +174,19 @@ def _make_encoder(
 ) -> tuple[list[AbstractLayer], int]:
     """Layers from raw observations to features, and how many features there are."""
     layers: list[AbstractLayer] = []
+    if channels_first and (normalize_input or num_agents is not None):
+        layers.append(ChannelsLast())
+        shape, channels_first = (*shape[1:], shape[0]), False
     if normalize_input:
-        if channels_first:
-            layers.append(ChannelsLast())
-            shape, channels_first = (*shape[1:], shape[0]), False
         layers.append(BatchNorm(shape[-1]))
         input_scale = 1.0
-    flat = len(shape) == 1
-    if num_agents is not None and flat:
+    if num_agents is not None:
         layers += [Scale(input_scale), AgentId(num_agents)]
-        shape, input_scale = (shape[0] + num_agents,), 1.0
+        shape, input_scale = (*shape[:-1], shape[-1] + num_agents), 1.0
     layers.append(
         encoder(shape, key=key, input_scale=input_scale, channels_first=channels_first, **options)
     )
     (features,) = output_shape(layers[-1], shape)
-    if num_agents is not None and not flat:
-        layers.append(AgentId(num_agents))
-        features += num_agents
     return layers, features
 
 

@@ -16,7 +16,7 @@ from .network import AbstractQNetwork, NetworkOutput
 
 
 class AgentId(AbstractLayer):
-    """Features `[B, features]`, then which of `num_agents` agents the row is, as one-hot."""
+    """Features `[B, *axes, features]`, then as one-hot which of `num_agents` agents the row is."""
 
     num_agents: int = eqx.field(static=True)
 
@@ -27,10 +27,10 @@ class AgentId(AbstractLayer):
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         """Raises `UsageError` where the rows are not those of whole teams."""
-        num_teams = _num_teams(x.shape[0], self.num_agents)
-        return jnp.concatenate(
-            [x, jnp.tile(jnp.eye(self.num_agents), (num_teams, 1))], axis=-1
-        ), None
+        ids = jnp.tile(jnp.eye(self.num_agents), (_num_teams(x.shape[0], self.num_agents), 1))
+        ids = ids.reshape(len(ids), *[1] * (x.ndim - 2), self.num_agents)
+        ids = jnp.broadcast_to(ids, (*x.shape[:-1], self.num_agents))
+        return jnp.concatenate([x, ids], axis=-1), None
 
 
 class PerAgent(AbstractQNetwork):

@@ -71,7 +71,12 @@ class AimTracker(Tracker):
         self._process: subprocess.Popen[str] | None = None
 
         if importlib.util.find_spec("aim") is None:
-            self._give_up("it is not installed", "run `pip install 'eqx_q[train]'`")
+            mend = (
+                "run `pip install 'eqx_q[train]'`"
+                if sys.version_info < (3, 12)
+                else ("take tracker=jsonl: this Python is newer than what Aim can run on, 3.11")
+            )
+            self._give_up("it is not installed", mend)
             return
         try:
             self._process = subprocess.Popen(
@@ -87,7 +92,7 @@ class AimTracker(Tracker):
             return
         self._feeder = threading.Thread(target=self._feed, args=(self._process,), daemon=True)
         self._feeder.start()
-        name = "run" if directory is None else Path(directory).absolute().name
+        name = "run" if directory is None else "/".join(Path(directory).absolute().parts[-2:])
         members = 1 if num_members is None or _is_summed_up(num_members) else num_members
         self._send(
             repo=self._repo,

@@ -63,6 +63,8 @@ class _Session:
                 for name, value in message["params"].items():
                     run[name] = value
                 run["member"] = i
+                if isinstance(message["params"].get("seed"), int):
+                    run["seed"] = message["params"]["seed"] + i
         elif kind == "metrics":
             for i, values, context in message["records"]:
                 self.runs[i].track(values, step=step, context=context)

@@ -156,8 +156,11 @@ def _host(
         elif vector is None:
             vector = SyncVectorEnv([one] * num_envs)
             spec = vector.envs[0].spec
-    except (gymnasium.error.Error, TypeError, ImportError) as error:
-        raise UsageError(f"Gymnasium cannot make {source!r}: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # whatever an environment's constructor trips over
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"Gymnasium cannot make {source!r}: {what}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
     return GymnasiumHost(vector, seed, limit, recipe)
 

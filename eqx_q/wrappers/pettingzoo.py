@@ -328,8 +328,10 @@ def _host(
             options["render_mode"] = "rgb_array"
             env = _parallel(create(**options))
         envs = [env, *(_parallel(create(**options)) for _ in range(1, num_envs))]
-    except (TypeError, ImportError) as error:
-        what = " ".join(str(error).split())
+    except UsageError:
+        raise
+    except Exception as error:  # whatever an environment's constructor trips over
+        what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"PettingZoo cannot make {source!r}: {what}") from error
     return PettingZooHost(envs, seed, pad, team_reward, recipe)
 

@@ -45,7 +45,8 @@ def make(source: Any, num_envs: int, *, seed: int = 0, observe: Any = None, **op
     **Arguments:**
 
     - `source`: `"suite/name"`, or one's own: a gymnax environment, a pair of it and its
-        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
+        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment. Where
+        PettingZoo is installed, a function is called once more, to see what it makes.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
     - `observe`: a list of those entries of the observation's last axis that are not hidden:

@@ -272,6 +272,12 @@ def test_bad_input_of_update_and_act():
         make_agent(num_minibatches=5).update(make_rollout(), key=jax.random.key(0))
     with pytest.raises(UsageError, match="obs has shape"):
         make_agent().act(np.zeros((4, 7), np.float32))
+    agent, rollout = make_agent(), make_rollout()
+    short = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
+    with pytest.raises(UsageError, match=r"timesteps.obs has shape .* one timestep more"):
+        agent.update(eqx_q.Rollout(short, rollout.actions), key=jax.random.key(0))
+    with pytest.raises(UsageError, match="action_mask has shape"):
+        agent.act(rollout.timesteps.obs[0], action_mask=np.ones(5, bool))
 
 
 def test_traced_hyperparameters_compile_nothing_anew():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_q
+from eqx_q.agents.mixers import AbstractMixer
 from eqx_q.errors import UsageError
 from eqx_q.types import Episode, Rollout, TimeStep
 
@@ -185,3 +186,26 @@ def test_what_does_not_fit_is_refused():
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), num_agents=0)
     with pytest.raises(UsageError, match="unknown mixer 'vnd': the nearest are vdn"):
         make_agent("vnd")
+    with pytest.raises(UsageError, match="num_agents is no option of the network"):
+        eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network_options={"num_agents": 3})
+
+
+def test_a_mixer_of_ones_own():
+    class Mean(AbstractMixer):
+        def mix(self, values):
+            return jnp.mean(values, axis=-1, keepdims=True)
+
+        def reward(self, timestep):
+            return jnp.asarray(timestep.reward)[..., None]
+
+        def acts(self, acting):
+            return jnp.any(acting, axis=-1, keepdims=True)
+
+    class Weighted(Mean):
+        weight: jax.Array = eqx.field(default_factory=lambda: jnp.ones(3))
+
+    rollout = make_rollout()
+    targets = make_agent(Mean(), discount=0.0, reward_scale=2.0).targets(rollout)
+    np.testing.assert_allclose(targets, 2.0 * rollout.timesteps.reward[1:], rtol=1e-6)
+    with pytest.raises(UsageError, match="Weighted holds arrays, and a mixer is not trained"):
+        Weighted()

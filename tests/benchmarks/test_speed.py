@@ -96,6 +96,10 @@ def test_peers_get_our_hyperparameters_and_schedules_keep_their_length():
         "LR": 5e-4,
     }
     assert request["overrides"].items() >= expected.items()
+    smax = speed.CASES["vdn_smax"]  # whose loss is not halved there
+    config = speed.configuration(smax.overrides, 1_000_000)
+    assert config["agent"]["max_grad_norm"] == 0.5
+    assert speed.peer_request(smax, config, ".")["overrides"]["MAX_GRAD_NORM"] == 1.0
 
 
 def test_the_library_alone_end_to_end(tmp_path):

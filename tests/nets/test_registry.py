@@ -24,23 +24,24 @@ def modules(network, kind):
 
 
 @pytest.mark.parametrize(
-    ("shape", "first", "name"),
+    ("shape", "dtype", "first", "name"),
     [
-        ((4,), False, "mlp"),
-        ((3, 7), False, "mlp"),
-        ((10, 10, 4), False, "minatar_cnn"),
-        ((10, 10, 10), False, "minatar_cnn"),
-        ((4, 84, 84), True, "nature_cnn"),
-        ((84, 84, 4), False, "nature_cnn"),
-        ((2, 8, 9), True, "minatar_cnn"),
-        ((2, 2, 3), True, "mlp"),
+        ((4,), np.float32, False, "mlp"),
+        ((3, 7), np.uint8, False, "mlp"),
+        ((10, 10, 4), np.float32, False, "minatar_cnn"),
+        ((10, 10, 10), np.float32, False, "minatar_cnn"),
+        ((4, 5, 26), np.float32, False, "minatar_cnn"),  # Overcooked's grid of features
+        ((4, 84, 84), np.uint8, True, "nature_cnn"),
+        ((84, 84, 4), np.uint8, False, "nature_cnn"),
+        ((2, 8, 9), np.uint8, True, "minatar_cnn"),
+        ((2, 2, 3), np.uint8, True, "mlp"),
     ],
 )
-def test_auto_goes_by_the_shape(shape, first, name):
-    assert has_channels_first(shape) is first
+def test_auto_goes_by_the_shape(shape, dtype, first, name):
     channels_last = (*shape[1:], shape[0]) if first else shape
     assert choose_encoder(channels_last) == name
-    space = gymnasium.spaces.Box(-1, 1, shape, np.float32)
+    space = gymnasium.spaces.Box(0, 1, shape, dtype)
+    assert has_channels_first(space) is first
     a = make_network("auto", space, 3, key=KEY, hidden_sizes=(8,))
     b = make_network(name, space, 3, key=KEY, hidden_sizes=(8,))
     assert eqx.tree_equal(a, b)

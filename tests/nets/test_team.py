@@ -73,23 +73,21 @@ def test_normalised_input_leaves_the_agent_alone():
     assert_close(output.q_values, call(single, with_one_hot(normal)).q_values)
 
 
-@pytest.mark.parametrize("memory", ["none", "gru"])
-def test_features_of_images_are_followed_by_the_agent(memory):
-    options = {"hidden_sizes": (8,), "memory": memory, "memory_size": 4, "key": KEY}
-    team = make_network("minatar_cnn", GRID, ACTIONS, num_agents=M, **options)
-    blind = make_network("minatar_cnn", GRID, ACTIONS, **options)
-    obs = jnp.tile(observations(GRID)[:, :1], (1, N * M, 1, 1, 1))  # all agents see the same
-    encoder = blind.layer.layers[0] if memory == "none" else blind.encoder
-    features, _ = encoder(obs.reshape(-1, *GRID.shape))
-    x = with_one_hot(features.reshape(T, N * M, -1))
-    if memory == "none":
-        q_values, _ = team.layer.layers[-1](x.reshape(-1, 8 + M))
-    else:
-        x = jnp.concatenate([x, np.where(FIRST[..., None], 0, np.eye(ACTIONS)[ACTION])], -1)
-        (recurrence,) = team.recurrences
-        x, _ = recurrence(x, recurrence.initial_memory(N * M), jnp.asarray(FIRST))
-        q_values, _ = team.head(x.reshape(-1, 4))
-    assert_close(call(team, obs).q_values, q_values.reshape(T, N * M, -1))
+FRAMES = gymnasium.spaces.Box(0, 255, (3, 5, 6), np.uint8)  # channels first
+
+
+@pytest.mark.parametrize("space", [GRID, FRAMES])
+def test_pictures_have_channels_that_say_whose_they_are(space):
+    options = {"hidden_sizes": (8,), "key": KEY}
+    team = make_network("minatar_cnn", space, ACTIONS, num_agents=M, **options)
+    obs = observations(space)
+    pictures = jnp.moveaxis(obs / 255, 2, -1) if space is FRAMES else obs
+    agents = np.tile(np.eye(M, dtype=np.float32), (T, N, 1))[:, :, None, None]
+    agents = np.broadcast_to(agents, (*pictures.shape[:-1], M))
+    wider = jnp.concatenate([pictures, agents], axis=-1)
+    single_space = gymnasium.spaces.Box(0, 1, wider.shape[2:], np.float32)
+    single = make_network("minatar_cnn", single_space, ACTIONS, **options)
+    assert_close(call(team, obs).q_values, call(single, wider).q_values)
 
 
 @pytest.mark.parametrize("memory", ["none", "lstm", "mingru"])
