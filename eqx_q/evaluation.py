@@ -54,7 +54,8 @@ def evaluate(
     The `returns` of `play_episodes`, which takes the same arguments.
     """
     options = {"num_episodes": num_episodes, "key": key, "epsilon": epsilon}
-    return play_episodes(agent, env, max_episode_steps=max_episode_steps, **options).returns
+    played = play_episodes(agent, env, max_episode_steps=max_episode_steps, **options)
+    return np.asarray(played.returns)
 
 
 def play_episodes(

@@ -48,6 +48,7 @@ def launch(main: Callable[[], Any]) -> None:
     OmegaConf.register_new_resolver(
         "run_directory", _new_run_directory, use_cache=True, replace=True
     )
+    _failed.clear()
     try:
         main()
     except _TaskError as failure:

@@ -98,6 +98,7 @@ print(json.dumps(missing))
     }
     assert set(missing) == sources - {"eqx_q"}
     needs = {f"eqx_q.wrappers{suite.module}": suite.package for suite in SUITES.values()}
+    needs["eqx_q.wrappers.jaxmarl_rules"] = "jaxmarl"  # a part of that suite
     needs["eqx_q.wrappers.pettingzoo_bridge"] = "pettingzoo"  # its face loads it when it is used
     needs["eqx_q.tracking.aim_worker"] = "aim"  # a program of its own
     for module, package in missing.items():

@@ -572,7 +572,7 @@ class PQN(Agent):
             last_reward=rows(
                 self._of_each_agent(steps.reward)
                 if steps.agent_reward is None
-                else steps.agent_reward
+                else jnp.asarray(steps.agent_reward)
             ),
             batch_mask=None if batch_mask is None else rows(batch_mask),
         )

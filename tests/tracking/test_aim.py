@@ -115,7 +115,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
 
     runs = sorted(read(tmp_path), key=lambda run: run["name"])
     assert [run["hash"] for run in runs] == hashes
-    assert [run["name"] for run in runs] == ["pong #0", "pong #1"]
+    assert [run["name"] for run in runs] == [f"{tmp_path.name}/pong #{i}" for i in (0, 1)]
     first, second = runs
     assert first["experiment"] == "pqn_atari"
     assert first["params"]["agent"] == {"learning_rate": 0.5, "network": None}
