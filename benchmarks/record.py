@@ -47,9 +47,18 @@ def provenance() -> dict[str, Any]:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout, `-dirty` where files differ from it; `None` outside of git."""
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    """The commit of a checkout; `None` outside of git.
+
+    `-dirty` where files differ from it, other than results, which benchmarks themselves write.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    what = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return f"{what}-dirty" if changed else what or None
 
 
 def machine() -> dict[str, Any]:
