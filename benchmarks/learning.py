@@ -121,11 +121,18 @@ def _check_same(directory: Path, overrides: list[str]) -> None:
     stored = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     there, here = cast(dict[str, Any], stored), compose(overrides)
     for name in ("total_steps", "num_envs", "seed", "num_seeds", "agent", "env"):
-        before, now = there[name], here[name]
-        if isinstance(now, dict):  # of keys that were added since, the run had the default
-            before, now = ({k: part.get(k) for k in before if k in now} for part in (before, now))
-        if before != now:
-            sys.exit(f"error: {directory} holds a run with {name} {before}, not {now}: move it")
+        if _differ(there[name], here[name]):
+            sys.exit(
+                f"error: {directory} holds a run with {name} {there[name]}, not {here[name]}: "
+                "move it away, or give another directory with --runs"
+            )
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether two configurations do, but for keys that only one has: they are newer than a run."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differ(before[name], now[name]) for name in before.keys() & now.keys())
+    return before != now
 
 
 def evaluate(directory: Path, protocol: str, episodes: int) -> None:

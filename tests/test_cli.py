@@ -147,6 +147,17 @@ def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
     assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
+def test_a_sweep_ends_where_one_of_its_runs_is_stopped(script, monkeypatch):
+    summary = {"status": "stopped", "env_steps": 1, "steps_per_second": 1.0}
+    summary |= {"eval_return_per_seed": None, "eval_return_mean": None}
+    runs = []
+    train_run = lambda *arguments, **options: runs.append(arguments) or summary  # noqa: E731
+    monkeypatch.setattr("eqx_q.run.train_run", train_run)
+    status, _, err = script("train", "-m", *SMALL, *QUIET, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert status == 1 and "error: the sweep was stopped" in err
+    assert len(runs) == 1
+
+
 def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_path):
     options = [*SMALL, *QUIET, "total_steps=60_000", "checkpoint.every=2000", "checkpoint.keep=3"]
     assert script("train", *options, "hydra.run.dir=whole")[0] == 0

@@ -2,6 +2,7 @@ import json
 
 import learning
 import numpy as np
+import pytest
 
 
 def _run(directory, rows, **summary):
@@ -80,6 +81,21 @@ def test_runs_start_go_on_and_are_skipped(tmp_path, monkeypatch):
         learning.run(directory, ["env=cartpole"])
     assert calls[0][:2] == ("train", "env=cartpole") and f"hydra.run.dir={new}" in calls[0]
     assert calls[1:] == [("train", f"resume={begun}")]
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(learning, "_script", lambda *arguments: calls.append(arguments))
+    directory = tmp_path / "run"
+    _run(directory, [], status="done")
+    config = learning.compose(["env=minatar"])
+    del config["agent"]["network_options"]["memory"]  # an option newer than the run
+    (directory / "config.yaml").write_text(json.dumps(config))  # which YAML can read
+    learning.run(directory, ["env=minatar"])
+    for other in ("agent.lambda_=0.5", "agent.network_options.input_scale=1", "total_steps=8"):
+        with pytest.raises(SystemExit, match="holds a run with"):
+            learning.run(directory, ["env=minatar", other])
+    assert calls == []
 
 
 def test_names_tell_tasks_of_one_environment_apart():
