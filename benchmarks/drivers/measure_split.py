@@ -38,10 +38,14 @@ def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, i
     obs = jax.ShapeDtypeStruct((steps, rows, *space.shape), space.dtype)
     action, reward = (jax.ShapeDtypeStruct((steps, rows), t) for t in (jnp.int32, jnp.float32))
     products = _products(jax.make_jaxpr(q_values)(obs, action, reward).jaxpr, 1)
-    # Only products with a weight: others are sums in disguise, as in layer normalisation.
-    weights = [x for x in jax.tree.leaves(agent.network) if getattr(x, "ndim", 0) > 1]
-    shapes = {frozenset({n, x.size // n}) for x in weights for n in (x.shape[0], x.shape[-1])}
-    return [(product, times) for product, times in products if frozenset(product[1:]) in shapes]
+    # A product with a single column is a sum in disguise, as in layer normalisation, where it is
+    # not one with a weight.
+    heads = {x.shape[0] for x in jax.tree.leaves(agent.network) if x.shape[1:] == (1,)}
+    return [
+        ((rows, inner, columns), times)
+        for (rows, inner, columns), times in products
+        if columns > 1 or inner in heads
+    ]
 
 
 def _products(jaxpr, times):
@@ -87,20 +91,27 @@ def median_seconds(function, *args, repetitions: int = 5) -> float:
 
 
 def seconds_of(products: list[tuple[Product, int]], times: int) -> float:
-    """Seconds that `times` rounds of these products take, one after the other."""
+    """Seconds that `times` rounds of these products take, one after the other.
+
+    A product that is repeated, as in a recurrence, has the same weight every time.
+    """
     operands = [
         (jnp.full((rows, inner), 1e-3), jnp.full((inner, columns), 1e-3))
-        for (rows, inner, columns), repeated in products
-        for _ in range(repeated)
+        for (rows, inner, columns), _ in products
     ]
 
+    def corner(left, right):  # of a product that is needed whole
+        return jax.lax.optimization_barrier(left @ right)[0, 0]
+
     def round_(operands, _):
-        products = jax.lax.optimization_barrier([left @ right for left, right in operands])
-        # What one round computes enters the next, so that none can be left out.
-        return [
-            (left, right.at[0, 0].set(product[0, 0]))
-            for (left, right), product in zip(operands, products, strict=True)
-        ], None
+        # What one product computes enters the next, so that none can be left out.
+        after = []
+        for (left, right), (_, repeated) in zip(operands, products, strict=True):
+            left = jax.lax.fori_loop(
+                0, repeated, lambda _, x, right=right: x.at[0, 0].set(corner(x, right)), left
+            )
+            after.append((left, right.at[0, 0].set(left[0, 0])))
+        return after, None
 
     rounds = jax.jit(lambda operands: jax.lax.scan(round_, operands, None, length=times)[0])
     return median_seconds(rounds, operands)

@@ -52,65 +52,73 @@ def _forget(memory: PyTree[Array], first: Bool[Array, "*lanes"]) -> PyTree[Array
 
 # Gated recurrences -----------------------------------------------------------------------------
 
-# From the projected input and the projected state `[B, gates]`, and the state before (a tuple of
-# `[B, size]` whose first one is the output), to the state after: element by element.
-Cell: TypeAlias = Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]]
+# For each gate an array `[B, size]`. Of parts of one array XLA makes no vector instructions on CPU:
+# the same cell took five times as long.
+Gates: TypeAlias = tuple[Float[Array, "*steps B size"], ...]
+# From the projected input, the projected state and the state before (whose first one is the
+# output) to the state after: element by element.
+Cell: TypeAlias = Callable[[Gates, Gates, tuple[Array, ...]], tuple[Array, ...]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unroll(
     cell: Cell,
-    weight: Float[Array, "size gates"],
-    bias: Float[Array, "gates"],
-    x: Float[Array, "T B gates"],
+    weights: tuple[Float[Array, "size size"], ...],
+    biases: tuple[Float[Array, "size"], ...],
+    x: Gates,
     state: tuple[Float[Array, "B size"], ...],
     first: Bool[Array, "T B"],
 ) -> tuple[Float[Array, "T B size"], tuple[Float[Array, "B size"], ...]]:
     """`cell` over the steps of `x`: all outputs, and the last state.
 
-    The gradients of `weight` and `bias` are formed after the backward scan, as one product over
+    The gradients of weights and biases are formed after the backward scan, as one product over
     all steps and lanes. Differentiating the forward scan would give a small product a step, each
     to be added to an array of the weight's size.
     """
-    return _unroll_forwards(cell, weight, bias, x, state, first)[0]
+    return _unroll_forwards(cell, weights, biases, x, state, first)[0]
 
 
-def _unroll_forwards(cell, weight, bias, x, state, first):
+def _unroll_forwards(cell, weights, biases, x, state, first):
     def step(state, inputs):
         x, first = inputs
         state = _forget(state, first)
-        hidden = state[0] @ weight + bias
+        hidden = tuple(state[0] @ w + b for w, b in zip(weights, biases, strict=True))
         state = cell(x, hidden, state)
         return state, (hidden, state)
 
     last, (hidden, states) = lax.scan(step, state, (x, first))
     before = jax.tree.map(lambda start, s: jnp.concatenate([start[None], s[:-1]]), state, states)
-    return (states[0], last), (weight, x, hidden, before, first)
+    return (states[0], last), (weights, x, hidden, before, first)
 
 
 def _unroll_backwards(cell, residuals, gradients):
-    weight, x, hidden, before, first = residuals
+    weights, x, hidden, before, first = residuals
     before = _forget(before, first)
-    transposed = weight.T  # once, not at every step
+    transposed = [weight.T for weight in weights]  # once, not at every step
 
     def step(gradient, inputs):
         x, hidden, before, first, output = inputs
         gradient = (gradient[0] + output, *gradient[1:])
         _, backwards = jax.vjp(cell, x, hidden, before)
         x, hidden, gradient = backwards(gradient)
-        gradient = (gradient[0] + hidden @ transposed, *gradient[1:])
+        through = sum(h @ w for h, w in zip(hidden, transposed, strict=True))
+        gradient = (gradient[0] + through, *gradient[1:])
         return _forget(gradient, first), (x, hidden)
 
     outputs, last = gradients
     inputs = (x, hidden, before, first, outputs)
     start, (x, hidden) = lax.scan(step, last, inputs, reverse=True)
-    weight = jnp.einsum("tbi,tbj->ij", before[0], hidden)
-    return weight, jnp.sum(hidden, (0, 1)), x, start, None
+    weights = tuple(jnp.einsum("tbi,tbj->ij", before[0], h) for h in hidden)
+    return weights, tuple(jnp.sum(h, (0, 1)) for h in hidden), x, start, None
 
 
 _unroll.defvjp(_unroll_forwards, _unroll_backwards)
 # Else every call outside of a compiled program would compile the scan anew.
 _unroll_compiled = jax.jit(_unroll, static_argnums=0)
+
+
+def _split(x: Float[Array, "*rows gates"], num_gates: int) -> Gates:
+    return tuple(jnp.split(x, num_gates, axis=-1))
 
 
 def _gates(
@@ -129,8 +137,8 @@ def _gates(
 
 def _gru_cell(x, hidden, state):
     (before,) = state
-    x_reset, x_update, x_new = jnp.split(x, 3, axis=-1)
-    h_reset, h_update, h_new = jnp.split(hidden, 3, axis=-1)
+    x_reset, x_update, x_new = x
+    h_reset, h_update, h_new = hidden
     reset = jax.nn.sigmoid(x_reset + h_reset)
     update = jax.nn.sigmoid(x_update + h_update)
     new = jnp.tanh(x_new + reset * h_new)
@@ -163,16 +171,22 @@ class GRU(AbstractRecurrence):
     def __call__(
         self, x: Sequence, memory: Float[Array, "B size"], first: Start
     ) -> tuple[Sequence, Float[Array, "B size"]]:
-        size = self.bias.shape[0]
         projected, _ = self.projection(x)
-        bias = jnp.pad(self.bias, (2 * size, 0))
-        y, (memory,) = _unroll_compiled(_gru_cell, self.weight, bias, projected, (memory,), first)
+        zeros = jnp.zeros_like(self.bias)
+        y, (memory,) = _unroll_compiled(
+            _gru_cell,
+            _split(self.weight, 3),
+            (zeros, zeros, self.bias),
+            _split(projected, 3),
+            (memory,),
+            first,
+        )
         return y, memory
 
 
 def _lstm_cell(x, hidden, state):
     _, carried = state
-    i, f, g, o = jnp.split(x + hidden, 4, axis=-1)
+    i, f, g, o = (from_x + from_state for from_x, from_state in zip(x, hidden, strict=True))
     carried = jax.nn.sigmoid(f) * carried + jax.nn.sigmoid(i) * jnp.tanh(g)
     return jax.nn.sigmoid(o) * jnp.tanh(carried), carried
 
@@ -205,8 +219,10 @@ class LSTM(AbstractRecurrence):
         first: Start,
     ) -> tuple[Sequence, tuple[Float[Array, "B size"], Float[Array, "B size"]]]:
         projected, _ = self.projection(x)
-        bias = jnp.zeros(self.weight.shape[1])  # the projection has one already
-        return _unroll_compiled(_lstm_cell, self.weight, bias, projected, memory, first)
+        zeros = jnp.zeros(self.weight.shape[0])  # the projection has a bias already
+        return _unroll_compiled(
+            _lstm_cell, _split(self.weight, 4), (zeros,) * 4, _split(projected, 4), memory, first
+        )
 
 
 # Parallel scans --------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def test_matrix_products_of_a_recurrence_are_counted_at_every_step():
     )
     forward = measure_split.forward_products(agent, 2, steps=10)
     # All steps at once but for what goes from state to state; two actions are seen too.
-    expected = [((20, 4, 64), 1), ((20, 66, 48), 1), ((2, 16, 48), 10), ((20, 16, 2), 1)]
+    gate = ((2, 16, 16), 10)
+    expected = [((20, 4, 64), 1), ((20, 66, 48), 1), gate, gate, gate, ((20, 16, 2), 1)]
     assert sorted(forward) == sorted(expected)
     work = sum(2 * rows * inner * columns * n for (rows, inner, columns), n in expected)
     learning = measure_split.learning_products(forward)
