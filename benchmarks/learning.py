@@ -73,7 +73,7 @@ SUITES = {
     ),
     "smax": Suite(
         [
-            ["agent=pqn_vdn", "env=smax", f"agent.mixer={mixer}", "total_steps=2_000_000"]
+            ["agent=pqn_vdn", "env=smax", "tuned=smax_small", f"agent.mixer={mixer}"]
             for mixer in ("vdn", "independent")
         ],
         score="won",

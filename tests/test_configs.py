@@ -44,7 +44,7 @@ def test_every_agent_in_every_environment(agent, env):
 
 @pytest.mark.parametrize("tuned", [name for name in choices("tuned") if name[:4] != "pqn_"])
 def test_every_tuned_file_that_is_chosen_by_name(tuned):
-    env = "atari" if "atari" in tuned else "cartpole"
+    env = next((env for env in choices("env") if env in tuned), "cartpole")
     check_builds(composed(f"tuned={tuned}", f"env={env}"))
 
 
