@@ -88,7 +88,7 @@ CASES = {
     ),
     "craftax": Case(
         ["env=craftax"],
-        16_384,
+        64 * 1024,  # 64 updates, so that making the first 1024 worlds is a small part
         "purejaxql",
         {"script": "pqn_craftax", "algorithm": "pqn_craftax"},
     ),
