@@ -2,11 +2,12 @@
 
 Each run is `python scripts/train.py`, with the configuration that users get, in a directory of its
 own under --runs: what is finished there is skipped, what was interrupted goes on. The result is
-written anew after every run, with final training and greedy returns per seed and their curves.
+written anew after every run, with final training and greedy returns per seed, their curves, and
+what random play returns.
 
   python benchmarks/learning.py classic --seeds 5
   python benchmarks/learning.py minatar --seeds 5 --only Breakout total_steps=1_000_000
-  python benchmarks/learning.py atari-pong --collect     # runs nothing, writes what is there
+  python benchmarks/learning.py atari-pong --collect     # trains nothing, writes what is there
 """
 
 import argparse
@@ -19,11 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import numpy as np
 from omegaconf import OmegaConf
 from record import RESULTS, ROOT, compose, write
 
+import eqx_q
+from eqx_q.run import make_agent, make_env
+
 _MAX_POINTS = 100
+_RANDOM_EPISODES = 64
 _FINAL_FRACTION = 0.05  # of the run: its episodes make the final training return
 
 
@@ -141,6 +147,20 @@ def evaluate(directory: Path, protocol: str, episodes: int) -> None:
         _script("evaluate", f"run={directory}", f"protocol={protocol}", f"episodes={episodes}")
 
 
+def random_return(config: dict[str, Any], path: Path) -> float:
+    """The mean return of random play, of legal actions; found once, and kept in a file."""
+    if not path.exists():
+        env = make_env({**config, "num_seeds": 1}, _RANDOM_EPISODES)
+        agent = make_agent({**config, "num_seeds": 1}, env)
+        returns = eqx_q.evaluate(
+            agent, env, num_episodes=_RANDOM_EPISODES, key=jax.random.key(0), epsilon=1.0
+        )
+        env.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(float(returns.mean())))
+    return json.loads(path.read_text())
+
+
 def _script(name: str, *arguments: str) -> None:
     print("+", f"scripts/{name}.py", *arguments, flush=True)
     command = [sys.executable, f"scripts/{name}.py", *arguments]
@@ -239,7 +259,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=16, help="per protocol (default: 16)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="directory")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/learning_SUITE.json")
-    parser.add_argument("--collect", action="store_true", help="run nothing, write what is there")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write what is there")
     args = parser.parse_intermixed_args()
     suite, environments = SUITES[args.suite], {}
     for task in suite.tasks:
@@ -248,15 +268,17 @@ def main() -> None:
         name = task_name(suite, task, config)
         if args.only and args.only not in name:
             continue
+        runs = args.runs.resolve() / re.sub(r"[^\w/.-]+", "_", name)
         results = environments[name] = {
             "overrides": overrides,
             "total_steps": config["total_steps"],
             "score": suite.score,
+            "random_return": random_return(config, runs / "random.json"),
             "seeds": [],
         }
         for seed in [0] if args.together else range(args.seeds):
             kind = f"seeds_{args.seeds}" if args.together else f"seed_{seed}"
-            directory = args.runs.resolve() / re.sub(r"[^\w/.-]+", "_", name) / kind
+            directory = runs / kind
             if not args.collect:
                 num_seeds = args.seeds if args.together else 1
                 run(directory, [*overrides, f"seed={seed}", f"num_seeds={num_seeds}"])

@@ -110,10 +110,12 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
         greedy = _column(seeds, "greedy_return")
         score = environment.get("score")
         scores = _column([seed[score] for seed in seeds], "greedy") if score else np.zeros((0, 1))
+        at_random = environment.get("random_return")
         rows.append(
             [
                 name,
                 _steps(steps, environment.get("total_steps", steps)),
+                "" if at_random is None else f"{at_random:,.1f}",
                 estimate(_column(seeds, "training_return")),
                 estimate(greedy),
                 ", ".join(f"{value:.1f}" for value in greedy[:, 0]),
@@ -121,8 +123,8 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 _references(references, name),
             ]
         )
-    head = ["environment", "steps", "training", "greedy", "greedy, each seed", "greedy, besides"]
-    return _table([*head, "peers, training / greedy"], rows)
+    head = ["environment", "steps", "at random", "training", "greedy", "greedy, each seed"]
+    return _table([*head, "greedy, besides", "peers, training / greedy"], rows)
 
 
 def _steps(done: int, planned: int) -> str:

@@ -3,6 +3,7 @@ import json
 import learning
 import numpy as np
 import pytest
+from record import compose
 
 
 def _run(directory, rows, **summary):
@@ -31,6 +32,14 @@ def test_a_thinned_curve_keeps_the_mean_over_episodes():
     np.testing.assert_allclose(thin[1, 1], expected, atol=1e-4)
     assert learning.thin_out(curve[:3])[2] == [2.0, round(curve[2, 1], 4)]
     assert learning.thin_out(curve[:0]) == []
+
+
+def test_random_play_is_measured_once(tmp_path):
+    path = tmp_path / "CartPole" / "random.json"
+    config = compose(["env=cartpole"])
+    assert 15 < learning.random_return(config, path) < 30  # a trained one's is 500
+    path.write_text("1.5")
+    assert learning.random_return(config, path) == 1.5
 
 
 def test_collect_takes_every_member_and_its_evaluations(tmp_path):
