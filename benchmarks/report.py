@@ -110,15 +110,17 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
         greedy = _column(seeds, "greedy_return")
         score = environment.get("score")
         scores = _column([seed[score] for seed in seeds], "greedy") if score else np.zeros((0, 1))
+        trained = _column(seeds, "training_return")
         at_random = environment.get("random_return")
+        digits = 1 if np.abs(np.concatenate([trained, greedy])).max(initial=0) >= 10 else 2
         rows.append(
             [
                 name,
                 _steps(steps, environment.get("total_steps", steps)),
-                "" if at_random is None else f"{at_random:,.1f}",
-                estimate(_column(seeds, "training_return")),
-                estimate(greedy),
-                ", ".join(f"{value:.1f}" for value in greedy[:, 0]),
+                "" if at_random is None else f"{at_random:,.{digits}f}",
+                estimate(trained, digits),
+                estimate(greedy, digits),
+                ", ".join(f"{value:.{digits}f}" for value in greedy[:, 0]),
                 f"{score}: {estimate(scores, digits=2)}" if score else "",
                 _references(references, name),
             ]

@@ -93,7 +93,18 @@ def test_the_report_replaces_itself_between_the_markers(tmp_path):
 
 def test_one_seed_has_no_interval():
     table = report.learning_table(_learning("x/y", [_seed(3.0)]), {"returns": {}})
-    assert "| x/y | 2 M | 3.0 | 4.0 | 4.0 |\n" in f"{table}\n"
+    assert "| x/y | 2 M | 3.00 | 4.00 | 4.00 |\n" in f"{table}\n"
+
+
+def test_random_play_stands_beside_and_small_returns_have_two_digits():
+    for seed, expected in (
+        (3.0, "0.25 | 3.00 | 4.00 | 4.00 |"),
+        (10.0, "0.2 | 10.0 | 11.0 | 11.0 |"),
+    ):
+        result = _learning("x/y", [_seed(seed)])
+        result["environments"]["x/y"]["random_return"] = 0.25
+        table = report.learning_table(result, {"returns": {}})
+        assert f"| x/y | 2 M | {expected}\n" in f"{table}\n"
 
 
 def test_memory_is_told_with_where_it_came_from(tmp_path):
