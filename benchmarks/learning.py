@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from record import RESULTS, ROOT, compose, write
 
 import eqx_q
-from eqx_q.run import make_agent, make_env
+from eqx_q.run import make_agent, make_env, write_json
 
 _MAX_POINTS = 100
 _RANDOM_EPISODES = 64
@@ -148,8 +148,9 @@ def evaluate(directory: Path, protocol: str, episodes: int) -> None:
 
 
 def random_return(config: dict[str, Any], path: Path) -> float:
-    """The mean return of random play, of legal actions; found once, and kept in a file."""
-    if not path.exists():
+    """The mean return of random play, of legal actions; kept in a file, for this environment."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("env") != config["env"]:
         env = make_env({**config, "num_seeds": 1}, _RANDOM_EPISODES)
         agent = make_agent({**config, "num_seeds": 1}, env)
         returns = eqx_q.evaluate(
@@ -157,8 +158,9 @@ def random_return(config: dict[str, Any], path: Path) -> float:
         )
         env.close()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(float(returns.mean())))
-    return json.loads(path.read_text())
+        kept = {"env": config["env"], "return": float(returns.mean())}
+        write_json(path, kept)
+    return kept["return"]
 
 
 def _script(name: str, *arguments: str) -> None:

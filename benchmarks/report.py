@@ -84,8 +84,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _origin(result: dict[str, Any]) -> str:
     machine = result["machine"]
+    runs = [seed for part in result.get("environments", {}).values() for seed in part["seeds"]]
+    commits = sorted({run.get("commit") or result["commit"] for run in runs}) or [result["commit"]]
     return (
-        f"`{result['command']}`, commit {result['commit']}, {result['date']}, {machine['cores']} "
+        f"`{result['command']}`, commit {', '.join(commits)}, {result['date']}, {machine['cores']} "
         f"cores of {machine['cpu']}, jax {result['versions'].get('jax')}."
     )
 

@@ -34,12 +34,14 @@ def test_a_thinned_curve_keeps_the_mean_over_episodes():
     assert learning.thin_out(curve[:0]) == []
 
 
-def test_random_play_is_measured_once(tmp_path):
+def test_random_play_is_measured_once_for_an_environment(tmp_path):
     path = tmp_path / "CartPole" / "random.json"
     config = compose(["env=cartpole"])
     assert 15 < learning.random_return(config, path) < 30  # a trained one's is 500
-    path.write_text("1.5")
+    path.write_text(json.dumps({"env": config["env"], "return": 1.5}))
     assert learning.random_return(config, path) == 1.5
+    path.write_text(json.dumps({"env": {"name": "another"}, "return": 1.5}))
+    assert 15 < learning.random_return(config, path) < 30
 
 
 def test_collect_takes_every_member_and_its_evaluations(tmp_path):

@@ -107,6 +107,11 @@ def test_random_play_stands_beside_and_small_returns_have_two_digits():
         assert f"| x/y | 2 M | {expected}\n" in f"{table}\n"
 
 
+def test_results_are_told_with_the_commits_that_the_runs_were_of():
+    result = _learning("x/y", [_seed(1.0, commit="old"), _seed(2.0)])
+    assert "commit abc, old, today" in report._origin(result)
+
+
 def test_memory_is_told_with_where_it_came_from(tmp_path):
     def run(steps, *through):
         return {"total_steps": steps, "peak_mb": max(through), "through_the_run_mb": list(through)}
