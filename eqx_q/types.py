@@ -141,3 +141,25 @@ class Rollout(eqx.Module):
     def real(self) -> Bool[AnyArray, "T *lanes"]:
         """Which of the `T` transitions happened: all but those into a `first` timestep."""
         return ~self.timesteps.first[1:]
+
+
+class Transitions(eqx.Module):
+    """`B` transitions of `n` steps to learn from, drawn from a data set.
+
+    **Fields:**
+
+    - `obs`, `action`: where they begin, and what was done there.
+    - `reward`: of that action and the `n - 1` after it; 0 from the end of the episode on.
+    - `length`: steps that it takes to `next_obs`: `n`, or fewer where the episode ends before.
+    - `terminated`: whether the task ended at `next_obs`; a truncated episode is bootstrapped there.
+    - `next_obs`: what they lead to.
+    - `weight`: of each in the loss, where they were not drawn uniformly.
+    """
+
+    obs: Shaped[AnyArray, "B *obs"]
+    action: Int[AnyArray, " B"]
+    reward: Float[AnyArray, "B n"]
+    length: Int[AnyArray, " B"]
+    terminated: Bool[AnyArray, " B"]
+    next_obs: Shaped[AnyArray, "B *obs"]
+    weight: Float[AnyArray, " B"] | None = None
