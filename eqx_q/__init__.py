@@ -1,9 +1,28 @@
 """Q-learning agents on JAX and Equinox, for Gymnasium, PettingZoo and JAX-native environments."""
 
-from . import agents as agents, nets as nets, returns as returns, wrappers as wrappers
-from .agents import PQN as PQN, Agent as Agent, Population as Population
+from . import (
+    agents as agents,
+    data as data,
+    nets as nets,
+    returns as returns,
+    wrappers as wrappers,
+)
+from .agents import (
+    BC as BC,
+    CQL as CQL,
+    DQN as DQN,
+    PQN as PQN,
+    Agent as Agent,
+    Population as Population,
+)
 from .checkpoint import load as load, save as save
 from .evaluation import evaluate as evaluate
+from .offline import (
+    OfflineState as OfflineState,
+    advance_offline as advance_offline,
+    start_offline as start_offline,
+    train_offline as train_offline,
+)
 from .training import (
     RunState as RunState,
     StopTraining as StopTraining,
@@ -16,5 +35,6 @@ from .types import (
     Episode as Episode,
     Rollout as Rollout,
     TimeStep as TimeStep,
+    Transitions as Transitions,
 )
 from .wrappers import Env as Env, make as make

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from .checkpoint import load_latest, newest_checkpoint, save_checkpoint
+from .clock import clock
 from .errors import UsageError
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
@@ -159,9 +160,10 @@ class Checkpoint:
     def __call__(self, run_state: RunState, metrics: Metrics) -> None:
         """Saves where it is time to."""
         waited = time.perf_counter() - self._saved_at
-        if metrics["done"] or metrics["env_steps"] >= self._next_step or waited > self._seconds:
+        done = clock(metrics).done
+        if metrics["done"] or done >= self._next_step or waited > self._seconds:
             try:
-                self.save(run_state, int(metrics["env_steps"]))
+                self.save(run_state, done)
             except UsageError as error:
                 passing = isinstance(error.__cause__, OSError)  # another cause would stay
                 if metrics["done"] or not passing:
@@ -170,12 +172,12 @@ class Checkpoint:
                     self._warned = True
                     logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
-    def save(self, run_state: RunState, env_steps: int) -> Path:
+    def save(self, run_state: RunState, step: int) -> Path:
         """Saves now."""
         if not self._with_env:
             run_state = _with_outside_parts(run_state, (None, None, None))
-        path = save_checkpoint(self._directory, run_state, env_steps, keep=self._keep)
-        self._next_step = (env_steps // self._every + 1) * self._every
+        path = save_checkpoint(self._directory, run_state, step, keep=self._keep)
+        self._next_step = (step // self._every + 1) * self._every
         self._saved_at = time.perf_counter()
         return path
 
@@ -240,21 +242,21 @@ class Video:
             return
         started = time.perf_counter()
         try:
-            self._record(run_state, int(metrics["env_steps"]))
+            self._record(run_state, clock(metrics).done)
         except Exception:  # somebody's renderer must not cost anybody a run
             logger.exception("recording an episode failed: the run goes on without pictures")
             self._failed = True
         self._budget.charge("recording", time.perf_counter() - started)
 
-    def _record(self, run_state: RunState, env_steps: int) -> None:
+    def _record(self, run_state: RunState, step: int) -> None:
         frames, _ = record_episode(
-            run_state.agent, self._env, key=jax.random.key(env_steps), max_steps=self._max_steps
+            run_state.agent, self._env, key=jax.random.key(step), max_steps=self._max_steps
         )
         if frames:
-            path = self._directory / f"{env_steps:012d}.gif"
+            path = self._directory / f"{step:012d}.gif"
             write_gif(path, frames)
             if self._tracker is not None:
-                self._tracker.log_gif(path, step=env_steps)
+                self._tracker.log_gif(path, step=step)
 
 
 class Progress:
@@ -288,38 +290,45 @@ class Progress:
             self._bar.close()
 
     def _draw(self, metrics: Metrics) -> None:
+        now = clock(metrics)
         if self._bar is None:
             from tqdm import tqdm
 
+            unit, members = now.noun.removesuffix("s"), np.ndim(self._values(metrics))
             self._bar = tqdm(
-                total=int(metrics["total_steps"]),
-                initial=int(metrics["env_steps"]),
-                unit="step" if np.ndim(metrics["episode_return"]) == 0 else "step of each seed",
+                total=now.total,
+                initial=now.done,
+                unit=f"{unit} of each seed" if members else unit,
                 unit_scale=True,
                 file=self._stream,
             )
-        self._bar.set_postfix_str(self._returns(metrics), refresh=False)
-        self._bar.update(int(metrics["env_steps"]) - self._bar.n)
+        self._bar.set_postfix_str(self._state(metrics), refresh=False)
+        self._bar.update(now.done - self._bar.n)
 
     def _line(self, metrics: Metrics) -> str:
-        done, total = int(metrics["env_steps"]), int(metrics["total_steps"])
-        speed = float(np.sum(metrics["steps_per_second"]))
-        members = np.size(metrics["episode_return"])  # who share the speed
-        left = (total - done) * members / max(speed, 1e-9)
+        now = clock(metrics)
+        speed = float(np.sum(metrics[f"{now.noun}_per_second"]))
+        sharing = np.size(metrics["episode_return"]) if now.unit == "env_steps" else 1
+        left = (now.total - now.done) * sharing / max(speed, 1e-9)
         parts = [
-            f"{done:,}/{total:,} steps ({done / total:.0%})",
-            f"{speed:,.0f} steps/s",
-            self._returns(metrics),
+            f"{now.done:,}/{now.total:,} {now.noun} ({now.done / now.total:.0%})",
+            f"{speed:,.0f} {now.noun}/s",
+            self._state(metrics),
             f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left",
         ]
         return "  ".join(part for part in parts if part)
 
-    def _returns(self, metrics: Metrics) -> str:
-        values = np.asarray(metrics["episode_return"], float)
-        parts = [] if np.isnan(values).all() else [f"return {np.nanmean(values):.4g}"]
+    def _state(self, metrics: Metrics) -> str:
+        name = "return" if "episode_return" in metrics else "loss"
+        values = self._values(metrics)
+        parts = [] if np.isnan(values).all() else [f"{name} {np.nanmean(values):.4g}"]
         if self._eval_return is not None:
             parts.append(f"eval {self._eval_return:.4g}")
         return "  ".join(parts)
+
+    def _values(self, metrics: Metrics) -> np.ndarray:
+        """What is shown: returns of training, or offline its loss."""
+        return np.asarray(metrics.get("episode_return", metrics.get("loss")), float)
 
 
 class Interrupt:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .types import AnyArray, Scalar
 
@@ -51,3 +51,43 @@ def q_lambda(
         backwards, jnp.zeros_like(reward[0]), (offset, factor), reverse=True, unroll=8
     )
     return targets
+
+
+def n_step(
+    reward: Float[AnyArray, "*batch n"],
+    length: Int[AnyArray, "*batch"],
+    terminated: Bool[AnyArray, "*batch"],
+    next_value: Float[AnyArray, "*batch"],
+    *,
+    discount: Scalar,
+) -> Float[Array, "*batch"]:
+    """n-step targets (Sutton & Barto 2018, equation 7.1), cut where the episode ends.
+
+        G = sum_{i < k} γ^i r_i + γ^k (1 - terminated) next_value,   k = length <= n
+
+    **Arguments:**
+
+    - `reward`: of the `n` steps, 0 from step `length` on.
+    - `length`: steps up to `next_value`'s observation.
+    - `terminated`: whether the task ended there: a truncated episode is bootstrapped.
+    - `next_value`: the value of that observation.
+    - `discount`: γ.
+    """
+    powers = jnp.asarray(discount, jnp.float32) ** jnp.arange(reward.shape[-1])
+    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
+    return jnp.sum(powers * reward, axis=-1) + discount**length * next_value
+
+
+def quantile_huber(
+    quantiles: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+) -> Float[Array, "*batch"]:
+    """The quantile Huber loss with κ = 1 (Dabney et al. 2018, equation 10).
+
+    Summed over the `K` quantiles, whose fractions are the midpoints (2i + 1) / 2K, and averaged
+    over the `L` target samples.
+    """
+    fractions = (jnp.arange(quantiles.shape[-1]) + 0.5) / quantiles.shape[-1]
+    error = targets[..., None, :] - quantiles[..., :, None]
+    huber = jnp.where(jnp.abs(error) <= 1, 0.5 * error**2, jnp.abs(error) - 0.5)
+    weight = jnp.abs(fractions[:, None] - (error < 0))
+    return jnp.sum(jnp.mean(weight * huber, axis=-1), axis=-1)

@@ -63,7 +63,7 @@ def _emulator_seed(seed: int, role: str) -> int:
     return int(spread) % (2**31 - _MOST_LANES)  # with the lanes on top it fits 32 bits, signed
 
 
-def make_agent(config: Config, env: Env) -> Agent:
+def make_agent(config: Config, env: Env) -> Any:
     """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
 
     Member `i` starts with the parameters that a run of its own would have at `seed + i`.
@@ -475,7 +475,7 @@ def _at(config: Config, name: str) -> Any:
     return functools.reduce(operator.getitem, name.split("."), config)
 
 
-def _env_steps(agent: Agent) -> int:
+def _env_steps(agent: Any) -> int:
     return int(np.max(agent.env_steps))
 
 

@@ -4,8 +4,8 @@ import concurrent.futures
 import functools
 import math
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
-from .agents import Agent, decide
+from .agents import OnlineAgent, decide
+from .clock import clock
 from .errors import DivergedError, UsageError
 from .types import Memory, Rollout, Scalar, TimeStep
 from .wrappers import Env
 
 Metrics = dict[str, Any]
+State = TypeVar("State")
 
 # A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
 _CHUNK_SECONDS = 1.0
@@ -36,7 +38,7 @@ class RunState(eqx.Module):
     before, with the memory at their start, where the agent asks for them.
     """
 
-    agent: Agent
+    agent: OnlineAgent
     env_state: PyTree
     timestep: TimeStep
     memory: Memory
@@ -67,7 +69,7 @@ class Callback(Protocol):
     def __call__(self, run_state: RunState, metrics: Metrics) -> RunState | None: ...
 
 
-def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
+def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
     """A run's first state: environments reset, memory empty.
 
     **Raises:** `UsageError` where the spaces of agent and environment differ.
@@ -99,7 +101,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
     )
 
 
-def _empty_burn_in(agent: Agent, timestep: TimeStep, memory: Memory) -> Rollout | None:
+def _empty_burn_in(agent: OnlineAgent, timestep: TimeStep, memory: Memory) -> Rollout | None:
     """Steps that never happened: each starts an episode, so that memory stays as at a start."""
     if not agent.burn_in:
         return None
@@ -246,12 +248,13 @@ def _advance_chunk(env, run_state, num_updates):
 
 
 @eqx.filter_jit
-def _copy(tree):
+def copy(tree: PyTree) -> PyTree:
+    """A tree whose arrays are its own, to be donated."""
     return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
 
 def train(
-    agent: Agent,
+    agent: OnlineAgent,
     env: Env,
     *,
     total_steps: Scalar,
@@ -259,7 +262,7 @@ def train(
     callbacks: Iterable[Callback] = (),
     run_state: RunState | None = None,
     log_every: int | None = None,
-) -> tuple[Agent, list[Metrics]]:
+) -> tuple[OnlineAgent, list[Metrics]]:
     """Trains `agent` in `env`.
 
     **Arguments:**
@@ -289,24 +292,49 @@ def train(
     # What the agent had learnt from before this run shifts its schedules, it does not end them.
     before = jnp.asarray(agent.env_steps, jnp.float32) - done * steps_per_update
     agent = agent.with_schedule(before + jnp.float32(total_steps))
-    state = _copy(eqx.tree_at(lambda s: s.agent, state, agent))
-    boundaries = _Boundaries(
+    state = copy(eqx.tree_at(lambda s: s.agent, state, agent))
+    boundaries = Boundaries(
         done=done,
         end=math.ceil(total_steps / steps_per_update),
         steps_per_update=steps_per_update,
         callbacks=list(callbacks),
         log_every=log_every,
     )
-    return _run(state, env, boundaries, members)
+
+    def tell(run_state: RunState, boundaries: Boundaries, updates_per_second: float) -> Metrics:
+        return {
+            "env_steps": boundaries.done * steps_per_update,
+            "total_steps": boundaries.end * steps_per_update,
+            "transitions": _number(np.asarray(run_state.transitions)),
+            "steps_per_second": members * updates_per_second * steps_per_update,
+        }
+
+    state, history = run(
+        state, functools.partial(_advance_chunk, env), boundaries, tell, agent.num_members
+    )
+    return state.agent, history
 
 
-def _run(
-    run_state: RunState, env: Env, boundaries: "_Boundaries", members: int
-) -> tuple[Agent, list[Metrics]]:
-    """Chunk after chunk, with the host's work on one done while the next is running."""
-    history = _History(run_state.agent.num_members)
+def run(
+    run_state: State,
+    advance_chunk: Callable[[State, Int[Array, ""]], tuple[State, dict[str, Array]]],
+    boundaries: "Boundaries",
+    tell: Callable[[State, "Boundaries", float], Metrics],
+    num_members: int | None,
+) -> tuple[State, list[Metrics]]:
+    """Chunk after chunk, with the host's work on one done while the next is running.
+
+    **Arguments:**
+
+    - `run_state`: where it begins; it is donated.
+    - `advance_chunk`: makes so many updates on the device.
+    - `boundaries`: where to cut.
+    - `tell`: where the run stands, given it, its boundaries and the updates per second.
+    - `num_members`: of a population.
+    """
+    history = _History(num_members)
     started = time.perf_counter()
-    run_state, _ = jax.block_until_ready(_advance_chunk(env, run_state, jnp.asarray(0)))
+    run_state, _ = jax.block_until_ready(advance_chunk(run_state, jnp.asarray(0)))
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
     observe = None  # what observers still have to do for the boundary before
     stopped = False
@@ -314,7 +342,7 @@ def _run(
         while not (stopped or boundaries.finished):
             length = boundaries.next_length()
             dispatched = time.perf_counter()
-            run_state, on_device = _advance_chunk(env, run_state, jnp.asarray(length))
+            run_state, on_device = advance_chunk(run_state, jnp.asarray(length))
             ready = waiter.submit(_time_when_ready, on_device)
             stopped = observe is not None and observe()
             seconds = ready.result() - dispatched
@@ -322,14 +350,14 @@ def _run(
             times["wall_seconds"] = time.perf_counter() - started
             due = boundaries.advance(length, seconds)
             metrics = _to_host(on_device) | times
-            metrics |= boundaries.metrics(run_state, members * length / seconds)
+            metrics |= tell(run_state, boundaries, length / seconds)
             metrics["done"] = stopped or boundaries.finished
             _check_finite(metrics)
             # A copy for the callbacks: the next chunk is given the original's memory to reuse.
-            snapshot = _copy(run_state) if boundaries.callbacks else run_state
+            snapshot = copy(run_state) if boundaries.callbacks else run_state
             seen, stopped_here = _call(_blocking(due), snapshot, metrics)
             if seen is not snapshot:
-                run_state = _copy(seen)
+                run_state = copy(seen)
             stopped |= stopped_here
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)
@@ -337,7 +365,7 @@ def _run(
             observe = functools.partial(_observe, observers, seen, metrics)
     if observe is not None:
         observe()
-    return run_state.agent, history.rows
+    return run_state, history.rows
 
 
 def _blocking(callbacks: list[Callback]) -> list[Callback]:
@@ -383,16 +411,26 @@ def _check_finite(metrics: Metrics) -> None:
     # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
     finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
     if not np.any(finite):
+        now = clock(metrics)
         raise DivergedError(
-            f"the loss is not finite after {metrics['env_steps']} steps: lower learning_rate or "
+            f"the loss is not finite after {now.done} {now.noun}: lower learning_rate or "
             "max_grad_norm, or scale rewards down (reward_scale)"
         )
 
 
-class _Boundaries:
-    """Cuts a run into chunks, and knows which callbacks are due at each cut."""
+class Boundaries:
+    """Cuts a run into chunks, and knows which callbacks are due at each cut.
 
-    def __init__(self, *, done, end, steps_per_update, callbacks, log_every):
+    **Arguments:**
+
+    - `done`, `end`: updates so far, and those to come to.
+    - `steps_per_update`: what an update counts in the steps that callbacks count in.
+    - `callbacks`: see `Callback`.
+    - `log_every`: updates in a chunk; `None`: as many as take about a second.
+    - `period`: updates after which there must be a cut.
+    """
+
+    def __init__(self, *, done, end, steps_per_update, callbacks, log_every, period=None):
         self.done, self.end = done, end
         self.steps_per_update = steps_per_update
         self.callbacks = callbacks
@@ -400,20 +438,13 @@ class _Boundaries:
         self._periods = [
             math.ceil(c.every / steps_per_update) for c in callbacks if getattr(c, "every", None)
         ]
+        self._periods += [period] if period else []
         self._target = 1.0
 
     @property
     def finished(self) -> bool:
+        """Whether the end is reached."""
         return self.done >= self.end
-
-    def metrics(self, run_state: RunState, updates_per_second: float) -> Metrics:
-        """Where the run stands. Steps per second are those of all members together."""
-        return {
-            "env_steps": self.done * self.steps_per_update,
-            "total_steps": self.end * self.steps_per_update,
-            "transitions": _number(np.asarray(run_state.transitions)),
-            "steps_per_second": updates_per_second * self.steps_per_update,
-        }
 
     def next_length(self) -> int:
         """Updates in the next chunk."""

@@ -1,4 +1,4 @@
-"""The agent contract."""
+"""The agent contract: what acts, and how it learns, online or offline."""
 
 import abc
 from collections.abc import Callable
@@ -8,31 +8,25 @@ import gymnasium
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep, Transitions
 
 
 class Agent(eqx.Module):
     """An immutable PyTree that acts, and that learns by giving back another one.
 
+    What it learns from makes it an `OnlineAgent` or an `OfflineAgent`.
+
     **Attributes:**
 
     - `observation_space`, `action_space`: Gymnasium spaces of one lane.
     - `num_agents`: `None`, or `M` for a team, whose observations and actions are `[N, M, ...]`.
-    - `rollout_length`: `T`, the steps per lane that one `update` learns from.
-    - `burn_in`: steps before those that a rollout must have too, to warm up memory.
     - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
-    - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
-    - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
     """
 
     observation_space: AbstractVar[gymnasium.Space]
     action_space: AbstractVar[gymnasium.spaces.Discrete]
     num_agents: AbstractVar[int | None]
-    rollout_length: AbstractVar[int]
-    burn_in: AbstractVar[int]
     num_members: AbstractVar[int | None]
-    env_steps: AbstractVar[Shaped[Array, "*S"]]
-    schedule_steps: AbstractVar[Float[Array, "*S"]]
 
     @abc.abstractmethod
     def initial_memory(self, num_envs: int) -> Memory:
@@ -65,22 +59,64 @@ class Agent(eqx.Module):
         - `key`: randomness. Without it the choice is greedy.
         """
 
+
+class OnlineAgent(Agent):
+    """An agent that learns from what it has just done.
+
+    **Attributes:**
+
+    - `rollout_length`: `T`, the steps per lane that one `update` learns from.
+    - `burn_in`: steps before those that a rollout must have too, to warm up memory.
+    - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
+    - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
+    """
+
+    rollout_length: AbstractVar[int]
+    burn_in: AbstractVar[int]
+    env_steps: AbstractVar[Shaped[Array, "*S"]]
+    schedule_steps: AbstractVar[Float[Array, "*S"]]
+
     @abc.abstractmethod
     def update(
         self, rollout: Rollout, *, key: PRNGKeyArray
-    ) -> tuple["Agent", dict[str, Float[Array, "..."]]]:
+    ) -> tuple["OnlineAgent", dict[str, Float[Array, "..."]]]:
         """Learns from a rollout.
 
         **Returns:** the new agent, and named scalars (one per member in a population).
         """
 
     @abc.abstractmethod
-    def with_schedule(self, steps: Float[Array, "*S"]) -> "Agent":
+    def with_schedule(self, steps: Float[Array, "*S"]) -> "OnlineAgent":
         """The same agent with `schedule_steps` set to `steps`, unless its creator has set it."""
 
     @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
+
+
+class OfflineAgent(Agent):
+    """An agent that learns from transitions that somebody recorded.
+
+    **Attributes:**
+
+    - `batch_size`: `B`, the transitions that one `update` learns from (of each member).
+    - `n_step`: how many steps each of them has.
+    - `num_updates`: so far (`[S]` in a population).
+    """
+
+    batch_size: AbstractVar[int]
+    n_step: AbstractVar[int]
+    num_updates: AbstractVar[Shaped[Array, "*S"]]
+
+    @abc.abstractmethod
+    def update(
+        self, batch: Transitions, *, key: PRNGKeyArray
+    ) -> tuple["OfflineAgent", dict[str, Float[Array, "..."]], Float[Array, "*S B"]]:
+        """Learns from a batch (in a population: one for each member, with a leading axis).
+
+        **Returns:** the new agent, named scalars (one per member in a population), and the
+        absolute TD error of each transition, by which one may choose what to learn from next.
+        """
 
 
 def decide(

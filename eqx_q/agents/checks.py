@@ -21,6 +21,10 @@ _RANGES = {
     "epsilon_end": (0.0, 1.0),
     "epsilon_decay": (0.0, jnp.inf),
     "schedule_steps": (1.0, jnp.inf),
+    "adam_epsilon": (0.0, jnp.inf),
+    "alpha": (0.0, jnp.inf),
+    "td_weight": (0.0, jnp.inf),
+    "epsilon": (0.0, 1.0),
 }
 
 
@@ -33,8 +37,8 @@ def check_sizes(sizes: dict[str, int]) -> None:
 
 def check_ranges(traced: dict[str, Scalar]) -> None:
     """Checks what is known before tracing: under `vmap` values are not."""
-    for name, (low, high) in _RANGES.items():
-        value = traced[name]
+    for name, value in traced.items():
+        low, high = _RANGES.get(name, (-jnp.inf, jnp.inf))
         if not isinstance(value, Tracer) and not low <= float(value) <= high:
             raise UsageError(f"{name}={value} makes no sense: choose it from {low:g} to {high:g}")
 

@@ -1,5 +1,7 @@
 """Many agents as one."""
 
+from typing import Any
+
 import equinox as eqx
 import gymnasium
 import jax
@@ -7,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
-from ..types import Decision, Memory, Rollout
-from .agent import Agent
+from ..types import Decision, Memory, Rollout, Transitions
+from .agent import Agent, OfflineAgent, OnlineAgent
 
 
-class Population(Agent):
+class Population(OnlineAgent, OfflineAgent):
     """`S` agents (seeds x hyperparameters) that act and learn side by side, as one `Agent`.
 
     Lanes are `[S * N]`, member by member; each member sees its own `N`. Since environments are
@@ -21,15 +23,18 @@ class Population(Agent):
         members = eqx.filter_vmap(lambda key: PQN.create(obs_space, act_space, key=key))(keys)
         agent = Population(members)
 
+    It learns from what its members learn from: rollouts of all lanes, or batches of transitions.
+
     **Attributes:** `members`: an agent whose array leaves have a leading axis `S`.
     """
 
-    members: Agent
+    members: Any
 
     def __init__(self, members: Agent):
         """Raises `UsageError` where `members` is not one agent with a leading member axis."""
         self.members = members
-        if members.num_members is not None or members.env_steps.ndim != 1:
+        sizes = {x.shape[:1] for x in jax.tree.leaves(eqx.filter(members, eqx.is_array))}
+        if members.num_members is not None or len(sizes) != 1 or () in sizes:
             raise UsageError(
                 "Population takes one agent whose arrays have a leading member axis: make it with "
                 "eqx.filter_vmap over keys or hyperparameters"
@@ -38,7 +43,7 @@ class Population(Agent):
     @property
     def num_members(self) -> int:
         """`S`."""
-        return self.members.env_steps.shape[0]
+        return jax.tree.leaves(eqx.filter(self.members, eqx.is_array))[0].shape[0]
 
     @property
     def observation_space(self) -> gymnasium.Space:
@@ -74,6 +79,21 @@ class Population(Agent):
     def schedule_steps(self) -> Array:
         """`[S]`."""
         return self.members.schedule_steps
+
+    @property
+    def batch_size(self) -> int:
+        """That of every member."""
+        return self.members.batch_size
+
+    @property
+    def n_step(self) -> int:
+        """That of every member."""
+        return self.members.n_step
+
+    @property
+    def num_updates(self) -> Array:
+        """`[S]`."""
+        return self.members.num_updates
 
     def member(self, index: int) -> Agent:
         """One of the agents, on its own."""
@@ -118,23 +138,27 @@ class Population(Agent):
         decision = eqx.filter_vmap(act)(self.members, lanes, epsilon, keys)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decision)
 
-    def update(
-        self, rollout: Rollout, *, key: PRNGKeyArray
-    ) -> tuple["Population", dict[str, Float[Array, " S"]]]:
-        """See `Agent`. Member `i` learns from its own lanes with `jax.random.split(key, S)[i]`."""
+    def update(self, experience: Rollout | Transitions, *, key: PRNGKeyArray):
+        """See `OnlineAgent` and `OfflineAgent`. Member `i` is given `jax.random.split(key, S)[i]`.
+
+        Of a rollout each member learns from its own lanes, of a batch `[S, B, ...]` from its own
+        row.
+        """
+        if isinstance(experience, Rollout):
+            experience = self._split_rollout(experience)
         keys = jax.random.split(key, self.num_members)
-        members, metrics = eqx.filter_vmap(
-            lambda member, rollout, key: member.update(rollout, key=key)
-        )(self.members, self._split_rollout(rollout), keys)
-        return Population(members), metrics
+        members, *told = eqx.filter_vmap(
+            lambda member, experience, key: member.update(experience, key=key)
+        )(self.members, experience, keys)
+        return Population(members), *told
 
     def with_schedule(self, steps: Float[Array, "*S"]) -> "Population":
-        """See `Agent`."""
+        """See `OnlineAgent`."""
         with_schedule = eqx.filter_vmap(lambda member, steps: member.with_schedule(steps))
         return Population(with_schedule(self.members, steps))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
-        """See `Agent`."""
+        """See `OnlineAgent`."""
         return jax.vmap(fn)(self._split_rollout(rollout))
 
     def _lanes(self, num_envs: int) -> int:

@@ -21,9 +21,11 @@ from ..nets import AbstractQNetwork, NetworkOutput, as_network, make_network
 from ..returns import q_lambda
 from ..spaces import Box, Discrete, action_discrete, observation_box
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
-from .agent import Agent
+from .acting import choose, lanes_of
+from .agent import OnlineAgent
 from .checks import check_network, check_ranges, check_sizes
-from .exploration import epsilon_greedy, legal
+from .exploration import legal
+from .gradients import clip_by_global_norm
 from .mixers import AbstractMixer, make_mixer
 from .schedules import linear
 
@@ -50,7 +52,7 @@ class PQNMemory(eqx.Module):
     last_action: Int[Array, " B"]
 
 
-class PQN(Agent):
+class PQN(OnlineAgent):
     """Parallelised Q-learning with Q(λ) targets.
 
     Without memory it learns from single transitions, with targets computed once an update. A
@@ -249,7 +251,7 @@ class PQN(Agent):
         key: PRNGKeyArray | None = None,
     ) -> Decision:
         """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
-        lanes = self._lanes(obs.shape)
+        lanes = lanes_of(obs.shape, self.observation_space, self.num_agents)
         if memory is None:
             memory = self.initial_memory(math.prod(lanes) // (self.num_agents or 1))
         self._check_memory(memory, math.prod(lanes))
@@ -268,34 +270,13 @@ class PQN(Agent):
             first=rows(first),
             last_reward=rows(reward),
         )
-        mask = None if action_mask is None else jnp.asarray(action_mask)
-        self._check_shape("action_mask", mask, (*lanes, int(self.action_space.n)))
-        q_values = legal(output.q_values.reshape(*lanes, -1), mask)
-        if key is None:
-            action = jnp.argmax(q_values, axis=-1)
-        else:
-            epsilon = self.epsilon if epsilon is None else epsilon
-            action = epsilon_greedy(q_values, epsilon, key, mask)
-        if memory is not None:
-            memory = PQNMemory(output.memory, action.reshape(-1))
-        return Decision(action, jnp.max(q_values, axis=-1), memory)
-
-    def _lanes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes of `shape` before those of one observation: lanes, if any; agents, in a team."""
-        own = self.observation_space.shape
-        team = () if self.num_agents is None else (self.num_agents,)
-        lanes = shape[: len(shape) - len(own)]
-        if (
-            shape != (*lanes, *own)
-            or len(lanes) - len(team) not in (0, 1)
-            or (lanes[len(lanes) - len(team) :] != team)
-        ):
-            one = (*team, *own)
-            raise UsageError(
-                f"obs has shape {shape}; the agent expects {one}, "
-                f"or (lanes, {', '.join(map(str, one))})"
-            )
-        return lanes
+        q_values = output.q_values.reshape(*lanes, -1)
+        epsilon = self.epsilon if epsilon is None else epsilon
+        decision = choose(q_values, action_mask, epsilon, key)
+        if memory is None:
+            return decision
+        memory = PQNMemory(output.memory, decision.action.reshape(-1))
+        return Decision(decision.action, decision.value, memory)
 
     def _of_each_agent(self, x: Shaped[AnyArray, "*lanes"]) -> Shaped[Array, "*lanes_and_agents"]:
         """What a whole lane has, for each of its agents."""
@@ -305,14 +286,14 @@ class PQN(Agent):
         return jnp.broadcast_to(x[..., None], (*x.shape, self.num_agents))
 
     def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
-        """See `Agent`."""
+        """See `OnlineAgent`."""
         steps = jnp.where(
             self.schedule_is_given, self.schedule_steps, jnp.asarray(steps, jnp.float32)
         )
         return dataclasses.replace(self, schedule_steps=steps)
 
     def measure(self, fn, rollout):
-        """See `Agent`."""
+        """See `OnlineAgent`."""
         return fn(rollout)
 
     def update(
@@ -627,16 +608,3 @@ def _lanes_of(rollout: Rollout, index: Int[Array, " B"]) -> Rollout:
         return x.reshape(num_lanes, -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
 
     return Rollout(timesteps, actions, jax.tree.map(rows, rollout.memory))
-
-
-def clip_by_global_norm(
-    gradients: PyTree[Array], max_norm: Scalar
-) -> tuple[PyTree[Array], Float[Array, ""]]:
-    """Scales gradients down to a global norm of `max_norm`, and tells the norm they had.
-
-    Like `optax.clip_by_global_norm`, with dot products for the norm: on CPU XLA runs those in half
-    the time of a sum of squares.
-    """
-    norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradients)))
-    scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
-    return jax.tree.map(lambda x: scale * x, gradients), norm

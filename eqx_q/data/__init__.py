@@ -7,3 +7,5 @@ from .dataset import (
     Shard as Shard,
     Writer as Writer,
 )
+from .replay import Priorities as Priorities, Replay as Replay
+from .sampling import Blocks as Blocks, Sampling as Sampling

@@ -2,6 +2,7 @@
 
 from .feedforward import FeedForward, FromModule, as_network
 from .network import AbstractQNetwork, NetworkOutput
+from .quantiles import Quantiles
 from .recurrent import Recurrent
 from .registry import make_network
 from .team import PerAgent
@@ -12,6 +13,7 @@ __all__ = [
     "FromModule",
     "NetworkOutput",
     "PerAgent",
+    "Quantiles",
     "Recurrent",
     "as_network",
     "make_network",

@@ -38,6 +38,7 @@ INITIALIZERS: dict[str, Callable[..., Array]] = {
     "lecun_normal": jax.nn.initializers.lecun_normal(),
     "he_normal": jax.nn.initializers.he_normal(),
     "xavier_normal": jax.nn.initializers.xavier_normal(),
+    "xavier_uniform": jax.nn.initializers.xavier_uniform(),
     "orthogonal": jax.nn.initializers.orthogonal(math.sqrt(2)),
 }
 

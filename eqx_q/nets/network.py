@@ -9,11 +9,16 @@ from ..types import Memory
 
 
 class NetworkOutput(eqx.Module):
-    """**Fields:** `q_values`; `memory` after the last step; `statistics` to keep."""
+    """What a network gives.
+
+    **Fields:** `q_values`; `memory` after the last step; `statistics` to keep; `quantiles` of the
+    return where it computes its distribution, of which `q_values` are the means.
+    """
 
     q_values: Float[Array, "T B A"]
     memory: Memory = None
     statistics: PyTree = None
+    quantiles: Float[Array, "T B A K"] | None = None
 
 
 class AbstractQNetwork(eqx.Module):

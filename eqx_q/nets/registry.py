@@ -17,6 +17,7 @@ from .feedforward import FeedForward
 from .heads import HEADS
 from .layers import AbstractLayer, BatchNorm, ChannelsLast, Scale, Sequential, output_shape
 from .network import AbstractQNetwork
+from .quantiles import Quantiles
 from .recurrent import RECURRENCES, Recurrent
 from .team import AgentId, PerAgent
 
@@ -56,6 +57,7 @@ def make_network(
     channels_first: bool | None = None,
     head: str = "linear",
     init: str | None = None,
+    num_quantiles: int | None = None,
     memory: str = "none",
     memory_size: int = 256,
     num_memory_layers: int = 1,
@@ -82,6 +84,7 @@ def make_network(
     - `init`: of the weights, one of `layers.INITIALIZERS`. By default each encoder's own, and
         `lecun_normal` after it, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the
         memory), is like CleanRL.
+    - `num_quantiles`: of each action's return, where its distribution is to be learnt (QR-DQN).
     - `memory`: `"none"`, or one of `RECURRENCES`, between encoder and head.
     - `memory_size`, `num_memory_layers`: features of each recurrence, and how many of them.
     - `last_action`, `last_reward`: whether the memory sees those too.
@@ -112,9 +115,12 @@ def make_network(
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     sizes = {"memory_size": memory_size, "num_memory_layers": num_memory_layers}
+    sizes |= {"num_quantiles": 1 if num_quantiles is None else num_quantiles}
     for option, size in {**sizes, "num_agents": 1 if num_agents is None else num_agents}.items():
         if not isinstance(size, int) or size < 1:
             raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
+    if num_quantiles is not None and (head, memory, num_agents) != ("linear", "none", None):
+        raise UsageError("num_quantiles goes with a linear head, without memory and without a team")
     if input_scale is None:
         input_scale = 1 / 255 if observation_space.dtype == np.uint8 else 1.0
     options = {
@@ -138,6 +144,9 @@ def make_network(
     def make(key: PRNGKeyArray) -> AbstractQNetwork:
         encoder_key, head_key, memory_key = jax.random.split(key, 3)
         layers, features = make_encoder(encoder_key)
+        if num_quantiles is not None:
+            q_head = HEADS[head](features, num_actions * num_quantiles, key=head_key, init=init)
+            return Quantiles(FeedForward(Sequential((*layers, q_head))), num_quantiles)
         if memory == "none":
             q_head = HEADS[head](features, num_actions, key=head_key, init=init)
             return FeedForward(Sequential((*layers, q_head)))

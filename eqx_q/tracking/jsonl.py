@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..clock import clock
 from ..files import cannot_write, write_whole
 from .tracker import Tracker
 
@@ -49,7 +50,8 @@ class JsonlTracker(Tracker):
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Appends a line."""
         values = {name: self._plain(value) for name, value in metrics.items()}
-        line = json.dumps({"env_steps": step, **values}, default=str).encode() + b"\n"
+        unit = clock({"env_steps": step, **metrics}).unit
+        line = json.dumps({unit: step, **values}, default=str).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) < len(line):
@@ -99,7 +101,7 @@ def _good_lines(path: Path, resume_step: int | None) -> Iterator[bytes]:
     with open(path, "rb") as file:
         for line in file:
             try:
-                step = json.loads(line)["env_steps"]
+                step = clock(json.loads(line)).done
             except (ValueError, KeyError, TypeError):
                 continue
             if line.endswith(b"\n") and (resume_step is None or step <= resume_step):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from ..clock import clock
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Tracker(abc.ABC):
 
         - `metrics`: numbers by name (`eval/...` are those of evaluation); of a population, arrays
             `[S]` with one for each member. With one more axis: samples of a distribution.
-        - `step`: lane-steps so far.
+        - `step`: lane-steps so far; offline, updates.
         """
 
     @abc.abstractmethod
@@ -42,7 +42,7 @@ class Tracker(abc.ABC):
 
     def __call__(self, run_state: Any, metrics: Mapping[str, Any]) -> None:
         """Logs, as a callback."""
-        self.log(metrics, int(np.max(metrics["env_steps"])))
+        self.log(metrics, clock(metrics).done)
 
 
 class Trackers(Tracker):

@@ -1,0 +1,241 @@
+"""What of a data set is learnt from, and in which blocks it comes into memory."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Shaped
+
+from ..errors import UsageError
+from .dataset import Dataset
+from .replay import Replay
+
+_SHARE = 0.5  # of the free memory that data may take
+_WAYS = ("shard", "episode", "transition")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How transitions are drawn from a data set.
+
+    **Attributes:**
+
+    - `fraction`: how much of the data is learnt from.
+    - `by`: which: the first of each `"shard"` (as slimCQL and d3rlpy take 1 %), whole `"episode"`s
+        or single `"transition"`s at random.
+    - `runs`: of a data set that holds several, those that are learnt from.
+    - `shards_per_block`: learn from so many shards at a time, drawn at random (slimCQL: 3).
+    - `updates_per_block`: after so many the next block's turn comes, where there are several.
+    - `memory_gb`: what data may take on the device; what does not fit comes in blocks. By default
+        half of what is free.
+    - `reward_clip`: whether rewards are clipped to [-1, 1].
+    - `priority_exponent`: 0 draws uniformly, more by TD error (see `Priorities`).
+    - `priority_correction`: of the bias of that.
+    - `seed`: of all that is chosen at random here.
+    """
+
+    fraction: float = 1.0
+    by: Literal["shard", "episode", "transition"] = "shard"
+    runs: Sequence[int] | None = None
+    shards_per_block: int | None = None
+    updates_per_block: int = 62_500
+    memory_gb: float | None = None
+    reward_clip: bool = False
+    priority_exponent: float = 0.0
+    priority_correction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"fraction={self.fraction}: give a share above 0, up to 1")
+        if self.by not in _WAYS:
+            raise UsageError(f"by={self.by}: choose {', '.join(_WAYS)}")
+        for name in ("shards_per_block", "updates_per_block", "memory_gb"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name}={value}: give more than 0")
+
+
+class Blocks:
+    """The parts of a data set that are in memory one after the other; one where all of it fits.
+
+    All have the same shapes, so that one compiled program learns from each. Which block is the
+    i-th depends on nothing but `i` and the seed.
+
+    **Attributes:** `num_blocks`: in one pass, after which they are put together anew.
+    `num_transitions`: that are learnt from.
+
+    **Raises:** `UsageError` where nothing is left to learn from, or where it cannot fit.
+    """
+
+    def __init__(self, dataset: Dataset, sampling: Sampling):
+        self._dataset, self._sampling = dataset, sampling
+        rows = dataset.rows
+        self._starts = np.flatnonzero(rows.first)
+        self._stops = np.append(self._starts[1:], len(dataset))
+        self._drawable = self._choose(np.asarray(rows.action) >= 0)
+        self.num_transitions = int(self._drawable.sum())
+        if not self.num_transitions:
+            raise UsageError(
+                f"fraction={sampling.fraction} leaves nothing of '{dataset.path}': give more"
+            )
+        counts = np.add.reduceat(self._drawable, self._starts)
+        self._episodes = np.flatnonzero(counts)
+        self._lengths = (self._stops - self._starts)[self._episodes]
+        self._counts = counts[self._episodes]
+        self._row_bytes = sum(x.dtype.itemsize * int(np.prod(x.shape[1:])) for x in rows) + 8
+        self._groups = self._shards_of_episodes()
+        self.num_blocks = self._count_blocks()
+        self._num_rows, self._num_drawable = self._largest()
+
+    def load(self, index: int) -> Replay:
+        """The `index`-th block, in the memory of the device."""
+        chosen = np.sort(self._members(index))
+        starts = self._starts[self._episodes[chosen]]
+        stops = self._stops[self._episodes[chosen]]
+        rows = self._dataset.rows
+        lengths = stops - starts
+        first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        description = self._dataset.description
+
+        def whole(x: Shaped[np.ndarray, "R *row"]) -> Shaped[Array, "padded *row"]:
+            parts = [x[start:stop] for start, stop in _joined(starts, stops)]
+            missing = self._num_rows - int(lengths.sum())
+            if missing:
+                parts.append(np.zeros((missing, *x.shape[1:]), x.dtype))
+            return jnp.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+        (drawable,) = np.nonzero(whole(self._drawable))
+        begins = np.repeat(first, lengths)
+        return Replay(
+            obs=whole(rows.obs),
+            action=whole(rows.action),
+            reward=whole(rows.reward),
+            terminated=whole(rows.terminated),
+            truncated=whole(rows.truncated),
+            start=_padded(begins, self._num_rows),
+            drawable=_padded(drawable, self._num_drawable),
+            num_drawable=jnp.asarray(len(drawable), jnp.int32),
+            stack=description.stack,
+            stack_start=description.stack_start,
+            dtype=description.observation_space.dtype,
+            reward_clip=self._sampling.reward_clip,
+        )
+
+    def _choose(self, is_transition: Bool[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
+        """The rows that transitions may begin at."""
+        sampling, shards = self._sampling, self._dataset.shards
+        if sampling.runs is not None:
+            there = sorted({shard.run for shard in shards if shard.run is not None})
+            missing = set(sampling.runs) - set(there)
+            if missing:
+                raise UsageError(
+                    f"'{self._dataset.path}' has no run {', '.join(map(str, sorted(missing)))}: "
+                    f"it has {', '.join(map(str, there)) or 'none by number'}"
+                )
+        among = np.zeros_like(is_transition)
+        for shard in shards:
+            if sampling.runs is None or shard.run in sampling.runs:
+                share = sampling.fraction if sampling.by == "shard" else 1.0
+                among[shard.start : shard.start + round(share * shard.rows)] = True
+        among &= is_transition
+        if sampling.by == "shard" or sampling.fraction == 1:
+            return among
+        rng = np.random.default_rng([sampling.seed, 0])
+        if sampling.by == "transition":
+            rows = np.flatnonzero(among)
+            chosen = rng.choice(rows, round(sampling.fraction * len(rows)), replace=False)
+            among[:] = False
+            among[chosen] = True
+            return among
+        counts = np.add.reduceat(among, self._starts)
+        order = rng.permutation(np.flatnonzero(counts))
+        enough = np.searchsorted(np.cumsum(counts[order]), sampling.fraction * counts.sum())
+        kept = np.zeros(len(counts), bool)
+        kept[order[: enough + 1]] = True
+        return among & np.repeat(kept, self._stops - self._starts)
+
+    def _shards_of_episodes(self) -> Int[np.ndarray, " episodes"]:
+        starts = [shard.start for shard in self._dataset.shards]
+        return np.searchsorted(starts, self._starts[self._episodes], side="right") - 1
+
+    def _count_blocks(self) -> int:
+        sampling = self._sampling
+        if sampling.shards_per_block is not None:
+            shards = len(np.unique(self._groups))
+            if sampling.shards_per_block > shards:
+                raise UsageError(
+                    f"shards_per_block={sampling.shards_per_block}, but there are {shards} shards "
+                    f"to learn from: give at most {shards}"
+                )
+            return -(-shards // sampling.shards_per_block)
+        free = _free_memory() * _SHARE if sampling.memory_gb is None else sampling.memory_gb * 2**30
+        size = int(self._lengths.sum()) * self._row_bytes
+        if size <= free:
+            return 1
+        # Two at a time: one is learnt from while the next is loaded.
+        longest = int(self._lengths.max()) * self._row_bytes
+        if longest > free / 4:
+            raise UsageError(
+                f"an episode of '{self._dataset.path}' alone takes {longest / 2**30:.2g} GB, and "
+                f"data may take {free / 2**30:.2g} GB: raise memory_gb"
+            )
+        return int(np.ceil(size / (free / 2 - longest)))
+
+    def _members(self, index: int) -> Int[np.ndarray, " episodes"]:
+        """Which of the episodes make up a block."""
+        num_episodes = len(self._episodes)
+        if self._sampling.shards_per_block is not None:
+            rng = np.random.default_rng([self._sampling.seed, 1, index])
+            shards = np.unique(self._groups)
+            shards = rng.choice(shards, self._sampling.shards_per_block, replace=False)
+            return np.flatnonzero(np.isin(self._groups, shards))
+        if self.num_blocks == 1:
+            return np.arange(num_episodes)
+        turn, part = divmod(index, self.num_blocks)
+        order = np.random.default_rng([self._sampling.seed, 1, turn]).permutation(num_episodes)
+        through = np.cumsum(self._lengths[order]) / self._lengths.sum() * self.num_blocks
+        return order[np.minimum(np.ceil(through) - 1, self.num_blocks - 1) == part]
+
+    def _largest(self) -> tuple[int, int]:
+        """Rows and places that hold any block."""
+        if self._sampling.shards_per_block is not None:
+            totals = (
+                np.sort(np.bincount(self._groups, weights=x)) for x in (self._lengths, self._counts)
+            )
+            rows, places = (int(x[-self._sampling.shards_per_block :].sum()) for x in totals)
+            return rows, places
+        if self.num_blocks == 1:
+            return int(self._lengths.sum()), int(self._counts.sum())
+        rows = -(-int(self._lengths.sum()) // self.num_blocks) + int(self._lengths.max())
+        return rows, rows
+
+
+def _padded(x: Int[np.ndarray, " some"], length: int) -> Int[Array, " length"]:
+    return jnp.asarray(np.pad(x, (0, length - len(x))), jnp.int32)
+
+
+def _joined(starts, stops) -> list[tuple[int, int]]:
+    """Ranges, those that touch as one."""
+    breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+    return [
+        (int(starts[part[0]]), int(stops[part[-1]]))
+        for part in np.split(np.arange(len(starts)), breaks)
+    ]
+
+
+def _free_memory() -> float:
+    """Bytes that are free on the device."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    with contextlib.suppress(OSError, StopIteration):  # Linux: with what caches would give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

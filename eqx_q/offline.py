@@ -1,0 +1,219 @@
+"""The offline loop: one compiled program over an agent and a data set."""
+
+import concurrent.futures
+import os
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from .agents import OfflineAgent
+from .data import Blocks, Dataset, Priorities, Replay, Sampling
+from .errors import UsageError
+from .training import Boundaries, Callback, Metrics, copy, run
+
+
+class OfflineState(eqx.Module):
+    """All of an offline run: save it and the run can go on, bit for bit.
+
+    **Fields:** the `agent`; the `key` of all randomness to come; `num_updates` so far; the
+    `priorities` of the block that is learnt from, where transitions are not drawn uniformly (in a
+    population with a leading axis of members).
+    """
+
+    agent: OfflineAgent
+    key: PRNGKeyArray
+    num_updates: Int[Array, ""]
+    priorities: Priorities | None = None
+
+
+def advance_offline(
+    run_state: OfflineState, replay: Replay, num_updates: int | Int[Array, ""]
+) -> tuple[OfflineState, dict[str, Array]]:
+    """The pure core of `train_offline`: `num_updates` times draw a batch and learn from it.
+
+    **Returns:** the new state, and the agent's metrics, averaged over updates.
+    """
+
+    @jax.jit  # traced once for the shapes below and for the loop
+    def update(run_state):
+        return _update(run_state, replay)
+
+    _, shapes = jax.eval_shape(update, run_state)
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(_, carry):
+        run_state, totals = carry
+        run_state, new = update(run_state)
+        return run_state, jax.tree.map(jnp.add, totals, new)
+
+    run_state, totals = jax.lax.fori_loop(0, num_updates, body, (run_state, totals))
+    return run_state, jax.tree.map(lambda x: x / jnp.maximum(num_updates, 1), totals)
+
+
+def _update(run_state: OfflineState, replay: Replay) -> tuple[OfflineState, dict[str, Array]]:
+    """One batch (one for each member), and one update."""
+    agent, priorities = run_state.agent, run_state.priorities
+    key, draw_key, update_key = jax.random.split(run_state.key, 3)
+    members = () if agent.num_members is None else (agent.num_members,)
+    if priorities is None:
+        place = replay.draw(draw_key, (*members, agent.batch_size))
+        weight = None
+    elif members:
+        keys = jax.random.split(draw_key, members[0])
+        place, weight = jax.vmap(lambda p, k: p.draw(k, agent.batch_size))(priorities, keys)
+    else:
+        place, weight = priorities.draw(draw_key, agent.batch_size)
+    batch = replay.transitions(place.reshape(-1), agent.n_step)
+    batch = jax.tree.map(lambda x: x.reshape(*place.shape, *x.shape[1:]), batch)
+    batch = eqx.tree_at(lambda b: b.weight, batch, weight, is_leaf=lambda x: x is None)
+    agent, metrics, td_error = agent.update(batch, key=update_key)
+    if priorities is not None:
+        updated = jax.vmap(Priorities.updated) if members else Priorities.updated
+        priorities = updated(priorities, place, td_error)
+    return OfflineState(agent, key, run_state.num_updates + 1, priorities), metrics
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _advance_chunk(replay, run_state, num_updates):
+    return advance_offline(run_state, replay, num_updates)
+
+
+def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -> OfflineState:
+    """A run's first state.
+
+    **Raises:** `UsageError` where the agent does not fit the data.
+    """
+    if not hasattr(agent, "batch_size"):
+        raise UsageError(
+            f"{type(agent).__name__} learns from environments, not from data: use eqx_q.train, or "
+            "an agent that learns offline (eqx_q.DQN, eqx_q.CQL, eqx_q.BC)"
+        )
+    of_data = dataset.description
+    if agent.action_space != of_data.action_space:
+        raise UsageError(
+            f"'{dataset.path}' has {of_data.action_space.n} actions, the agent "
+            f"{agent.action_space.n}: choose the environment that the data are of ({of_data.env}, "
+            f"{dict(of_data.preprocessing)})"
+        )
+    if agent.observation_space.shape != of_data.observation_space.shape or (
+        agent.observation_space.dtype != of_data.observation_space.dtype
+    ):
+        raise UsageError(
+            f"'{dataset.path}' has observations {of_data.observation_space}, the agent "
+            f"{agent.observation_space}: choose the environment that the data are of "
+            f"({of_data.env}, {dict(of_data.preprocessing)})"
+        )
+    return OfflineState(agent, key, jnp.zeros((), jnp.int32))
+
+
+class _Feed:
+    """The block that is learnt from, and in the background the next one."""
+
+    def __init__(self, blocks: Blocks, sampling: Sampling, single: bool):
+        self._blocks, self._sampling, self._single = blocks, sampling, single
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._index = -1
+        self._replay: Any = None
+        self._next: Any = None
+
+    def replay(self, num_updates: int) -> tuple[Replay, bool]:
+        """The block whose turn it is after so many updates, and whether it is a new one."""
+        index = 0 if self._single else num_updates // self._sampling.updates_per_block
+        is_new = index != self._index
+        if is_new:
+            ahead = self._next if index == self._index + 1 else None
+            self._replay = None  # before the next comes, so that no more than two are there
+            self._replay = ahead.result() if ahead else self._blocks.load(index)
+            self._index = index
+            if not self._single:
+                self._next = self._pool.submit(self._blocks.load, index + 1)
+        return self._replay, is_new
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def train_offline(
+    agent: OfflineAgent,
+    dataset: Dataset | str | os.PathLike,
+    *,
+    num_updates: int,
+    key: PRNGKeyArray,
+    sampling: Sampling | None = None,
+    callbacks: Iterable[Callback] = (),
+    run_state: OfflineState | None = None,
+    log_every: int | None = None,
+) -> tuple[OfflineAgent, list[Metrics]]:
+    """Trains `agent` on recorded data.
+
+    **Arguments:**
+
+    - `dataset`: or where it is.
+    - `num_updates`: gradient steps (of each member of a population).
+    - `key`: of all randomness. The caller's `agent` stays usable: the run works on a copy.
+    - `sampling`: how transitions are drawn; by default uniformly from all of the data.
+    - `callbacks`: as of `eqx_q.train`; what they count in steps is counted in updates here.
+    - `run_state`: go on from there (`agent` and `key` are then ignored) until `num_updates` in all.
+    - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
+        cut into chunks changes nothing in its result.
+
+    **Returns:** the trained agent, and `history`: the metrics of each boundary.
+
+    **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
+    member's loss is no longer finite.
+    """
+    if not isinstance(num_updates, int) or not 0 < num_updates < 2**31:
+        raise UsageError(f"num_updates must be a whole number from 1 to 2**31, got {num_updates}")
+    if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
+        raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
+    dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    sampling = sampling or Sampling()
+    state = start_offline(agent, dataset, key=key) if run_state is None else run_state
+    blocks = Blocks(dataset, sampling)
+    single = blocks.num_blocks == 1
+    boundaries = Boundaries(
+        done=int(state.num_updates),
+        end=num_updates,
+        steps_per_update=1,
+        callbacks=list(callbacks),
+        log_every=log_every,
+        period=None if single else sampling.updates_per_block,
+    )
+    feed = _Feed(blocks, sampling, single)
+
+    def advance_chunk(run_state: OfflineState, length: Int[Array, ""]):
+        replay, is_new = feed.replay(boundaries.done)
+        resumed = single or boundaries.done % sampling.updates_per_block
+        if is_new and sampling.priority_exponent and not (resumed and run_state.priorities):
+            fresh = _priorities(run_state.agent, replay, sampling)
+            run_state = OfflineState(run_state.agent, run_state.key, run_state.num_updates, fresh)
+        return _advance_chunk(replay, run_state, length)
+
+    def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:
+        return {
+            "num_updates": boundaries.done,
+            "total_updates": boundaries.end,
+            "updates_per_second": per_second,
+        }
+
+    try:
+        state, history = run(copy(state), advance_chunk, boundaries, tell, state.agent.num_members)
+    finally:
+        feed.close()
+    return state.agent, history
+
+
+def _priorities(agent: OfflineAgent, replay: Replay, sampling: Sampling) -> Priorities:
+    """Fresh ones, for each member of a population."""
+    create = partial(
+        Priorities.create, replay, sampling.priority_exponent, sampling.priority_correction
+    )
+    if agent.num_members is None:
+        return create()
+    one = create()
+    return jax.tree.map(lambda x: jnp.stack([x] * int(agent.num_members or 1)), one)
