@@ -81,6 +81,7 @@ class Evaluation:
     - `every`: lane-steps (per member) between evaluations; the final one always takes place.
     - `num_episodes`: per member. `epsilon`: 0 is greedy.
     - `max_episode_steps`: where longer episodes are cut.
+    - `min_steps`: that are played at least, in rounds of as many episodes.
     - `budget`: evaluations beyond it are skipped.
 
     **Attributes:** `last`: what the last evaluation played.
@@ -95,6 +96,7 @@ class Evaluation:
         seed: int = 0,
         epsilon: float = 0.0,
         max_episode_steps: int | None = None,
+        min_steps: int = 0,
         budget: TimeBudget | None = None,
     ):
         self.every = every
@@ -105,6 +107,7 @@ class Evaluation:
             "epsilon": epsilon,
             "max_episode_steps": max_episode_steps,
         }
+        self._min_steps = min_steps
         self._key = jax.random.key(seed)
         self._compiled = False
         self._budget = budget or TimeBudget(math.inf)
@@ -118,7 +121,9 @@ class Evaluation:
             self._compiled = True
         started = time.perf_counter()
         key = jax.random.fold_in(self._key, int(run_state.num_updates))
-        self.last = play_episodes(run_state.agent, self._env, key=key, **self._options)
+        self.last = play_episodes(
+            run_state.agent, self._env, key=key, min_steps=self._min_steps, **self._options
+        )
         seconds = time.perf_counter() - started
         self._budget.charge("evaluation", seconds)
         metrics["eval/return"] = self.last.returns.mean(-1)

@@ -48,13 +48,15 @@ def evaluate(
     key: PRNGKeyArray,
     epsilon: Scalar = 0.0,
     max_episode_steps: int | None = None,
+    min_steps: int = 0,
 ) -> Float[np.ndarray, "*S episodes"]:
     """Returns of `num_episodes` episodes (per member of a population), unclipped.
 
     The `returns` of `play_episodes`, which takes the same arguments.
     """
     options = {"num_episodes": num_episodes, "key": key, "epsilon": epsilon}
-    played = play_episodes(agent, env, max_episode_steps=max_episode_steps, **options)
+    options |= {"max_episode_steps": max_episode_steps, "min_steps": min_steps}
+    played = play_episodes(agent, env, **options)
     return np.asarray(played.returns)
 
 
@@ -66,6 +68,7 @@ def play_episodes(
     key: PRNGKeyArray,
     epsilon: Scalar = 0.0,
     max_episode_steps: int | None = None,
+    min_steps: int = 0,
 ) -> Episodes:
     """Plays `num_episodes` episodes (per member of a population).
 
@@ -79,17 +82,31 @@ def play_episodes(
     - `epsilon`: probability of a random action; 0 is greedy.
     - `max_episode_steps`: an episode still running after that many steps counts with the return it
         has by then, what follows counts as another, and a warning says so.
+    - `min_steps`: another round of as many episodes follows, until so many steps were played (by
+        each member). Protocols that count steps, not episodes, ask for it.
 
     **Raises:** `UsageError` where lanes do not divide over members.
     """
-    state = _initial(agent, env, num_episodes, key)
-    state = _play(env, state, agent, *_limits(epsilon, max_episode_steps))
+    limits = _limits(epsilon, max_episode_steps)
+    played = _play_round(agent, env, num_episodes, key, limits)
+    while np.min(np.sum(played.lengths, axis=-1)) < min_steps:
+        key = jax.random.fold_in(key, played.lengths.shape[-1])
+        more = _play_round(agent, env, num_episodes, key, limits)
+        played = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), played, more)
+    return played
+
+
+def _play_round(
+    agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray, limits: tuple[Array, Array]
+) -> Episodes:
+    """`num_episodes` episodes, with a warning where some are cut."""
+    state = _play(env, _initial(agent, env, num_episodes, key), agent, *limits)
     num_capped = int(jnp.sum(state.capped))
     if num_capped:
         warnings.warn(
-            f"{num_capped} of {state.capped.size} episodes were cut at {max_episode_steps} steps; "
+            f"{num_capped} of {state.capped.size} episodes were cut at {limits[1]} steps; "
             "they count with the return they had by then",
-            stacklevel=2,
+            stacklevel=3,
         )
     members = () if agent.num_members is None else (agent.num_members,)
     return jax.tree.map(lambda x: np.asarray(x).reshape(*members, -1), state.played)

@@ -1,0 +1,69 @@
+"""Times `eqx_q.train_offline` when nothing is left to compile, and drawing batches alone.
+
+The argument is JSON: `agent` and `config` (as `scripts/train.py` composes it), `data` (a data set),
+`num_updates`, `num_batches` and `seed`.
+"""
+
+import json
+import resource
+import sys
+import time
+from importlib.metadata import version
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import eqx_q
+from eqx_q.data import Blocks, Dataset, Sampling
+
+request = json.loads(sys.argv[1])
+started = time.perf_counter()
+dataset = Dataset(request["data"])
+description = dataset.description
+options = {name: value for name, value in request["agent"].items() if name[0] != "_"}
+agent = eqx_q.DQN.create(
+    description.observation_space,
+    description.action_space,
+    key=jax.random.key(request["seed"]),
+    **options,
+)
+replay = Blocks(dataset, Sampling()).load(0)
+setup_seconds = time.perf_counter() - started
+
+
+def train(num_updates):
+    start = time.perf_counter()
+    _, history = eqx_q.train_offline(
+        agent, dataset, num_updates=num_updates, key=jax.random.key(request["seed"])
+    )
+    return time.perf_counter() - start, history[-1]
+
+
+@eqx.filter_jit
+def draw(replay, key):
+    """Batches of which every byte is asked for, in single precision as a network wants them."""
+
+    def body(index, total):
+        place = replay.draw(jax.random.fold_in(key, index), (agent.batch_size,))
+        batch = jax.lax.optimization_barrier(replay.transitions(place, agent.n_step))
+        return total + jnp.sum(batch.reward) + batch.obs[0, 0, 0, 0] + batch.next_obs[-1, 0, 0, 0]
+
+    return jax.lax.fori_loop(0, request["num_batches"], body, 0.0)
+
+
+_, last = train(1)
+seconds, _ = train(request["num_updates"])
+jax.block_until_ready(draw(replay, jax.random.key(0)))
+start = time.perf_counter()
+jax.block_until_ready(draw(replay, jax.random.key(1)))
+result = {
+    "updates_per_second": request["num_updates"] / seconds,
+    "batches_per_second": request["num_batches"] / (time.perf_counter() - start),
+    "setup_seconds": setup_seconds,
+    "compile_seconds": last["compile_seconds"],
+    "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "device": jax.devices()[0].device_kind,
+    "versions": {package: version(package) for package in ("jax", "equinox", "optax")},
+}
+print(json.dumps(result))
