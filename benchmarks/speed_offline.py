@@ -87,6 +87,8 @@ def main() -> None:
     if LOAD > 0.5:
         print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will not hold")
     agent = compose([f"agent={args.algorithm}", "env=atari"])["agent"]
+    given = {k: v for k, v in agent["network_options"].items() if v is not None}
+    agent = {**agent, "network_options": given}
     runs: dict[str, list[dict[str, Any]]] = {"eqx_q": []}
     result: dict[str, Any] = {"case": f"offline_{args.algorithm}", "peer": None, "agent": agent}
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,7 +126,9 @@ def main() -> None:
     result["contestants"] = {
         name: {
             **{
-                x: statistics.median(run[x] for run in each) for x in each[0] if _is_number(each, x)
+                x: statistics.median(run[x] for run in each)
+                for x, value in each[0].items()
+                if isinstance(value, int | float)
             },
             **{f"{x}_each": [round(run[x], 1) for run in each] for x in _FIGURES},
             "versions": each[0]["versions"],
@@ -140,10 +144,6 @@ def main() -> None:
         }
         print(f"ratio: {json.dumps(result['ratio'], indent=1)}")
     write(args.out or RESULTS / f"speed_offline_{args.algorithm}.json", result)
-
-
-def _is_number(runs: list[dict[str, Any]], name: str) -> bool:
-    return isinstance(runs[0][name], int | float)
 
 
 if __name__ == "__main__":

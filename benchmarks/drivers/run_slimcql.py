@@ -36,13 +36,13 @@ with tempfile.TemporaryDirectory() as directory:
     with gzip.GzipFile(home / "observations.gz", "wb", compresslevel=1) as file:
         np.save(file, arrays["frames"])
     sampling = (values["batch_size"], 4, values["n_step"], values["discount"], None)
-    ReplayBuffer(Uniform(1), rows, *sampling).save(
+    ReplayBuffer(Uniform(), rows, *sampling).save(
         str(home.parent),
         0,
         *(arrays[name] for name in ("actions", "rewards", "terminals", "ends")),
     )
     started = time.perf_counter()
-    dataset = Dataset(str(home.parent), 1, rows, Uniform(1), *sampling)
+    dataset = Dataset(str(home.parent), 1, rows, Uniform(), *sampling)
     dataset.load_dataset()
     setup_seconds = time.perf_counter() - started
 options = {
