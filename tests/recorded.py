@@ -151,7 +151,7 @@ def rlu_features(episode, number=0):
         "clipped_episode_return": [float(np.sign(episode.reward).sum())],
         "clipped_rewards": np.sign(reward).tolist(),
         "unclipped_rewards": reward,
-        "actions": [*episode.action.tolist(), 3],
+        "actions": [*episode.action.tolist(), 99],
         "discounts": [1.0] * len(episode.action) + [0.0 if episode.terminated else 1.0],
         "observations": [png(frame) for frame in episode.frames],
     }

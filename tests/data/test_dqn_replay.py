@@ -64,6 +64,16 @@ def test_every_row_of_every_file(pong, tmp_path, monkeypatch, block, capacity):
         assert stored_transitions(dataset) == transitions(played)
 
 
+def test_files_that_end_anywhere(pong, tmp_path, monkeypatch):
+    """In padding, at an episode's first row, at its last."""
+    monkeypatch.setattr(dqn_replay, "_BLOCK", 3)
+    for capacity in range(6, 16):
+        game = pong / str(capacity) / "Pong"
+        episodes, files = record(game, [2, 3, 1, 4], capacity)
+        dataset = convert(from_dqn_replay(game), tmp_path / str(capacity))
+        assert stored_transitions(dataset) == transitions(expected(episodes, files))
+
+
 def test_a_game_that_was_cut_is_truncated(pong, tmp_path, monkeypatch):
     monkeypatch.setattr(atari, "LONGEST_GAME", 14)
     for block in (1, 5, 1024):

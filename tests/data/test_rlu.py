@@ -89,7 +89,7 @@ def test_truncations_are_no_terminals_and_the_last_observation_no_transition(pon
     expected = transitions(episodes)
     naive = slim(pong, 1)[:9]  # four and three transitions, and two final observations
     assert [one[2] for one in naive] == [False] * 4 + [True] + [False] * 3 + [True]
-    assert [one[0] for one in naive][4] == 3  # the action of what never happened
+    assert [one[0] for one in naive][4] == 99  # the action of what never happened
 
     dataset = convert(from_rlu(pong, run=1, shards=[0]), tmp_path / "out")
     stored = stored_transitions(dataset)
@@ -197,7 +197,10 @@ def test_damaged_files_are_named(pong, tmp_path, harm, why):
     [
         ({"discounts": [1.0, 0.0, 1.0, 1.0]}, "a discount of 0 before its end"),
         ({"actions": [0, 1]}, "columns of different lengths"),
-        ({"actions": [0, 6, 1, 0]}, "has action 6, but Pong has 6 actions: is that the right name"),
+        (
+            {"actions": [0, 6, 1, 99]},
+            "has action 6, but Pong has 6 actions: is that the right name",
+        ),
         ({"observations": [b"abc"] * 4}, "a frame that is no PNG"),
         ({"observations": [png(np.zeros((8, 6, 3), np.uint8))] * 4}, "not all of one uint8"),
         (
