@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from _app import hydra, launch, settings, task
@@ -40,16 +39,17 @@ def main(config: DictConfig) -> None:
         workers = whole_or_none(given, "num_workers")
         dataset = convert(source, given["out"], num_workers=workers, on_rows=progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped: run this again to go on") from None
+        then = "begin anew" if given["format"] == "to_minari" else "go on"
+        raise KeyboardInterrupt(f"stopped: run this again to {then}") from None
     finally:
         progress.close()
     logger.info(
-        "written to %s: %s transitions in %s episodes of %s, from %s shards",
-        Path(given["out"]),
+        "written to %s: %s transitions of %s; episodes: %s, shards: %d",
+        given["out"],
         f"{dataset.num_transitions:,}",
-        f"{dataset.num_episodes:,}",
         dataset.description.env,
-        f"{len(dataset.shards):,}",
+        f"{dataset.num_episodes:,}",
+        len(dataset.shards),
     )
 
 

@@ -29,7 +29,7 @@ def flat(shards):
 def test_rlu(script, pong, tmp_path):
     status, out, err = script("convert", *RUN, "source=rlu/Pong")
     assert (status, err) == (0, "")
-    assert "written to out: 27 transitions in 6 episodes of envpool/Pong-v5, from 3 shards" in out
+    assert "written to out: 27 transitions of envpool/Pong-v5; episodes: 6, shards: 3" in out
     assert stored_transitions(Dataset(tmp_path / "out")) == flat(pong[1])
     options = ["run=[2,1]", "shards=[1]", "rows_per_shard=8", "num_workers=1", "env=atari"]
     status, _, err = script("convert", "format=rlu", "source=rlu/Pong", "out=some", *options)
@@ -43,7 +43,7 @@ def test_dqn_replay(script, tmp_path):
     Ring(tmp_path / "dqn" / "Pong" / "3" / "replay_logs", 100).play(episodes)
     status, out, err = script("convert", "format=dqn_replay", "source=dqn/Pong", "out=out")
     assert (status, err) == (0, "")
-    assert "13 transitions in 2 episodes" in out
+    assert "13 transitions of envpool/Pong-v5; episodes: 2, shards: 1" in out
     (shard,) = Dataset(tmp_path / "out").shards
     assert shard.run == 3
 
