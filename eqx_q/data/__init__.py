@@ -1,5 +1,6 @@
 """What is learnt from offline: the format of data sets, and what reads and writes others."""
 
+from .conversion import Part as Part, Source as Source, convert as convert
 from .dataset import (
     Dataset as Dataset,
     Description as Description,
@@ -7,5 +8,8 @@ from .dataset import (
     Shard as Shard,
     Writer as Writer,
 )
+from .dqn_replay import from_dqn_replay as from_dqn_replay
+from .minari import from_minari as from_minari, to_minari as to_minari
 from .replay import Priorities as Priorities, Replay as Replay
+from .rlu import from_rlu as from_rlu
 from .sampling import Blocks as Blocks, Sampling as Sampling

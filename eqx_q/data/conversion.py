@@ -1,0 +1,94 @@
+"""From somebody else's data to a data set of ours, a part after the other."""
+
+import collections
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UsageError
+from .dataset import Dataset, Description, Rows, Writer
+
+logger = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What is converted as one, and becomes a shard: a file, as a rule.
+
+    - `name`: of the shard. `run`: whose data it is, where there are several runs (seeds).
+    - `blocks`: gives functions that make the next rows, to be called in any order and thread.
+    """
+
+    name: str
+    run: int | None
+    blocks: Callable[[], Iterator[Callable[[], Rows]]]
+
+
+class Source(NamedTuple):
+    """Somebody else's data.
+
+    `dtype`: in which observations are stored, where it is not the space's.
+    """
+
+    description: Description
+    parts: Sequence[Part]
+    dtype: np.dtype | None = None
+
+
+def convert(
+    source: Source,
+    out: str | os.PathLike,
+    *,
+    num_workers: int | None = None,
+    on_rows: Callable[[str, int], None] = lambda part, rows: None,
+) -> Dataset:
+    """Writes `source` to `out`. Where an earlier attempt was stopped it goes on after the last part
+    that was finished, and what it writes does not depend on that.
+
+    **Arguments:** `num_workers`: threads that decode; `None` for one per core. `on_rows`: called
+    with the name of the part and the number of rows that were written just now.
+
+    **Raises:** `UsageError` where there is something at `out`, the source is not what it should
+    be (`CorruptFileError` where it is damaged), or the disk is full. Finished parts are kept.
+    """
+    workers = num_workers or len(os.sched_getaffinity(0))
+    with Writer(out, source.description, dtype=source.dtype) as writer:
+        done, total = writer.done, len(source.parts)
+        if done:
+            logger.info("%d of %d parts are there from an earlier attempt", len(done), total)
+        try:
+            for part in source.parts:
+                if part.name in done:
+                    continue
+                for rows in _ahead(part.blocks(), workers):
+                    writer.append(rows)
+                    on_rows(part.name, len(rows.action))
+                writer.commit(part.name, part.run)
+            return writer.finish()
+        except UsageError as error:
+            disk_is_full = type(error) is UsageError and isinstance(error.__cause__, OSError)
+            if not (disk_is_full or writer.done):
+                raise
+            raise type(error)(
+                f"{error}; {len(writer.done)} of {total} parts are converted and kept: run this "
+                "again to go on"
+            ) from error
+
+
+def _ahead(blocks: Iterator[Callable[[], Rows]], num_workers: int) -> Iterator[Rows]:
+    """What the blocks make, in their order; threads work on a few of them in advance.
+
+    Threads suffice: decoders do not hold the interpreter's lock, and nothing has to be copied
+    from another process.
+    """
+    waiting: collections.deque = collections.deque()
+    with ThreadPoolExecutor(num_workers) as pool:
+        for block in blocks:
+            waiting.append(pool.submit(block))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,272 @@
+"""Minari's data sets and ours, in both directions."""
+
+import warnings
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Discrete
+from minari.data_collector import EpisodeBuffer
+from recorded import Transition, raw_episodes, stored_transitions, transitions
+
+import eqx_q.data.minari as ours
+from eqx_q.data import (
+    Description,
+    Rows,
+    Writer,
+    convert,
+    from_minari,
+    to_minari,
+)
+from eqx_q.errors import CorruptFileError, UsageError
+from eqx_q.spaces import Box as HashableBox, Discrete as HashableDiscrete
+
+
+@pytest.fixture(autouse=True)
+def _local(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+
+
+def vectors(lengths, dtype=np.float32, seed=0):
+    """Episodes of vectors, which need all their bits."""
+    rng = np.random.default_rng(seed)
+    return [
+        one._replace(frames=rng.normal(size=(len(one.frames), 3)).astype(dtype))
+        for one in raw_episodes(lengths, seed)
+    ]
+
+
+def write_theirs(name, episodes, space, actions=None, **options):
+    """As somebody would with Minari alone."""
+    buffers = []
+    for one in episodes:
+        ends = np.arange(len(one.action)) == len(one.action) - 1
+        buffers.append(
+            EpisodeBuffer(
+                observations=list(one.frames),
+                actions=list(one.action),
+                rewards=list(one.reward),
+                terminations=list(ends & one.terminated),
+                truncations=list(ends & (not one.terminated)),
+            )
+        )
+    return create(name, buffers, space, actions or Discrete(6), **options)
+
+
+def create(name, buffers, space, actions, **options):
+    with warnings.catch_warnings(action="ignore"):  # Minari wants to know authors and links
+        return minari.create_dataset_from_buffers(
+            name, buffers, observation_space=space, action_space=actions, **options
+        )
+
+
+def write_ours(path, episodes, space, stack=None, start="zeros"):
+    description = Description(
+        env="envpool/Pong-v5",
+        observation_space=HashableBox(space),
+        action_space=HashableDiscrete(Discrete(6)),
+        stack=stack,
+        stack_start=start,
+        preprocessing={"frame_skip": 4},
+        source={"seed": 3},
+    )
+    with Writer(path, description, dtype=episodes[0].frames.dtype) as writer:
+        for one in episodes:
+            writer.append(
+                Rows.of_episode(one.frames, one.action, one.reward, terminated=one.terminated)
+            )
+        writer.commit("all")
+        return writer.finish()
+
+
+def read_theirs(name):
+    """The transitions of a Minari data set, of its public episodes."""
+    found = []
+    for one in minari.load_dataset(name):
+        for t in range(len(one)):
+            found.append(
+                Transition(
+                    one.observations[t].tobytes(),
+                    int(one.actions[t]),
+                    float(one.rewards[t]),
+                    one.observations[t + 1].tobytes(),
+                    bool(one.terminations[t]),
+                    bool(one.truncations[t]),
+                    t == 0,
+                )
+            )
+    return found
+
+
+VECTOR = Box(-np.inf, np.inf, (3,), np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_theirs_to_ours(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(ours, "_EPISODES", 2)
+    episodes = vectors([4, 1, 7, 3, 2], dtype)
+    write_theirs("ab/cd-v0", episodes, Box(-np.inf, np.inf, (3,), np.float32))
+    dataset = convert(from_minari("ab/cd-v0"), tmp_path / "out")
+    assert stored_transitions(dataset) == transitions(episodes) == read_theirs("ab/cd-v0")
+    assert dataset.rows.obs.dtype == dtype
+    assert [shard.name for shard in dataset.shards] == [
+        "episodes 0 to 1", "episodes 2 to 3", "episodes 4 to 4"
+    ]  # fmt: skip
+    assert dataset.description.env == "minari/ab/cd-v0" and dataset.description.stack is None
+    assert from_minari("ab/cd-v0", env="gymnasium/X-v0").description.env == "gymnasium/X-v0"
+
+
+def test_the_environment_is_theirs(tmp_path):
+    space = gymnasium.make("CartPole-v1").observation_space
+    episodes = [
+        one._replace(frames=np.zeros((3, 4), np.float32), action=np.array([0, 1]))
+        for one in vectors([2])
+    ]
+    write_theirs("cartpole-v0", episodes, space, Discrete(2), env="CartPole-v1")
+    description = convert(from_minari("cartpole-v0"), tmp_path / "out").description
+    assert description.env == "gymnasium/CartPole-v1" and description.action_space.n == 2
+    np.testing.assert_array_equal(description.observation_space.low, space.low)
+
+
+def test_ours_to_theirs_and_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_BYTES", 100)  # several calls to Minari
+    episodes = vectors([4, 1, 7, 3, 2])
+    dataset = write_ours(tmp_path / "ours", episodes, VECTOR)
+    seen = []
+    data = to_minari(dataset, "ab/cd-v0", on_rows=lambda _, rows: seen.append(rows))
+    assert len(seen) > 1 and sum(seen) == len(dataset)
+    assert data.total_steps == 17 and read_theirs("ab/cd-v0") == transitions(episodes)
+    check_same(dataset, convert(from_minari("ab/cd-v0"), tmp_path / "back"))
+
+
+def check_same(dataset, back):
+    for before, after in zip(dataset.rows, back.rows, strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert before.dtype == after.dtype
+    before, after = dataset.description.as_json(), back.description.as_json()
+    assert after.pop("source") == before.pop("source") | {
+        "format": "minari", "id": back.description.source["id"]
+    }  # fmt: skip
+    assert before == after
+
+
+@pytest.mark.parametrize("start", ["zeros", "repeat"])
+def test_frames_go_as_stacks_and_come_back_as_frames(tmp_path, start):
+    episodes = raw_episodes([5, 1, 2], size=(33, 40))
+    space = Box(0, 255, (4, 33, 40), np.uint8)
+    dataset = write_ours(tmp_path / "ours", episodes, space, 4, start)
+    to_minari(dataset, "pong-v0")
+    for raw, one in zip(episodes, minari.load_dataset("pong-v0"), strict=True):
+        for t in range(len(raw.frames)):
+            for k in range(4):  # the newest is the last
+                before = t - 3 + k
+                frame = raw.frames[max(before, 0)] * (before >= 0 or start == "repeat")
+                np.testing.assert_array_equal(one.observations[t, k], frame)
+    check_same(dataset, convert(from_minari("pong-v0"), tmp_path / "back"))
+
+
+def test_images_keep_every_bit_which_minari_by_default_does_not(tmp_path):
+    episodes = raw_episodes([5, 3], size=(32, 40, 3))
+    space = Box(0, 255, (32, 40, 3), np.uint8)
+    write_theirs("naive-v0", episodes, space)
+    assert read_theirs("naive-v0") != transitions(episodes)
+    assert from_minari("naive-v0").description.source["jpeg"] == "yes"
+
+    dataset = write_ours(tmp_path / "ours", episodes, space)
+    to_minari(dataset, "exact-v0")
+    assert read_theirs("exact-v0") == transitions(episodes)
+    check_same(dataset, convert(from_minari("exact-v0"), tmp_path / "back"))
+
+
+def test_an_episode_that_was_left_is_truncated_and_one_with_both_flags_terminated(tmp_path):
+    (one,) = vectors([3])
+    buffer = dict(observations=one.frames, actions=one.action, rewards=one.reward)
+    none, last = np.zeros(3, bool), np.array([False, False, True])
+    buffers = [
+        EpisodeBuffer(**buffer, terminations=none, truncations=none),
+        EpisodeBuffer(**buffer, terminations=last, truncations=last),
+    ]
+    create("x-v0", buffers, VECTOR, Discrete(6))
+    dataset = convert(from_minari("x-v0"), tmp_path / "out")
+    assert dataset.rows.truncated.tolist() == [False, False, True] + [False] * 5
+    assert dataset.rows.terminated.tolist() == [False] * 6 + [True, False]
+
+
+def test_interrupted_and_run_again_it_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_EPISODES", 2)
+    write_theirs("x-v0", vectors([4, 1, 7, 3, 2]), VECTOR)
+    convert(from_minari("x-v0"), tmp_path / "whole")
+    seen = []
+
+    def stop(part, rows):
+        seen.append(part)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(from_minari("x-v0"), tmp_path / "out", on_rows=stop)
+    again = []
+    convert(from_minari("x-v0"), tmp_path / "out", on_rows=lambda part, _: again.append(part))
+    assert set(again) == {"episodes 2 to 3", "episodes 4 to 4"}
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_spaces_that_q_learning_does_not_take():
+    (one,) = vectors([2])
+    continuous = one._replace(action=np.zeros((2, 3), np.float32))
+    write_theirs("continuous-v0", [continuous], VECTOR, VECTOR)
+    with pytest.raises(UsageError, match=r"needs Discrete actions, got .*: discretise the actions"):
+        from_minari("continuous-v0")
+    write_theirs("shifted-v0", [one], VECTOR, Discrete(9, start=-3))
+    with pytest.raises(UsageError, match="actions must count from 0"):
+        from_minari("shifted-v0")
+    write_theirs("discrete-v0", [one._replace(frames=np.arange(3))], Discrete(4))
+    with pytest.raises(UsageError, match="observations must be a Box, got Discrete"):
+        from_minari("discrete-v0")
+
+
+def test_episodes_that_make_no_sense(tmp_path):
+    (one,) = vectors([3])
+    ends = {"terminations": [False, True, False], "truncations": [False] * 3}
+    buffer = EpisodeBuffer(observations=one.frames, actions=one.action, rewards=one.reward, **ends)
+    create("middle-v0", [buffer], VECTOR, Discrete(6))
+    with pytest.raises(UsageError, match="episode 0 goes on after step 1, which ends it: split"):
+        convert(from_minari("middle-v0"), tmp_path / "out")
+    write_theirs("short-v0", [one._replace(frames=one.frames[1:])], VECTOR)
+    with pytest.raises(CorruptFileError, match="episode 0 has 3 observations for 3 actions"):
+        convert(from_minari("short-v0"), tmp_path / "out")
+    write_theirs("wide-v0", [one._replace(action=np.array([0, 9, 1]))], VECTOR)
+    with pytest.raises(UsageError, match="row 1 has no legal action"):
+        convert(from_minari("wide-v0"), tmp_path / "out")
+
+
+def test_names(tmp_path):
+    dataset = write_ours(tmp_path / "ours", vectors([2]), VECTOR)
+    to_minari(dataset, "atari/pong-v0")
+    with pytest.raises(UsageError, match="there is a Minari data set 'atari/pong-v0' already"):
+        to_minari(dataset, "atari/pong-v0")
+    with pytest.raises(UsageError, match="'pong' is no name of a Minari data set: write it like"):
+        to_minari(dataset, "pong")
+    with pytest.raises(UsageError, match="unknown Minari data set 'atari/pnog-v0': the nearest"):
+        from_minari("atari/pnog-v0")
+
+
+def test_where_it_fails_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_BYTES", 1)
+    dataset = write_ours(tmp_path / "ours", vectors([2, 2, 2]), VECTOR)
+
+    def full(part, rows):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UsageError, match=r"'pong-v0' \(No space left on device\): free space"):
+        to_minari(dataset, "pong-v0", on_rows=full)
+    assert "pong-v0" not in minari.list_local_datasets()
+    to_minari(dataset, "pong-v0")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"run `pip install 'eqx_q\[offline\]'`"):
+        from_minari("x-v0")

@@ -1,0 +1,225 @@
+"""Files as others record them, written from raw episodes by a few lines of their own."""
+
+import gzip
+import io
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class Raw(NamedTuple):
+    """An episode: one frame more than actions."""
+
+    frames: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: bool
+
+
+def raw_episodes(lengths, seed=0, size=(8, 6), num_actions=6):
+    """Random episodes; every second one is terminated, the others truncated."""
+    rng = np.random.default_rng(seed)
+    return [
+        Raw(
+            rng.integers(1, 256, (length + 1, *size), np.uint8),
+            rng.integers(0, num_actions, length),
+            rng.integers(-3, 4, length).astype(np.float32),
+            terminated=number % 2 == 0,
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+class Transition(NamedTuple):
+    """What an agent learns from, of frames."""
+
+    frame: bytes
+    action: int
+    reward: float
+    next_frame: bytes
+    terminated: bool
+    truncated: bool
+    first: bool
+
+
+def transitions(episodes):
+    """Of raw episodes, by a loop."""
+    found = []
+    for episode in episodes:
+        for t in range(len(episode.action)):
+            ends = t == len(episode.action) - 1
+            found.append(
+                Transition(
+                    episode.frames[t].tobytes(),
+                    int(episode.action[t]),
+                    float(episode.reward[t]),
+                    episode.frames[t + 1].tobytes(),
+                    ends and episode.terminated,
+                    ends and not episode.terminated,
+                    t == 0,
+                )
+            )
+    return found
+
+
+def stored_transitions(dataset):
+    """Of a data set, by a loop over its rows."""
+    found, rows = [], dataset.rows
+    for t in range(len(dataset)):
+        if rows.action[t] >= 0:
+            found.append(
+                Transition(
+                    rows.obs[t].tobytes(),
+                    int(rows.action[t]),
+                    float(rows.reward[t]),
+                    rows.obs[t + 1].tobytes(),
+                    bool(rows.terminated[t]),
+                    bool(rows.truncated[t]),
+                    bool(rows.first[t]),
+                )
+            )
+    return found
+
+
+def png(frame):
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# TFRecords: protobuf's wire format, and records with Castagnoli checksums, written naively.
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ TABLE[crc & 255 ^ byte]
+    return crc ^ 0xFFFFFFFF
+
+
+def remainder(byte):
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+TABLE = [remainder(byte) for byte in range(256)]
+
+
+def tfrecord(data):
+    def masked(part):
+        crc = crc32c(part)
+        return struct.pack("<I", ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32)
+
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def varint(number):
+    if number < 128:
+        return bytes([number])
+    return bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def message(number, data):
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def example(features):
+    """tf.train.Example; the kind of a list goes by its first value."""
+    entries = b""
+    for name, values in features.items():
+        if isinstance(values[0], bytes):
+            value = message(1, b"".join(message(1, one) for one in values))
+        elif isinstance(values[0], float):
+            value = message(2, message(1, np.array(values, "<f4").tobytes()))
+        else:
+            value = message(3, message(1, b"".join(varint(one) for one in values)))
+        entries += message(1, message(1, name.encode()) + message(2, value))
+    return message(1, entries)
+
+
+def rlu_features(episode, number=0):
+    """An episode as RL Unplugged has it: what comes with the last observation is padding."""
+    reward = [*episode.reward.tolist(), 0.0]
+    return {
+        "checkpoint_idx": [0],
+        "episode_idx": [number],
+        "episode_return": [float(episode.reward.sum())],
+        "clipped_episode_return": [float(np.sign(episode.reward).sum())],
+        "clipped_rewards": np.sign(reward).tolist(),
+        "unclipped_rewards": reward,
+        "actions": [*episode.action.tolist(), 99],
+        "discounts": [1.0] * len(episode.action) + [0.0 if episode.terminated else 1.0],
+        "observations": [png(frame) for frame in episode.frames],
+    }
+
+
+def write_rlu(folder, run, shard, episodes):
+    """A shard, and its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"run_{run}-{shard:05d}-of-00050"
+    records = [tfrecord(example(rlu_features(*one[::-1]))) for one in enumerate(episodes)]
+    path.write_bytes(gzip.compress(b"".join(records)))
+    return path
+
+
+# Dopamine's replay buffer: a ring, written out when it is one short of full.
+
+
+class Ring:
+    """Writes `capacity - 1` rows a file, and at last what is left.
+
+    `files`: of each file, the (episode, step) of its own rows, in order.
+    """
+
+    def __init__(self, logs, capacity, size=(8, 6), add_count=True):
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs, self.capacity, self.add_count = logs, capacity, add_count
+        self.store = {
+            "observation": np.full((capacity, *size), 77, np.uint8),
+            "action": np.full(capacity, 1, np.int32),
+            "reward": np.full(capacity, 0.5, np.float32),
+            "terminal": np.zeros(capacity, np.uint8),
+        }
+        self.owners, self.count, self.files = [None] * capacity, 0, []
+
+    def play(self, episodes):
+        for number, episode in enumerate(episodes):
+            for _ in range(3):
+                self._add(None, np.zeros_like(episode.frames[0]), 0, 0, 0)
+            last = len(episode.action) - 1
+            for t in range(last + 1):
+                values = episode.frames[t], episode.action[t], episode.reward[t], t == last
+                self._add((number, t), *values)
+        self.write(self.count % self.capacity)
+
+    def _add(self, owner, *values):
+        cursor = self.count % self.capacity
+        for column, value in zip(self.store.values(), values, strict=True):
+            column[cursor] = value
+        self.owners[cursor] = owner
+        self.count += 1
+        if self.count % self.capacity == self.capacity - 1:
+            self.write(self.count)
+
+    def write(self, count):
+        shard, own = len(self.files), count % self.capacity
+        self.files.append([owner for owner in self.owners[:own] if owner is not None])
+        for name, column in self.store.items():
+            save_gz(self.logs / f"$store$_{name}_ckpt.{shard}.gz", column)
+        if self.add_count:
+            save_gz(self.logs / f"add_count_ckpt.{shard}.gz", np.array(count))
+        save_gz(self.logs / f"invalid_range_ckpt.{shard}.gz", np.arange(5))
+
+
+def save_gz(path, array):
+    with gzip.open(path, "wb") as file:
+        np.save(file, array)
+
+
+def load_gz(path):
+    with gzip.open(path) as file:
+        return np.load(file)
