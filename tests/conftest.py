@@ -1,6 +1,10 @@
 """Tests run with every annotation of shape and type checked, and without a screen."""
 
+import logging
 import os
+import runpy
+import sys
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -17,3 +21,36 @@ def _free_compiled_programs():
     """Compiled programs of one module are of no use to the next: memory stays flat."""
     yield
     jax.clear_caches()
+
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDLERS = logging._handlerList
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs a script as `python scripts/name.py ...` does, in an empty working directory.
+
+    Returns its exit status and what it wrote to stdout and stderr.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        handlers = list(logging.root.handlers)
+        monkeypatch.setattr(logging, "_handlerList", [])  # Hydra would close pytest's
+        path = str(ROOT / "scripts" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        status = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code or 0
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
+        logging.root.handlers = handlers
+        monkeypatch.setattr(logging, "_handlerList", HANDLERS)
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,10 +1,8 @@
 """The scripts: what they leave behind, how they go on, and what they say to bad input."""
 
 import json
-import logging
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -33,36 +31,6 @@ SMALL = [
     "agent.network_options.hidden_sizes=[16]",
 ]
 QUIET = ["eval.every=0", "video.every=0"]
-HANDLERS = logging._handlerList
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
-    """Runs a script as `python scripts/name.py ...` does, in an empty working directory.
-
-    Returns its exit status and what it wrote to stdout and stderr.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-    def run(name, *arguments):
-        capsys.readouterr()
-        handlers = list(logging.root.handlers)
-        monkeypatch.setattr(logging, "_handlerList", [])  # Hydra would close pytest's
-        path = str(ROOT / "scripts" / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [path, *arguments])
-        status = 0
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code or 0
-        for handler in set(logging.root.handlers) - set(handlers):
-            handler.close()
-        logging.root.handlers = handlers
-        monkeypatch.setattr(logging, "_handlerList", HANDLERS)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
