@@ -14,6 +14,7 @@ from eqx_q import recording
 from eqx_q.agents import decide
 from eqx_q.data import Rows, Writer
 from eqx_q.errors import UsageError
+from eqx_q.nets import AbstractQNetwork, NetworkOutput
 from eqx_q.recording import describe, record
 from eqx_q.spaces import observation_box
 from eqx_q.types import TimeStep
@@ -114,7 +115,6 @@ def play_in_a_loop(agent, env, num_steps, epsilon):
         (1, {}),
         (6, {}),
         (300, {}),
-        (301, {"network_options": {"memory": "gru", "memory_size": 8}}),
     ],
 )
 def test_rows_equal_a_loop_over_gymnax(tmp_path, num_steps, options):
@@ -135,6 +135,40 @@ def test_rows_equal_a_loop_over_gymnax(tmp_path, num_steps, options):
         assert said.return_mean == pytest.approx(np.mean(returns))
         assert dataset.rows.obs.dtype == np.float32
     assert dataset.shards[0].source == said._asdict()
+
+
+class Alternate(AbstractQNetwork):
+    """Counts the steps of an episode, and does 0 and 1 in turn from its start on."""
+
+    scale: jax.Array
+
+    def initial_statistics(self):
+        return None
+
+    def initial_memory(self, num_lanes):
+        return jnp.zeros(num_lanes)
+
+    def __call__(self, obs, statistics, memory=None, *, first=None, **unused):
+        if memory is None:
+            memory = self.initial_memory(obs.shape[1])
+        if first is None:
+            first = jnp.zeros(obs.shape[:2], bool)
+
+        def count(before, first):
+            now = jnp.where(first, 0.0, before)
+            return now + 1, now
+
+        memory, counts = jax.lax.scan(count, memory, first)
+        return NetworkOutput(self.scale * jax.nn.one_hot(counts.astype(int) % 2, 2), memory)
+
+
+def test_memory_is_carried_and_reset(tmp_path):
+    env = eqx_q.make("gymnax/CartPole-v1", num_envs=4, max_steps_in_episode=12)
+    agent = make_agent(env, network=Alternate(jnp.ones(())))
+    dataset, _ = recorded(tmp_path / "data", agent, env, 200)
+    check_equal(dataset, play_in_a_loop(agent, env, 200, jnp.float32(0)))
+    for episode in dataset.episodes():
+        np.testing.assert_array_equal(episode.action[:-1], np.arange(len(episode.action) - 1) % 2)
 
 
 def rebuilt(frames, stack):
