@@ -279,8 +279,8 @@ class Progress:
         self._printed_at = -math.inf
         self._eval_return: float | None = None
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
-        """Shows where the run stands."""
+    def __call__(self, run_state: RunState | None, metrics: Metrics) -> None:
+        """Shows where the run stands, which the metrics alone tell."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
         if self._stream.isatty():

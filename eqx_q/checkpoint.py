@@ -95,7 +95,7 @@ def save_checkpoint(directory: str | os.PathLike, tree: PyTree, step: int, keep:
     path = Path(directory) / f"{step:012d}.ckpt"
     save(path, tree)
     good = 0
-    for candidate in _checkpoints(path.parent):
+    for candidate in checkpoints(path.parent):
         if good >= keep:
             candidate.unlink(missing_ok=True)
         elif candidate == path or _is_good(candidate):
@@ -109,7 +109,7 @@ def load_latest(directory: str | os.PathLike) -> tuple[PyTree, Path]:
     **Returns:** the tree, and the file it came from.
     **Raises:** `UsageError` where there is no checkpoint, or none that is good.
     """
-    candidates = _checkpoints(Path(directory))
+    candidates = checkpoints(directory)
     for candidate in candidates:
         try:
             return load(candidate), candidate
@@ -124,15 +124,15 @@ def load_latest(directory: str | os.PathLike) -> tuple[PyTree, Path]:
     )
 
 
+def checkpoints(directory: str | os.PathLike) -> list[Path]:
+    """Checkpoints in a directory, the newest first; the stem of each is its step."""
+    found = [p for p in Path(directory).glob("*.ckpt") if _CHECKPOINT_NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(p.stem), reverse=True)
+
+
 def newest_checkpoint(directory: str | os.PathLike) -> Path | None:
     """The newest good checkpoint in a directory, if there is one."""
-    return next(filter(_is_good, _checkpoints(Path(directory))), None)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in a directory, the newest first."""
-    found = [p for p in directory.glob("*.ckpt") if _CHECKPOINT_NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.stem), reverse=True)
+    return next(filter(_is_good, checkpoints(directory)), None)
 
 
 def _is_good(path: Path) -> bool:

@@ -32,6 +32,7 @@ from ..spaces import Box, Discrete
 _FORMAT = 1
 _HEADER = "header.json"
 _PROGRESS = "progress.json"
+_WIDER = "wider.tmp"
 _COLUMNS = {
     "action": np.dtype("<i4"),
     "reward": np.dtype("<f4"),
@@ -80,13 +81,15 @@ class Rows(NamedTuple):
 class Shard(NamedTuple):
     """A part of a data set that came as one: a file of its source, or a member of a population.
 
-    `run`: whose data it is, where a source holds several runs (seeds).
+    `run`: whose data it is, where a source holds several runs (seeds). `source`: what else is
+    known of where it came from.
     """
 
     name: str
     start: int
     rows: int
     run: int | None = None
+    source: Mapping[str, Any] = {}
 
 
 class Description(NamedTuple):
@@ -216,7 +219,9 @@ class Writer:
     the same description goes on after it, and `done` says which shards are there.
 
     **Arguments:** `path`: of the directory to be. `description`: of the data. `dtype`: in which
-    observations are stored, where that is narrower than the space's.
+    observations are stored, where that is narrower than the space's. `narrow`: whether they are
+    stored as `uint8` as long as they are whole numbers from 0 to 255; the first that is not
+    rewrites those that are there already.
 
     **Raises:** `UsageError` where there is something at `path` already, or where what lies in
     `<path>.partial` is of another description.
@@ -228,6 +233,7 @@ class Writer:
         description: Description,
         *,
         dtype: np.dtype | type | None = None,
+        narrow: bool = False,
     ):
         self.path = Path(path)
         self.description = description
@@ -237,7 +243,9 @@ class Writer:
         name = "obs" if description.stack is None else "frames"
         space = description.observation_space
         self._shapes = {name: description.row_shape} | dict.fromkeys(_COLUMNS, ())
-        self._dtypes = {name: np.dtype(dtype or space.dtype)} | _COLUMNS
+        self._obs, self._wide = name, np.dtype(dtype or space.dtype)
+        self._narrow = narrow
+        self._dtypes = {name: np.dtype(np.uint8) if narrow else self._wide} | _COLUMNS
         self._num_actions = int(description.action_space.n)
         self._shards: list[Shard] = []
         self._rows = self._committed = 0
@@ -271,6 +279,7 @@ class Writer:
         **Raises:** `UsageError` where they are no rows of whole episodes, one after the other, or
         where the disk does not take them.
         """
+        rows = self._fitted(rows)
         self._check(rows)
         try:
             for (name, file), x in zip(self._files.items(), rows, strict=True):
@@ -283,8 +292,12 @@ class Writer:
             raise cannot_write(self._partial, error) from error
         self._rows += len(rows.action)
 
-    def commit(self, shard: str, run: int | None = None) -> None:
+    def commit(
+        self, shard: str, run: int | None = None, source: Mapping[str, Any] | None = None
+    ) -> None:
         """Makes what was appended since the last commit a shard, which a crash does not undo.
+
+        **Arguments:** as in `Shard`.
 
         **Raises:** `UsageError` where the last episode has no final row, or the disk is full.
         """
@@ -301,7 +314,7 @@ class Writer:
             raise cannot_write(self._partial, error) from error
         start = self._committed
         if self._rows > start:
-            self._shards.append(Shard(shard, start, self._rows - start, run))
+            self._shards.append(Shard(shard, start, self._rows - start, run, source or {}))
         self._committed = self._rows
         write_whole(self._partial / _PROGRESS, [_dump(self._state())])
 
@@ -349,6 +362,7 @@ class Writer:
 
     def _open(self) -> None:
         self._partial.mkdir(parents=True, exist_ok=True)
+        (self._partial / _WIDER).unlink(missing_ok=True)
         progress = self._partial / _PROGRESS
         if progress.exists():
             self._continue(json.loads(progress.read_text()))
@@ -366,6 +380,8 @@ class Writer:
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Goes on where another writer stopped."""
+        if self._narrow and state["dtypes"].get(self._obs) == self._wide.str:
+            self._dtypes[self._obs] = self._wide  # as they turned out to be
         ours = json.loads(_dump(self._state()))
         if any(state[name] != ours[name] for name in ("description", "dtypes")):
             raise UsageError(
@@ -384,6 +400,52 @@ class Writer:
             "rows": self._rows,
             "checksums": self._checksums,
         }
+
+    def _fitted(self, rows: Rows) -> Rows:
+        """Rows with observations as narrow as those that are stored; else makes room for them."""
+        stored = self._dtypes[self._obs]
+        if not self._narrow or stored == self._wide or rows.obs.dtype == stored:
+            return rows
+        with np.errstate(invalid="ignore"):  # what is not finite is not equal either
+            narrow = rows.obs.astype(np.uint8)
+        if np.array_equal(narrow, rows.obs):
+            return rows._replace(obs=narrow)
+        try:
+            self._widen(self._partial / _WIDER)
+        except OSError as error:
+            self.close()
+            raise cannot_write(self._partial, error) from error
+        return rows
+
+    def _widen(self, temporary: Path) -> None:
+        """Stores observations as they are, those that are there already too."""
+        name, wide, progress = self._obs, self._wide, self._partial / _PROGRESS
+        row = math.prod(self._shapes[name])
+        source, self._dtypes[name] = self._files[name], wide
+        file = open(temporary, "w+b")  # noqa: SIM115
+        source.seek(file.write(self._array_header(name)))
+        checksums = [0]
+        for rows in (self._committed, self._rows - self._committed):
+            checksum, left = checksums[-1], rows * row
+            while left:
+                data = np.frombuffer(source.read(min(left, _BLOCK)), np.uint8)
+                left -= len(data)
+                data = data.astype(wide).view(np.uint8).data
+                file.write(data)
+                checksum = zlib.crc32(data, checksum)
+            checksums.append(checksum)
+        self._checksums[name] = checksums[-1]
+        file.flush()
+        os.fsync(file.fileno())
+        state = json.loads(progress.read_text()) if progress.exists() else None
+        # A crash between these leaves nothing that another writer could take for whole.
+        progress.unlink(missing_ok=True)
+        source.close()
+        os.replace(temporary, self._partial / f"{name}.npy")
+        self._files[name] = file
+        if state is not None:
+            state["dtypes"][name], state["checksums"][name] = wide.str, checksums[1]
+            write_whole(progress, [_dump(state)])
 
     def _array_header(self, name: str) -> bytes:
         """NumPy's header, of a length that does not depend on the number of rows."""

@@ -1,3 +1,3 @@
 from .bridges import to_gymnasium as to_gymnasium, to_pettingzoo as to_pettingzoo
-from .env import Env as Env
+from .env import Env as Env, Recording as Recording
 from .registry import env_ids as env_ids, make as make

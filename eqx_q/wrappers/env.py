@@ -1,7 +1,8 @@
 """The environment contract."""
 
 import abc
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import gymnasium
@@ -10,6 +11,23 @@ from equinox import AbstractVar
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..types import TimeStep
+
+
+class Recording(NamedTuple):
+    """What a data set holds of an environment; see `eqx_q.recording`.
+
+    - `options`: suite options (for `replicate`) with which it plays the game's own episodes and
+        pays the game's own rewards.
+    - `stack`: how many frames an observation `[stack, height, width]` has, each the one before
+        shifted by a frame; `None` where observations are no stacks.
+    - `stack_start`: what stands before an episode's first frame: `"zeros"`, or `"repeat"` of it.
+    - `preprocessing`: by option, what is done to observations and actions.
+    """
+
+    options: Mapping[str, Any] = {}
+    stack: int | None = None
+    stack_start: str = "zeros"
+    preprocessing: Mapping[str, Any] = {}
 
 
 class Env(eqx.Module):
@@ -34,6 +52,11 @@ class Env(eqx.Module):
     num_agents: AbstractVar[int | None]
     on_host: AbstractVar[bool]
     max_episode_steps: AbstractVar[int | None]
+
+    @property
+    def recording(self) -> Recording:
+        """What a data set holds of it. A suite overrides this where there is something to say."""
+        return Recording()
 
     @abc.abstractmethod
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:

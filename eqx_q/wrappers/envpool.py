@@ -14,11 +14,15 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
 from ..types import Episode, TimeStep
-from .env import Env
+from .env import Env, Recording
 
 # What the wrapper itself decides.
 _FIXED = ("num_envs", "batch_size", "seed", "base_path", "task", "max_num_players")
 _FIXED += ("gym_reset_return_info",)
+
+# What is done to observations and actions.
+_PREPROCESSING = ("frame_skip", "gray_scale", "img_height", "img_width", "use_inter_area_resize")
+_PREPROCESSING += ("full_action_space", "repeat_action_probability", "mode", "difficulty")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -117,6 +121,17 @@ class EnvpoolEnv(Env):
         self.num_agents = None
         self.on_host = True
         self.max_episode_steps = pool.envpool.config["max_episode_steps"]
+
+    @property
+    def recording(self) -> Recording:
+        """Whole games, unclipped. Frames of three colours are three channels: none is apart."""
+        config = self.pool.open().envpool.config
+        return Recording(
+            options={"episodic_life": False, "reward_clip": False},
+            stack=config["stack_num"] if config["gray_scale"] else None,
+            stack_start="repeat",
+            preprocessing={name: config[name] for name in _PREPROCESSING},
+        )
 
     def reset(self, key: PRNGKeyArray) -> tuple[PoolState, TimeStep]:
         pool = self.pool.open()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
 from ..errors import UsageError
 from ..spaces import Box, observation_box
 from ..types import TimeStep
-from .env import Env
+from .env import Env, Recording
 
 
 class Observe(Env):
@@ -44,6 +44,12 @@ class Observe(Env):
         self.num_agents = env.num_agents
         self.on_host = env.on_host
         self.max_episode_steps = env.max_episode_steps
+
+    @property
+    def recording(self) -> Recording:
+        """That of the environment; it hides nothing of the axis along which frames are stacked."""
+        inner = self.env.recording
+        return inner._replace(preprocessing={**inner.preprocessing, "observe": list(self.entries)})
 
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         return self._see(*self.env.reset(key))

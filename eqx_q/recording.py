@@ -1,0 +1,345 @@
+"""Recording: what an agent does in an environment, as rows of a data set."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, PyTree, Shaped
+
+from .agents import Agent, decide
+from .data import Description, Rows, Writer
+from .errors import UsageError
+from .types import AnyArray, Memory, Scalar, TimeStep
+from .wrappers import Env
+
+_CHUNK_SECONDS = 0.5  # between looks at the progress and at Ctrl-C
+_CHUNK_BYTES = 16 << 20
+_CHUNK_STEPS = 1024
+
+
+class Recorded(NamedTuple):
+    """What was recorded so far.
+
+    - `transitions`: what really happened; a data set has a row more for each episode.
+    - `episodes`: that came to their own end, with the mean of their returns (`None` without any).
+    - `cut`: episodes that were still running when the recording ended.
+    """
+
+    transitions: int = 0
+    episodes: int = 0
+    return_mean: float | None = None
+    cut: int = 0
+
+
+class _Rows(eqx.Module):
+    """Rows of all lanes, `T` steps of them: those of a data set, `R`, before they are in order."""
+
+    obs: Shaped[AnyArray, "*lanes_and_obs"]
+    action: Int[AnyArray, "*lanes"]
+    reward: Float[AnyArray, "*lanes"]
+    terminated: Bool[AnyArray, "*lanes"]
+    truncated: Bool[AnyArray, "*lanes"]
+    first: Bool[AnyArray, "*lanes"]
+
+    def of_lane(self, lane: int, begin: int, end: int) -> Rows:
+        """Some rows of one lane, still in the memory of all."""
+        columns = (self.obs, self.action, self.reward, self.terminated, self.truncated, self.first)
+        return Rows(*(np.asarray(x)[begin:end, lane] for x in columns))
+
+
+class _State(eqx.Module):
+    """Where a recording stands. `sound`: whether frames so far were stacked as they should be."""
+
+    env_state: PyTree
+    timestep: TimeStep
+    memory: Memory
+    key: PRNGKeyArray
+    sound: Bool[Array, ""]
+
+
+def describe(
+    env: Env,
+    name: str,
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Description:
+    """What a data set recorded from an environment is of.
+
+    **Arguments:** `name`: the environment's id, `"<suite>/<name>"`. `preprocessing`: what was done
+    beside what the environment says of itself. `source`: where the data come from.
+
+    **Raises:** `UsageError` where a data set cannot hold what the environment gives.
+    """
+    _check_recordable(env)
+    space: Any = env.observation_space
+    recording = env.recording
+    return Description(
+        env=name,
+        observation_space=space,
+        action_space=env.action_space,
+        stack=recording.stack,
+        stack_start=recording.stack_start,
+        preprocessing={**recording.preprocessing, **(preprocessing or {})},
+        source=source or {},
+    )
+
+
+def record(
+    agent: Agent,
+    env: Env,
+    writer: Writer,
+    *,
+    num_steps: int,
+    key: PRNGKeyArray,
+    shard: str,
+    epsilon: Scalar = 0.0,
+    run: int | None = None,
+    source: Mapping[str, Any] | None = None,
+    on_chunk: Callable[[Recorded], None] | None = None,
+) -> Recorded:
+    """Plays, and writes what happened as one shard of a data set.
+
+    All lanes play until they have made exactly `num_steps` transitions together (steps into a
+    reset are none). Episodes are written whole, in the order in which they end. Those running at
+    last are cut: their last transition is `truncated`, and what it led to is their final
+    observation. The same arguments give the same rows (an emulator goes on where it stands).
+
+    **Arguments:**
+
+    - `env`: an environment of its own, since it is reset and stepped; made with the `options` of
+        its `recording`, so that it plays the game's own episodes for the game's own rewards.
+    - `num_steps`: transitions of all lanes together.
+    - `epsilon`: probability of a random action; 0 is greedy, and 1 needs no training.
+    - `shard`, `run`, `source`: as in `eqx_q.data.Shard`; what was recorded is added to `source`.
+    - `on_chunk`: called about twice a second with what was recorded so far. What it raises ends
+        the recording, and the shard is not committed.
+
+    **Raises:** `UsageError` where the agent does not fit, or what would be written is not what it
+    has seen.
+    """
+    _check_fits(agent, env)
+    if num_steps < 1:
+        raise UsageError(f"num_steps is {num_steps}: record at least one transition")
+    state = _start(agent, env, key)
+    epsilon = jnp.asarray(epsilon, jnp.float32)
+    capacity = _capacity(env)
+    lanes = _Lanes(env.num_envs)
+    recorded = Recorded()
+    length = 1  # the first chunk is compiled, so its time says nothing
+    while recorded.transitions < num_steps:
+        missing = num_steps - recorded.transitions
+        length = min(length, capacity, -(-missing // env.num_envs))
+        started = time.perf_counter()
+        state, rows = _play(env, agent, state, epsilon, jnp.asarray(length), capacity)
+        rows = jax.tree.map(np.asarray, rows)
+        if not state.sound:
+            raise UsageError(
+                "observations are not stacks of frames as the environment says (its `recording`): "
+                "what would be stored is not what the agent sees"
+            )
+        seconds = time.perf_counter() - started
+        made, stops = _cut(rows, length, missing)
+        recorded = _add(recorded, made, lanes.add(rows, stops), writer)
+        if recorded.transitions == num_steps:
+            left = lanes.end(rows, stops)
+            for episode in left:
+                writer.append(episode)
+            recorded = recorded._replace(cut=len(left))
+        if on_chunk is not None:
+            on_chunk(recorded)
+        length = 16 if length == 1 else max(1, int(length * min(4, _CHUNK_SECONDS / seconds)))
+    writer.commit(shard, run, {**(source or {}), **recorded._asdict()})
+    return recorded
+
+
+def _check_recordable(env: Env) -> None:
+    if env.num_agents is not None:
+        raise UsageError(
+            f"a team of {env.num_agents} acts here, and a data set holds the actions of one agent: "
+            "record an environment with one"
+        )
+
+
+def _check_fits(agent: Agent, env: Env) -> None:
+    _check_recordable(env)
+    if agent.num_members is not None:
+        raise UsageError("record the members of a population one by one: population.member(i)")
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(agent, name), getattr(env, name)
+        if ours != theirs:
+            raise UsageError(
+                f"the agent's {name} is {ours}, the environment's {theirs}: "
+                "record in the environment that it was trained in"
+            )
+
+
+def _capacity(env: Env) -> int:
+    """The most steps of a chunk."""
+    space: Any = env.observation_space
+    shape = space.shape if env.recording.stack is None else space.shape[1:]
+    row = int(np.prod(shape)) * space.dtype.itemsize * env.num_envs
+    return int(np.clip(_CHUNK_BYTES // max(1, row), 1, _CHUNK_STEPS))
+
+
+def _start(agent: Agent, env: Env, key: PRNGKeyArray) -> _State:
+    """Every lane at the start of its first episode."""
+    reset_key, key = jax.random.split(key)
+    env_state, timestep = env.reset(reset_key)
+    if timestep.action_mask is not None:
+        raise UsageError(
+            "only some actions are legal here, and data sets do not hold which: "
+            "record an environment without action masks"
+        )
+    memory = agent.initial_memory(env.num_envs)
+    return _State(env_state, timestep, memory, key, _starts_well(env, jnp.asarray(timestep.obs)))
+
+
+def _starts_well(env: Env, obs: Shaped[Array, "N *obs"]) -> Bool[Array, ""]:
+    """Whether these stacks of frames are those of an episode's start."""
+    return jnp.all(_is_start(env, obs)) if env.recording.stack else jnp.array(True)
+
+
+def _is_start(env: Env, obs: Shaped[AnyArray, "N S *frame"]) -> Bool[Array, " N"]:
+    newest = obs[:, -1:]
+    before = newest if env.recording.stack_start == "repeat" else jnp.zeros_like(newest)
+    return jnp.all(obs[:, :-1] == before, axis=tuple(range(1, obs.ndim)))
+
+
+def _follows(env: Env, before: TimeStep, after: TimeStep) -> Bool[Array, ""]:
+    """Whether the frames before an observation's newest are those that a reader will put there."""
+    if not env.recording.stack:
+        return jnp.array(True)
+    shifted = after.obs[:, :-1] == before.obs[:, 1:]
+    shifted = jnp.all(shifted, axis=tuple(range(1, after.obs.ndim)))
+    return jnp.all(jnp.where(after.first, _is_start(env, after.obs), shifted))
+
+
+@eqx.filter_jit
+def _play(
+    env: Env, agent: Agent, state: _State, epsilon: Array, length: Int[Array, ""], capacity: int
+) -> tuple[_State, _Rows]:
+    """Plays `length` steps.
+
+    **Returns:** where it stands then, and `capacity + 1` rows. Those up to `length` are rows of a
+    data set, and the one at `length` has no action yet, unless its episode has ended.
+    """
+
+    def stored(obs):
+        return obs[:, -1] if env.recording.stack else obs
+
+    def step(index, carry):
+        state, rows = carry
+        now = state.timestep
+        key, act_key, env_key = jax.random.split(state.key, 3)
+        decision = decide(agent, now, state.memory, epsilon=epsilon, key=act_key)
+        env_state, then = env.step(state.env_state, decision.action, env_key)
+        # What follows an end is a reset, not a consequence: that row holds the final observation.
+        row = _Rows(
+            obs=stored(now.obs),
+            action=jnp.where(now.ended, -1, decision.action),
+            reward=then.reward,
+            terminated=then.terminated,
+            truncated=then.truncated,
+            first=now.first,
+        )
+        sound = state.sound & _follows(env, now, then)
+        return _State(env_state, then, decision.memory, key, sound), _put(rows, row, index)
+
+    def last(state):
+        timestep = state.timestep
+        no, zero = jnp.zeros_like(timestep.first), jnp.zeros_like(timestep.reward)
+        action = jnp.where(timestep.ended, -1, 0)
+        return _Rows(stored(timestep.obs), action, zero, no, no, timestep.first)
+
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity + 1, *x.shape), x.dtype), last(state))
+    state, rows = jax.lax.fori_loop(0, length, step, (state, rows))
+    return state, _put(rows, last(state), length)
+
+
+def _put(rows: _Rows, row: _Rows, index) -> _Rows:
+    return jax.tree.map(
+        lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x.astype(rows.dtype), index, 0),
+        rows,
+        row,
+    )
+
+
+def _cut(rows: _Rows, length: int, missing: int) -> tuple[int, Int[np.ndarray, " N"]]:
+    """Where each lane stops, so that no more than the missing transitions are made.
+
+    Of the last step the first lanes count, as many as are missing.
+
+    **Returns:** how many transitions there are up to there, and how many rows of each lane.
+    """
+    real = rows.action[:length] >= 0
+    num_lanes = real.shape[1]
+    made = int(real.sum())
+    if made < missing:
+        return made, np.full(num_lanes, length)
+    step, lane = divmod(int(np.flatnonzero(real)[missing - 1]), num_lanes)
+    stops = step + (np.arange(num_lanes) <= lane)
+    return missing, stops + (rows.action[stops, np.arange(num_lanes)] < 0)  # a final row stays
+
+
+class _Lanes:
+    """Rows of the episodes that are running, lane by lane."""
+
+    def __init__(self, num_lanes: int):
+        self._parts: list[list[Rows]] = [[] for _ in range(num_lanes)]
+
+    def add(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> Rows | None:
+        """Takes so many rows of each lane, and gives back the episodes that are whole by now."""
+        ends = (rows.action < 0) & (np.arange(len(rows.action))[:, None] < stops)
+        begins = [0] * len(stops)
+        whole: list[Rows] = []
+        for step, lane in np.argwhere(ends).tolist():  # in the order of time
+            whole += self._parts[lane]
+            whole.append(rows.of_lane(lane, begins[lane], step + 1))
+            self._parts[lane], begins[lane] = [], step + 1
+        for lane, (begin, stop) in enumerate(zip(begins, stops.tolist(), strict=True)):
+            if begin < stop:
+                # A copy, so that this does not keep all lanes' rows alive.
+                part = rows.of_lane(lane, begin, stop)
+                self._parts[lane].append(Rows(*(np.array(x) for x in part)))
+        return _joined(whole) if whole else None
+
+    def end(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> list[Rows]:
+        """The episodes that are running, cut.
+
+        **Arguments:** `rows`, `stops`: what was last added; where a lane stops is its final row.
+        """
+        cut: list[Rows] = []
+        for lane, parts in enumerate(self._parts):
+            if parts:
+                episode = _joined(parts)
+                final = rows.of_lane(lane, int(stops[lane]), int(stops[lane]) + 1)
+                obs = np.concatenate([episode.obs, final.obs])
+                cut.append(Rows.of_episode(obs, episode.action, episode.reward, terminated=False))
+        return cut
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _add(recorded: Recorded, made: int, whole: Rows | None, writer: Writer) -> Recorded:
+    """Writes whole episodes, and counts them."""
+    recorded = recorded._replace(transitions=recorded.transitions + made)
+    if whole is None:
+        return recorded
+    writer.append(whole)
+    returns = _returns(whole.reward, whole.first)
+    total = (recorded.return_mean or 0.0) * recorded.episodes + float(returns.sum())
+    episodes = recorded.episodes + len(returns)
+    return recorded._replace(episodes=episodes, return_mean=total / episodes)
+
+
+def _returns(
+    reward: Float32[np.ndarray, " R"], first: Bool[np.ndarray, " R"]
+) -> Float[np.ndarray, " episodes"]:
+    return np.add.reduceat(reward.astype(np.float64), np.flatnonzero(first))
