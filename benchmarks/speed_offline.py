@@ -46,7 +46,7 @@ def play(num_rows: int) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete
             state, timestep = step(state, np.zeros(1, int), jax.random.key(0))  # resets
             frames, actions, rewards = [], [], []
     env.close()
-    return env.observation_space, env.action_space, games
+    return env.observation_space, env.action_space, games  # pyright: ignore[reportReturnType]
 
 
 def write_both(directory: Path, num_rows: int) -> int:

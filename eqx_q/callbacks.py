@@ -141,8 +141,8 @@ class Checkpoint:
     the last failure is raised.
 
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
-    time. `keep`: the newest files that stay. `with_env`: `False` where the environment lives
-    outside JAX, so that its state cannot be saved.
+    time. `keep`: the newest files that stay; `None`: all. `with_env`: `False` where the environment
+    lives outside JAX, so that its state cannot be saved.
     """
 
     overlap = True
@@ -153,7 +153,7 @@ class Checkpoint:
         *,
         every: int,
         seconds: float = 600.0,
-        keep: int = 2,
+        keep: int | None = 2,
         with_env: bool = True,
     ):
         self._directory, self._with_env = directory, with_env
@@ -200,7 +200,7 @@ def restore(directory: Path, env: Env) -> RunState:
     **Raises:** `UsageError` where there is no good checkpoint.
     """
     run_state, path = load_latest(directory)
-    if run_state.timestep is None:
+    if getattr(run_state, "timestep", True) is None:
         fresh = start(run_state.agent, env, key=run_state.key)
         run_state = _with_outside_parts(run_state, _outside_parts(fresh))
         logger.info("the emulators cannot be restored: their episodes start anew")

@@ -85,15 +85,19 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     return _read(Path(path))[0]
 
 
-def save_checkpoint(directory: str | os.PathLike, tree: PyTree, step: int, keep: int = 2) -> Path:
-    """Writes `directory/<step>.ckpt`; of the files there, the newest `keep` good ones stay.
+def save_checkpoint(
+    directory: str | os.PathLike, tree: PyTree, step: int, keep: int | None = 2
+) -> Path:
+    """Writes `directory/<step>.ckpt`; of the files there, the newest `keep` good ones stay, or all.
 
     **Returns:** the path. **Raises:** as `save` does; `UsageError` where `keep` is not at least 1.
     """
-    if not (isinstance(keep, int) and keep >= 1):
+    if not (keep is None or (isinstance(keep, int) and keep >= 1)):
         raise UsageError(f"keep={keep}: give a whole number of checkpoints to keep, 1 or more")
     path = Path(directory) / f"{step:012d}.ckpt"
     save(path, tree)
+    if keep is None:
+        return path
     good = 0
     for candidate in checkpoints(path.parent):
         if good >= keep:

@@ -55,9 +55,11 @@ def main(config: DictConfig) -> float | None:
 def _in_words(summary: dict) -> str:
     returns = summary["eval_return_per_seed"]
     shown = "none" if returns is None else "  ".join(f"{value:.4g}" for value in returns)
+    unit = "env_steps" if "env_steps" in summary else "num_updates"
+    noun = unit.split("_")[-1]
     return (
-        f"{summary['status']}: {summary['env_steps']:,} steps at "
-        f"{summary['steps_per_second']:,.0f} steps/s; evaluation returns: {shown}"
+        f"{summary['status']}: {summary[unit]:,} {noun} at "
+        f"{summary[f'{noun}_per_second']:,.0f} {noun}/s; evaluation returns: {shown}"
     )
 
 

@@ -21,6 +21,8 @@ request = json.loads(sys.argv[1])
 sys.path.insert(0, request["path"])
 
 import jax  # noqa: E402
+
+# pyright: reportMissingImports=false
 from slimcql.algorithms.cql import CQL  # noqa: E402
 from slimcql.algorithms.dqn import DQN  # noqa: E402
 from slimcql.sample_collection.dataset import Dataset  # noqa: E402

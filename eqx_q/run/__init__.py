@@ -1,0 +1,21 @@
+"""A run as the scripts make it: from a configuration to a directory of results.
+
+A configuration is a nested dictionary with the keys of `conf/config.yaml`. The directory has
+
+    config.yaml  metrics.jsonl  summary.json  agent.eqx  checkpoints/  media/
+"""
+
+from .collecting import collect_run as collect_run
+from .evaluation import evaluate_run as evaluate_run
+from .settings import (
+    Config as Config,
+    changeable as changeable,
+    fraction as fraction,
+    make_agent as make_agent,
+    make_env as make_env,
+    number as number,
+    whole as whole,
+    whole_or_none as whole_or_none,
+)
+from .summary import provenance as provenance, write_json as write_json
+from .training import train_run as train_run

@@ -1,0 +1,105 @@
+"""Evaluating what a run left behind."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..agents import Agent
+from ..checkpoint import load, newest_checkpoint
+from ..errors import UsageError
+from ..evaluation import play_episodes
+from ..media import record_episode, write_gif
+from ..wrappers.host import closing
+from .settings import (
+    LANES_IN_JAX,
+    LANES_ON_HOST,
+    Config,
+    emulator_seed as seed_of_emulators,
+    env_name,
+    episode_cap,
+    given,
+    learnt,
+    make_env,
+)
+from .summary import episode_means, provenance
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_run(
+    config: Config,
+    directory: Path,
+    *,
+    episodes: int,
+    num_envs: int | None = None,
+    seed: int = 0,
+    epsilon: float = 0.0,
+    max_episode_steps: int | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    video: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluates the agent that a run left behind, in the environment that it was trained in.
+
+    **Arguments:** `episodes`, `num_envs`: per member. `protocol`: options of the environment that
+    differ from training; by default those of the run's own evaluations. `video`: a file for the
+    GIF of an episode.
+
+    **Returns:** returns per member with their statistics, and how they were come by.
+    """
+    agent = trained_agent(directory)
+    members = agent.num_members or 1
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(closing(make_env(config, members)))
+        lanes = num_envs or min(episodes, LANES_ON_HOST if one.on_host else LANES_IN_JAX)
+        options = given(config["protocol"] if protocol is None else protocol)
+        emulator_seed = seed_of_emulators(seed, "afterwards")
+        env = stack.enter_context(
+            closing(one.replicate(members * lanes, seed=emulator_seed, **options))
+        )
+        cap = max_episode_steps or episode_cap(env)
+        key = jax.random.key(seed)
+        played = play_episodes(
+            agent, env, num_episodes=episodes, key=key, epsilon=epsilon, max_episode_steps=cap
+        )
+        if video:
+            scene = stack.enter_context(
+                closing(one.replicate(members, seed=emulator_seed, **options))
+            )
+            frames, _ = record_episode(agent, scene, key=key)
+            if frames:
+                write_gif(video, frames)
+                logger.info("written to %s", video)
+            else:
+                logger.warning("no video: %s cannot be drawn", env_name(config))
+    returns = np.atleast_2d(played.returns)
+    return {
+        "env": env_name(config),
+        "env_options": options,
+        **learnt(agent),
+        "episodes": returns.shape[1],
+        "epsilon": epsilon,
+        "seed": seed,
+        "max_episode_steps": cap,
+        "return_mean": float(returns.mean()),
+        "return_per_seed": returns.mean(1).tolist(),
+        "return_std_per_seed": returns.std(1).tolist(),
+        "per_seed": episode_means(played),
+        "returns": returns.tolist(),
+        **provenance(),
+    }
+
+
+def trained_agent(directory: Path) -> Agent:
+    """What a run left behind. Raises `UsageError` where it is not there, or not finished."""
+    path = directory / "agent.eqx"
+    if not path.exists() and newest_checkpoint(directory / "checkpoints"):
+        raise UsageError(
+            f"the run in '{directory}' has not come to its end: finish it with "
+            f"`python scripts/train.py resume={directory}`"
+        )
+    return load(path)

@@ -1,0 +1,164 @@
+"""What a configuration means: its numbers, its environment, its agent."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import operator
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ..agents import OfflineAgent, Population
+from ..errors import UnknownNameError, UsageError
+from ..wrappers import Env, make
+
+Config = Mapping[str, Any]
+
+LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
+MOST_LANES = 2**24
+_LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
+
+
+def make_env(config: Config, num_envs: int) -> Env:
+    """The environment that `config["env"]` describes; options that are null keep their default."""
+    options = given(config["env"])
+    suite, name = options.pop("suite"), options.pop("name")
+    seed = emulator_seed(whole(config, "seed"), "training")
+    return make(f"{suite}/{name}", num_envs, seed=seed, **options)
+
+
+def emulator_seed(seed: int, role: str) -> int:
+    """A seed that is far from those of other runs and roles: lane `i` takes it plus `i`."""
+    (spread,) = np.random.SeedSequence([seed, *role.encode()]).generate_state(1)
+    return int(spread) % (2**31 - MOST_LANES)  # with the lanes on top it fits 32 bits, signed
+
+
+def make_agent(config: Config, env: Env) -> Any:
+    """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
+
+    Member `i` starts with the parameters that a run of its own would have at `seed + i`.
+    """
+    options = given(config["agent"])
+    create = pkgutil.resolve_name(options.pop("_target_")).create
+    known = inspect.signature(create).parameters
+    for name in options:
+        if name not in known:
+            raise UnknownNameError("hyperparameter", name, set(known) - {"key"})
+    for name in traced(config) & set(options):
+        number(config, f"agent.{name}")
+    if env.num_agents is not None:
+        options["num_agents"] = env.num_agents
+
+    def member(key):
+        return create(env.observation_space, env.action_space, key=key, **options)
+
+    seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
+    if len(seeds) == 1:
+        return member(_agent_key(seeds[0]))
+    return Population(eqx.filter_vmap(member)(jax.vmap(_agent_key)(seeds)))
+
+
+def changeable(config: Config) -> set[str]:
+    """Hyperparameters that a run in progress may change: those that are leaves of the agent."""
+    return traced(config) & set(config["agent"])
+
+
+def traced(config: Config) -> set[str]:
+    """Fields of the agent that hold one value, and that learning does not change: by their type."""
+
+    def is_traced(kind: Any) -> bool:
+        return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
+
+    fields = dataclasses.fields(pkgutil.resolve_name(config["agent"]["_target_"]))
+    return {field.name for field in fields if is_traced(field.type)}
+
+
+def _agent_key(seed):
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def whole(config: Config, name: str, *, least: int = 0) -> int:
+    """A whole number of the configuration, also where it is written `5e5`.
+
+    **Arguments:** `name`: of the key, with dots between levels.
+
+    **Raises:** `UsageError` where it is something else, or below `least`.
+    """
+    value = _at(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        raise UsageError(f"{name}={value}: give a whole number")
+    if value < least:
+        raise UsageError(f"{name}={value}: give a whole number of at least {least}")
+    return int(value)
+
+
+def number(config: Config, name: str) -> float:
+    """A number of the configuration. Raises `UsageError` where it is something else."""
+    value = _at(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"{name}={value}: give a number")
+    return float(value)
+
+
+def fraction(config: Config, name: str) -> float:
+    """A number from 0 to 1. Raises `UsageError` where it is something else."""
+    value = number(config, name)
+    if not 0 <= value <= 1:
+        raise UsageError(f"{name}={value}: give a number from 0 to 1")
+    return value
+
+
+def whole_or_none(config: Config, name: str) -> int | None:
+    """Like `whole`, of at least 1, where the key may be null."""
+    given = _at(config, name) is not None
+    return whole(config, name, least=1) if given else None
+
+
+def _at(config: Config, name: str) -> Any:
+    return functools.reduce(operator.getitem, name.split("."), config)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are not null, at any depth."""
+    return {
+        name: given(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def lanes_of_all(config: Config, per_seed: int) -> int:
+    """Of all seeds. Raises `UsageError` where those are too many."""
+    lanes = per_seed * whole(config, "num_seeds", least=1)
+    if lanes > MOST_LANES:
+        raise UsageError(f"{lanes:,} lanes are too many: lower num_envs or num_seeds")
+    return lanes
+
+
+def episode_cap(env: Env) -> int | None:
+    """Where an evaluation cuts an episode: nowhere if the environment has a limit of its own."""
+    return None if env.max_episode_steps else _LONGEST_EPISODE
+
+
+def env_name(config: Config) -> str:
+    """`"<suite>/<name>"`."""
+    return f"{config['env']['suite']}/{config['env']['name']}"
+
+
+def learnt(agent: Any) -> dict[str, int]:
+    """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
+    member = getattr(agent, "members", agent)
+    unit = "num_updates" if isinstance(member, OfflineAgent) else "env_steps"
+    return {unit: int(np.max(getattr(member, unit)))}
+
+
+def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
+    """The thing itself, which the stack will close."""
+    stack.callback(thing.close)
+    return thing

@@ -1,0 +1,65 @@
+"""What a run leaves for the record."""
+
+import contextlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..evaluation import Episodes
+from ..files import write_whole
+from ..wrappers.registry import SUITES
+
+_SUITE_PACKAGES = (*(suite.package for suite in SUITES.values()), "mpe2")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON; what is not finite becomes `null`."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    write_whole(path, [text.encode()])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_finite(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def episode_means(played: Episodes) -> dict[str, list[float]]:
+    """Per member, of the length and of what the suite says of episodes."""
+    values = {"length": played.lengths, **played.metrics}
+    return {name: np.atleast_2d(x).mean(1).tolist() for name, x in values.items()}
+
+
+def provenance() -> dict[str, Any]:
+    """The device, the versions of what matters where it is installed, and our commit."""
+    versions = {"python": platform.python_version()}
+    for package in ("eqx_q", "jax", "jaxlib", "equinox", "optax", "numpy", *_SUITE_PACKAGES):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    device = jax.devices()[0].device_kind
+    return {"device": device, "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, `-dirty` where files differ; `None` outside of one."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return (
+            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,422 @@
+"""Training as a configuration says, online or from data."""
+
+import contextlib
+import functools
+import json
+import logging
+import pkgutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ..agents import Agent, OfflineAgent
+from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
+from ..checkpoint import save
+from ..clock import clock
+from ..data import Dataset, Sampling
+from ..errors import DivergedError, UsageError
+from ..offline import start_offline, train_offline
+from ..tracking import JsonlTracker, Tracker, Trackers
+from ..training import Metrics, train
+from ..wrappers import Env
+from ..wrappers.host import closing
+from .settings import (
+    LANES_IN_JAX,
+    LANES_ON_HOST,
+    Config,
+    close_later,
+    emulator_seed,
+    env_name,
+    episode_cap,
+    fraction,
+    given,
+    lanes_of_all,
+    learnt,
+    make_agent,
+    make_env,
+    traced,
+    whole,
+    whole_or_none,
+)
+from .summary import episode_means, provenance, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def train_run(
+    config: Config,
+    directory: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Trains as `config` says, and leaves the results in `directory`.
+
+    **Arguments:** `on_start`: called when all that `config` asks for has been made.
+
+    **Returns:** the summary, which is in `summary.json` too.
+    **Raises:** `UsageError` for what the configuration gets wrong.
+    """
+    started = time.perf_counter()
+    if config["devices"] != 1:
+        raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
+    with contextlib.ExitStack() as stack:
+        dataset = _dataset(config)
+        lanes = 1 if dataset else whole(config, "num_envs")
+        env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
+        agent = make_agent(config, env)
+        _check_kind(config, agent)
+        run_state = _restored(config, directory, env, agent) if resume else None
+        crew = _crew(config, directory, env, run_state, stack)
+        total = whole(config, _kind(config).total, least=1)
+        key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 1)
+        how: dict[str, Any] = {
+            "key": key,
+            "callbacks": crew.callbacks,
+            "run_state": run_state,
+            "log_every": whole_or_none(config, "log_every"),
+        }
+        if dataset is None:
+            learn = functools.partial(train, agent, env, total_steps=total, **how)
+        else:
+            how["sampling"] = _sampling(config)
+            start_offline(agent, dataset, key=key)  # refuses what does not fit
+            learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
+        on_start()
+        if run_state is not None and _done(run_state) >= total:
+            _end_again(config, directory, crew, run_state, total)
+        else:
+            try:
+                learn()
+            except DivergedError as error:
+                raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UsageError(
+                    f"the device is out of memory: lower {_kind(config).sizes}, num_seeds or "
+                    f"eval.num_envs; {crew.checkpoint.last_in_words()}"
+                ) from error
+    summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+class _Kind(NamedTuple):
+    """How a run counts: in the agent's `unit`, up to the configuration's `total`.
+
+    `metric` is the total in metrics, `rate` the speed; `sizes` are what memory depends on.
+    """
+
+    unit: str
+    total: str
+    metric: str
+    rate: str
+    sizes: str
+
+
+_ONLINE = _Kind(
+    "env_steps", "total_steps", "total_steps", "steps_per_second", "num_envs, agent.rollout_length"
+)
+_OFFLINE = _Kind(
+    "num_updates", "num_updates", "total_updates", "updates_per_second", "sampling.memory_gb"
+)
+
+
+def _done(run_state: Any) -> int:
+    """How far a run is, in what it counts in."""
+    (done,) = learnt(run_state.agent).values()
+    return done
+
+
+def _kind(config: Config) -> _Kind:
+    return _ONLINE if config.get("data") is None else _OFFLINE
+
+
+def _dataset(config: Config) -> Dataset | None:
+    """What is learnt from, where that is not an environment; read through once."""
+    if config.get("data") is None:
+        return None
+    dataset = Dataset(config["data"])
+    logger.info(
+        "data: %s, %s transitions in %s episodes of %s",
+        dataset.path,
+        f"{dataset.num_transitions:,}",
+        f"{dataset.num_episodes:,}",
+        dataset.description.env,
+    )
+    dataset.verify()
+    return dataset
+
+
+def _check_kind(config: Config, agent: Any) -> None:
+    """Raises `UsageError` where an agent has nothing to learn from."""
+    is_offline = isinstance(getattr(agent, "members", agent), OfflineAgent)
+    if is_offline and config.get("data") is None:
+        raise UsageError(
+            "this agent learns from recorded data: give data=DIR (scripts/collect.py and "
+            "scripts/convert.py make one), or choose agent=pqn"
+        )
+    if not is_offline and config.get("data") is not None:
+        raise UsageError(
+            "this agent learns from environments, and data=... is no use to it: leave that out, "
+            "or choose agent=cql, dqn or bc"
+        )
+
+
+def _sampling(config: Config) -> Sampling:
+    """How transitions are drawn; rewards are clipped where the environment's are."""
+    options = given(config["sampling"])
+    options.setdefault("reward_clip", bool(config["env"].get("reward_clip", False)))
+    return Sampling(seed=whole(config, "seed"), **options)
+
+
+def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
+    """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
+    run_state = restore(directory / "checkpoints", env)
+    done, total = _done(run_state), whole(config, _kind(config).total)
+    if done >= total and _has_results(config, directory, done):
+        unit, name = _kind(config).unit.split("_")[-1], _kind(config).total
+        raise UsageError(f"this run has made its {done:,} {unit}: give a larger {name} to go on")
+    if done >= total:
+        return run_state
+    names = sorted(traced(config))
+
+    def values(agent):
+        members = getattr(agent, "members", agent)
+        return [getattr(members, name) for name in names]
+
+    return eqx.tree_at(lambda s: values(s.agent), run_state, values(fresh))
+
+
+def _has_results(config: Config, directory: Path, done: int) -> bool:
+    """Whether the agent and the summary of a run that came so far are there."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+        return summary[_kind(config).unit] >= done and (directory / "agent.eqx").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _end_again(config, directory: Path, crew: "_Crew", run_state: Any, total: int) -> None:
+    """What was left to do where a run was killed after its last checkpoint.
+
+    How long training took is not known any more.
+    """
+    kind = _kind(config)
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        crew.recorder(run_state, json.loads(line) | {kind.metric: total})
+    metrics = {
+        kind.unit: _done(run_state),
+        kind.metric: total,
+        "compile_seconds": np.nan,
+        "train_seconds": np.nan,
+        "done": True,
+    }
+    if kind is _ONLINE:
+        metrics["transitions"] = np.asarray(run_state.transitions)
+    for callback in (crew.evaluation, crew.recorder, crew.keeper):
+        if callback is not None:
+            callback(run_state, metrics)
+
+
+class _Crew(NamedTuple):
+    """The callbacks of a run; those that are asked something afterwards, by name."""
+
+    callbacks: list[Any]
+    interrupt: Interrupt
+    evaluation: Evaluation | None
+    keeper: "_Keeper"
+    checkpoint: Checkpoint
+    recorder: "_Recorder"
+
+
+def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
+    """What a run needs beside learning. Those that add metrics come before those that log them."""
+    budget = TimeBudget(fraction(config, "eval.time_fraction"))
+    begin = 0 if run_state is None else _done(run_state)
+    tracker = close_later(stack, _tracker(config, directory, begin))
+    interrupt = stack.enter_context(Interrupt())
+    evaluation = _evaluation(config, env, budget, stack)
+    recorder = _Recorder(begin)
+    keeper = _Keeper(directory / "agent.eqx")
+    checkpoint = _checkpoint(config, env, directory)
+    callbacks = [
+        interrupt,
+        evaluation,
+        recorder,
+        keeper,
+        checkpoint,
+        tracker,
+        close_later(stack, Progress()),
+        _video(config, env, directory, tracker, budget, stack),
+    ]
+    present = [callback for callback in callbacks if callback is not None]
+    return _Crew(present, interrupt, evaluation, keeper, checkpoint, recorder)
+
+
+class _Keeper:
+    """Saves the agent at the end; before the checkpoint, which is larger and may not fit."""
+
+    overlap = True
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> None:
+        if metrics["done"]:
+            save(self._path, run_state.agent)
+
+
+class _Recorder:
+    """Remembers what a summary tells.
+
+    That is the last metrics, returns in the last tenth of the training, and the best evaluation of
+    each member with where it took place.
+    """
+
+    def __init__(self, begin: int):
+        self.last: Metrics = {}
+        self.best: dict[str, Any] | None = None
+        self._begin = begin
+        self._episodes, self._returns = 0.0, 0.0
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> None:
+        self.last = metrics
+        now = clock(metrics)
+        if now.done > 0.9 * now.total and "episodes" in metrics:
+            episodes = np.atleast_1d(metrics["episodes"])
+            returns = np.nan_to_num(np.array(metrics["episode_return"], float, ndmin=1))
+            self._episodes = self._episodes + episodes
+            self._returns = self._returns + episodes * returns
+        if "eval/return" in metrics:
+            returns = np.atleast_1d(np.array(metrics["eval/return"], float))
+            best = self.best or {
+                "returns": np.full_like(returns, -np.inf),
+                "at": [0] * len(returns),
+            }
+            better = returns > best["returns"]
+            self.best = {
+                "returns": np.where(better, returns, best["returns"]),
+                "at": np.where(better, now.done, best["at"]).tolist(),
+            }
+
+    @property
+    def rate(self) -> float:
+        """Steps or updates per second, of one member."""
+        return (clock(self.last).done - self._begin) / self.last["train_seconds"]
+
+    @property
+    def returns(self) -> list[float | None]:
+        """Mean training return per member, over the episodes that ended in the last tenth."""
+        episodes, returns = np.atleast_1d(self._episodes), np.atleast_1d(self._returns)
+        return [float(r / n) if n else None for r, n in zip(returns, episodes, strict=True)]
+
+
+def _evaluation(config, env, budget, stack) -> Evaluation | None:
+    if config["eval"]["every"] == 0:
+        return None
+    lanes = whole_or_none(config, "eval.num_envs") or (
+        LANES_ON_HOST if env.on_host else LANES_IN_JAX
+    )
+    seed = whole(config, "seed")
+    env = env.replicate(
+        lanes_of_all(config, lanes),
+        seed=emulator_seed(seed, "evaluation"),
+        **given(config["protocol"]),
+    )
+    return Evaluation(
+        stack.enter_context(closing(env)),
+        every=_every(config, "eval", parts=20),
+        num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
+        seed=seed + 1,
+        epsilon=fraction(config, "eval.epsilon"),
+        max_episode_steps=whole_or_none(config, "eval.max_episode_steps") or episode_cap(env),
+        min_steps=whole_or_none(config, "eval.min_steps") or 0,
+        budget=budget,
+    )
+
+
+def _checkpoint(config, env, directory) -> Checkpoint:
+    return Checkpoint(
+        directory / "checkpoints",
+        every=_every(config, "checkpoint", parts=10),
+        keep=whole_or_none(config, "checkpoint.keep"),
+        with_env=_kind(config) is _OFFLINE or not env.on_host,
+    )
+
+
+def _video(config, env, directory, tracker, budget, stack) -> Video | None:
+    if config["video"]["every"] == 0:
+        return None
+    seed = emulator_seed(whole(config, "seed"), "video")
+    env = env.replicate(lanes_of_all(config, 1), seed=seed)
+    return Video(
+        stack.enter_context(closing(env)),
+        directory / "media",
+        every=_every(config, "video", parts=4),
+        tracker=tracker,
+        max_steps=whole(config, "video.max_steps", least=1),
+        budget=budget,
+    )
+
+
+def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
+    """`metrics.jsonl` always, and on top what `config["tracker"]` says."""
+    seeds = whole(config, "num_seeds")
+    members = None if seeds == 1 else seeds
+    trackers: list[Tracker] = [
+        JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
+    ]
+    options = given(config["tracker"])
+    if "_target_" in options:
+        create = pkgutil.resolve_name(options.pop("_target_"))
+        trackers.append(create(directory, num_members=members, **options))
+    tracker = Trackers(*trackers)
+    tracker.log_params({**config, **provenance()})
+    return tracker
+
+
+def _every(config: Config, section: str, *, parts: int) -> int:
+    """Steps between rounds: as configured, else so many rounds in a run."""
+    if config[section]["every"] is not None:
+        return whole(config, f"{section}.every", least=1)
+    return max(1, whole(config, _kind(config).total) // parts)
+
+
+def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
+    last, played = crew.recorder.last, crew.evaluation and crew.evaluation.last
+    eval_returns = None if played is None else np.atleast_2d(played.returns).mean(1)
+    best, kind = crew.recorder.best, _kind(config)
+    done, total, _ = clock(last)
+    if kind is _ONLINE:
+        told = {
+            "transitions": last["transitions"],
+            "train_return_per_seed": crew.recorder.returns,
+            "steps_per_second": crew.recorder.rate * config["num_seeds"],
+        }
+    else:
+        told = {"data": config["data"], "updates_per_second": crew.recorder.rate}
+    return {
+        "status": "done" if done >= total else "stopped",
+        "agent": config["agent"]["_target_"],
+        "env": env_name(config),
+        "chosen": config.get("chosen"),
+        "seed": config["seed"],
+        "num_seeds": config["num_seeds"],
+        kind.unit: done,
+        **told,
+        "eval_return_mean": None if eval_returns is None else eval_returns.mean(),
+        "eval_return_per_seed": eval_returns,
+        "eval_per_seed": None if played is None else episode_means(played),
+        "best_eval_return_per_seed": None if best is None else best["returns"],
+        f"best_eval_{kind.unit}_per_seed": None if best is None else best["at"],
+        "compile_seconds": last["compile_seconds"],
+        "train_seconds": last["train_seconds"],
+        **provenance(),
+    }
