@@ -27,10 +27,12 @@ def test_python_runs_and_every_metric_is_explained(tmp_path, monkeypatch):
         r"`([a-z_/]+)`", "".join(re.findall(r"^\|(.*?)\|", README, re.MULTILINE))
     )
     assert set(namespace["history"][-1]) <= set(explained)
+    assert set(namespace["offline_history"][-1]) <= set(explained)
 
 
 @pytest.mark.parametrize(
-    "command", [line for line in "".join(blocks("sh")).splitlines() if "scripts/" in line]
+    "command",
+    [line for line in "".join(blocks("sh")).replace("\\\n", "").splitlines() if "scripts/" in line],
 )
 def test_commands_compose(command: str):
     """Every group, key and choice that a command names exists."""
