@@ -104,14 +104,17 @@ class Blocks:
         first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         description = self._dataset.description
 
+        ranges = _joined(starts, stops)
+
         def whole(x: Shaped[np.ndarray, "R *row"]) -> Shaped[Array, "padded *row"]:
-            parts = [x[start:stop] for start, stop in _joined(starts, stops)]
+            parts = [x[start:stop] for start, stop in ranges]
             missing = self._num_rows - int(lengths.sum())
             if missing:
                 parts.append(np.zeros((missing, *x.shape[1:]), x.dtype))
             return jnp.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-        (drawable,) = np.nonzero(whole(self._drawable))
+        drawable = np.concatenate([self._drawable[start:stop] for start, stop in ranges])
+        drawable = np.flatnonzero(drawable)
         begins = np.repeat(first, lengths)
         return Replay(
             obs=whole(rows.obs),

@@ -213,7 +213,7 @@ def changed(**columns):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\], not float32\[4, 3"),
+        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\], not "),
         (ROWS._replace(obs=ROWS.obs[:3]), r"observations are float32\[3, 3\]"),
         (ROWS._replace(obs=ROWS.obs.astype(complex)), "observations are complex128"),
         (ROWS._replace(reward=ROWS.reward[:1]), "columns of 4 rows, but reward has shape"),
@@ -254,7 +254,7 @@ def test_what_follows_from_one_call_to_the_next(tmp_path):
 
     with Writer(tmp_path / "data", describe()) as writer:
         writer.append(part(0, 0))
-        with pytest.raises(UsageError, match="row 0 must be a final observation|row 0 must be a f"):
+        with pytest.raises(UsageError, match="row 0 must be a first one"):
             writer.append(part(1, 4))
         writer.append(part(0, 2))
         with pytest.raises(UsageError, match="'here' has no final observation"):
@@ -274,9 +274,9 @@ def test_what_follows_from_one_call_to_the_next(tmp_path):
 
 
 def test_no_data_is_no_data_set(tmp_path):
-    with Writer(tmp_path / "data", describe()) as writer:
-        with pytest.raises(UsageError, match="there are no data"):
-            writer.finish()
+    writer = Writer(tmp_path / "data", describe())
+    with writer, pytest.raises(UsageError, match="there are no data"):
+        writer.finish()
     assert not (tmp_path / "data").exists()
 
 
