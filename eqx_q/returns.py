@@ -54,13 +54,13 @@ def q_lambda(
 
 
 def n_step(
-    reward: Float[AnyArray, "*batch n"],
-    length: Int[AnyArray, "*batch"],
-    terminated: Bool[AnyArray, "*batch"],
-    next_value: Float[AnyArray, "*batch"],
+    reward: Float[AnyArray, "*#batch n"],
+    length: Int[AnyArray, "*#batch"],
+    terminated: Bool[AnyArray, "*#batch"],
+    next_value: Float[AnyArray, "*#batch"],
     *,
     discount: Scalar,
-) -> Float[Array, "*batch"]:
+) -> Float[Array, "*#batch"]:
     """n-step targets (Sutton & Barto 2018, equation 7.1), cut where the episode ends.
 
         G = sum_{i < k} γ^i r_i + γ^k (1 - terminated) next_value,   k = length <= n

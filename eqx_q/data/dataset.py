@@ -143,8 +143,7 @@ class Description(NamedTuple):
         space = header["observation_space"]
         shape, dtype = tuple(space["shape"]), np.dtype(space["dtype"])
         low, high = (
-            np.broadcast_to(np.array(space[name], np.float64), shape).astype(dtype)
-            for name in ("low", "high")
+            np.broadcast_to(np.array(space[name], dtype), shape) for name in ("low", "high")
         )
         return cls(
             env=header["env"],
@@ -179,7 +178,11 @@ class Dataset:
             }
             obs = arrays.pop("obs") if self.description.stack is None else arrays.pop("frames")
             self.rows = Rows(obs, **arrays)
-        except (KeyError, TypeError, ValueError) as error:
+            for name, x in self.rows._asdict().items():
+                row = self.description.row_shape if name == "obs" else ()
+                if x.shape != (len(self), *row):
+                    raise ValueError(f"{name} has shape {x.shape}")
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
             raise CorruptFileError(
@@ -279,6 +282,7 @@ class Writer:
         **Raises:** `UsageError` where they are no rows of whole episodes, one after the other, or
         where the disk does not take them.
         """
+        self._check_open()
         rows = self._fitted(rows)
         self._check(rows)
         try:
@@ -301,6 +305,7 @@ class Writer:
 
         **Raises:** `UsageError` where the last episode has no final row, or the disk is full.
         """
+        self._check_open()
         if not self._begins:
             raise UsageError(
                 f"the last episode of '{shard}' has no final observation: append it, with action -1"
@@ -327,12 +332,7 @@ class Writer:
             raise UsageError(f"{self._rows - self._committed} rows are not committed yet")
         if not self._rows:
             raise UsageError(f"there are no data for '{self.path}': nothing is written")
-        self.close()
-        for name in self._shapes:  # now it is known how long they are
-            with open(self._partial / f"{name}.npy", "r+b") as file:
-                file.write(self._array_header(name))
-                file.flush()
-                os.fsync(file.fileno())
+        self._check_open()
         header = {"format": _FORMAT, **self.description.as_json()}
         header |= {"shards": [shard._asdict() for shard in self._shards]}
         header["arrays"] = {
@@ -343,9 +343,19 @@ class Writer:
             }
             for name, shape in self._shapes.items()
         }
-        write_whole(self._partial / _HEADER, [_dump(header)])
-        (self._partial / _PROGRESS).unlink()
-        os.replace(self._partial, self.path)
+        try:
+            for name, file in self._files.items():  # now it is known how long they are
+                file.seek(0)
+                file.write(self._array_header(name))
+                file.flush()
+                os.fsync(file.fileno())
+            self.close()
+            write_whole(self._partial / _HEADER, [_dump(header)])
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            self.close()
+            raise cannot_write(self.path, error) from error
+        (self.path / _PROGRESS).unlink()  # not before: a crash in between must lose nothing
         return Dataset(self.path)
 
     def close(self) -> None:
@@ -365,18 +375,27 @@ class Writer:
         (self._partial / _WIDER).unlink(missing_ok=True)
         progress = self._partial / _PROGRESS
         if progress.exists():
-            self._continue(json.loads(progress.read_text()))
+            try:
+                self._continue(json.loads(progress.read_text()))
+            except (KeyError, TypeError, ValueError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                raise CorruptFileError(
+                    f"'{progress}' is damaged ({error!r}): delete '{self._partial}'"
+                ) from error
         for name, shape in self._shapes.items():
             path = self._partial / f"{name}.npy"
             header = self._array_header(name)
             row = self._dtypes[name].itemsize * math.prod(shape)
+            size = len(header) + self._committed * row
+            if self._committed and (not path.exists() or path.stat().st_size < size):
+                self.close()
+                raise CorruptFileError(f"'{path}' is truncated: delete '{self._partial}'")
             file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
             self._files[name] = file
             file.write(header)
-            file.truncate(len(header) + self._committed * row)
+            file.truncate(size)
             file.seek(0, os.SEEK_END)
-            if file.tell() != len(header) + self._committed * row:
-                raise CorruptFileError(f"'{path}' is truncated: delete '{self._partial}'")
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Goes on where another writer stopped."""
@@ -456,10 +475,23 @@ class Writer:
         text = text.ljust(256 - 10 - 1) + "\n"
         return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
+    def _check_open(self) -> None:
+        """That what was written is what is in the files: a full disk closes them."""
+        if not self._files:
+            raise UsageError(
+                f"the writer of '{self.path}' is closed: make another, which goes on after the "
+                "last commit"
+            )
+
     def _check(self, rows: Rows) -> None:
         """That these rows may follow those before."""
         if not len(rows.action):
             return
+        for name in _COLUMNS:
+            if (shape := getattr(rows, name).shape) != (len(rows.action),):
+                raise UsageError(
+                    f"columns of {len(rows.action)} rows, but {name} has shape {shape}"
+                )
         expected = (len(rows.action), *self.description.row_shape)
         dtype = self._dtypes["obs" if self.description.stack is None else "frames"]
         if rows.obs.shape != expected or not np.can_cast(rows.obs.dtype, dtype, "same_kind"):
@@ -485,7 +517,7 @@ class Writer:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    if path.with_name(path.name + ".partial").exists() and not path.exists():
+    if not path.exists() and path.with_name(path.name + ".partial").exists():
         raise UsageError(
             f"'{path}' is not finished: run the command that makes it again, and it goes on"
         )
@@ -532,10 +564,9 @@ def _checksum(path: Path) -> int:
 
 def _bound(values: np.ndarray) -> Any:
     """A bound of a space for JSON: one number where it is the same everywhere."""
-    values = np.asarray(values, np.float64)
     same = values.size and np.all(values == values.flat[0])
     return json.loads(
-        json.dumps(float(values.flat[0]) if same else values.tolist()),
+        json.dumps((values.flat[0] if same else values).tolist()),
         parse_constant=lambda name: name.replace("Infinity", "inf"),
     )
 

@@ -86,7 +86,7 @@ class Replay(eqx.Module):
         """The `num` frames up to `last`; before their episode's start its padding."""
         rows = last[:, None] + jnp.arange(1 - num, 1)
         start = self.start[last][:, None]
-        frames = self.obs[jnp.maximum(rows, start)]
+        frames = self.obs[jnp.maximum(rows, start)].astype(self.dtype)
         if self.stack_start == "repeat":
             return frames
         return jnp.where((rows >= start)[..., None, None], frames, 0)
@@ -129,11 +129,12 @@ class Priorities(eqx.Module):
         cumulated = jnp.cumsum(self.sums)
         total = cumulated[-1]
         at = (jnp.arange(num) + jax.random.uniform(key, (num,))) / num * total
-        span = jnp.minimum(jnp.searchsorted(cumulated, at, side="right"), len(self.sums) - 1)
+        # Rounding must not lead to a span, nor in it to a place, that is none.
+        last = (self.count - 1) // _SPAN
+        span = jnp.minimum(jnp.searchsorted(cumulated, at, side="right"), last)
         rest = at - (cumulated[span] - self.sums[span])
         inside = self.values.reshape(-1, _SPAN)[span]
         found = jnp.sum(jnp.cumsum(inside, axis=-1) <= rest[:, None], axis=-1)
-        # Rounding must not lead to a place that is none.
         last = _SPAN - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
         place = span * _SPAN + jnp.minimum(found, last)
         weight = (self.count * self.values[place] / total) ** -self.correction

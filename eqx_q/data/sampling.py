@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
-from ..errors import UsageError
+from ..errors import UnknownNameError, UsageError
 from .dataset import Dataset
 from .replay import Replay
 
@@ -55,11 +55,19 @@ class Sampling:
         if not 0 < self.fraction <= 1:
             raise UsageError(f"fraction={self.fraction}: give a share above 0, up to 1")
         if self.by not in _WAYS:
-            raise UsageError(f"by={self.by}: choose {', '.join(_WAYS)}")
-        for name in ("shards_per_block", "updates_per_block", "memory_gb"):
+            raise UnknownNameError("by", self.by, _WAYS)
+        if self.runs is not None and not len(self.runs):
+            raise UsageError("runs is empty: name at least one, or leave it out")
+        for name, least in (("shards_per_block", 1), ("updates_per_block", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name}={value}: give more than 0")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name}={value}: give a whole number of at least {least}")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise UsageError(f"memory_gb={self.memory_gb}: give more than 0")
+        if not 0 <= self.priority_exponent < np.inf:
+            raise UsageError(f"priority_exponent={self.priority_exponent}: give 0 or more")
+        if not 0 <= self.priority_correction <= 1:
+            raise UsageError(f"priority_correction={self.priority_correction}: give 0 to 1")
 
 
 class Blocks:
@@ -104,14 +112,17 @@ class Blocks:
         first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         description = self._dataset.description
 
+        ranges = _joined(starts, stops)
+
         def whole(x: Shaped[np.ndarray, "R *row"]) -> Shaped[Array, "padded *row"]:
-            parts = [x[start:stop] for start, stop in _joined(starts, stops)]
+            parts = [x[start:stop] for start, stop in ranges]
             missing = self._num_rows - int(lengths.sum())
             if missing:
                 parts.append(np.zeros((missing, *x.shape[1:]), x.dtype))
             return jnp.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-        (drawable,) = np.nonzero(whole(self._drawable))
+        drawable = np.concatenate([self._drawable[start:stop] for start, stop in ranges])
+        drawable = np.flatnonzero(drawable)
         begins = np.repeat(first, lengths)
         return Replay(
             obs=whole(rows.obs),
@@ -179,9 +190,10 @@ class Blocks:
         size = int(self._lengths.sum()) * self._row_bytes
         if size <= free:
             return 1
-        # Two at a time: one is learnt from while the next is loaded.
+        # Two at a time: one is learnt from while the next is loaded. Where no episode takes more
+        # than a fifth, none is as long as a block, so that no block is left without any.
         longest = int(self._lengths.max()) * self._row_bytes
-        if longest > free / 4:
+        if longest > free / 5:
             raise UsageError(
                 f"an episode of '{self._dataset.path}' alone takes {longest / 2**30:.2g} GB, and "
                 f"data may take {free / 2**30:.2g} GB: raise memory_gb"
