@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -23,11 +23,14 @@ from .clock import clock
 from .errors import UsageError
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
+from .offline import OfflineState
 from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
 from .wrappers import Env
 
 logger = logging.getLogger(__name__)
+
+AnyState: TypeAlias = RunState | OfflineState  # of a run online, or from data
 
 
 class TimeBudget:
@@ -112,7 +115,7 @@ class Evaluation:
         self._compiled = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Evaluates, unless it is over budget."""
         if not (metrics["done"] or self._budget.affords("evaluation")):
             return
@@ -162,7 +165,7 @@ class Checkpoint:
         self._saved_at = time.perf_counter()
         self._warned = False
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Saves where it is time to."""
         waited = time.perf_counter() - self._saved_at
         done = clock(metrics).done
@@ -177,7 +180,7 @@ class Checkpoint:
                     self._warned = True
                     logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
-    def save(self, run_state: RunState, step: int) -> Path:
+    def save(self, run_state: AnyState, step: int) -> Path:
         """Saves now."""
         if not self._with_env:
             run_state = _with_outside_parts(run_state, (None, None, None))
@@ -192,7 +195,7 @@ class Checkpoint:
         return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
 
 
-def restore(directory: Path, env: Env) -> RunState:
+def restore(directory: Path, env: Env) -> AnyState:
     """The run state of the newest good checkpoint, to hand to `train` with the same `env`.
 
     Episodes of an environment that lives outside JAX start anew, and the log says so.
@@ -208,11 +211,11 @@ def restore(directory: Path, env: Env) -> RunState:
     return run_state
 
 
-def _outside_parts(run_state: RunState) -> tuple[Any, Any, Any]:
+def _outside_parts(run_state: Any) -> tuple[Any, Any, Any]:
     return run_state.env_state, run_state.timestep, run_state.memory
 
 
-def _with_outside_parts(run_state: RunState, parts: tuple[Any, Any, Any]) -> RunState:
+def _with_outside_parts(run_state: Any, parts: tuple[Any, Any, Any]) -> Any:
     return eqx.tree_at(_outside_parts, run_state, parts, is_leaf=lambda x: x is None)
 
 
@@ -241,7 +244,7 @@ class Video:
         self._failed = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Records, unless it is over budget."""
         if self._failed or not (metrics["done"] or self._budget.affords("recording", guess=5.0)):
             return
@@ -253,7 +256,7 @@ class Video:
             self._failed = True
         self._budget.charge("recording", time.perf_counter() - started)
 
-    def _record(self, run_state: RunState, step: int) -> None:
+    def _record(self, run_state: AnyState, step: int) -> None:
         frames, _ = record_episode(
             run_state.agent, self._env, key=jax.random.key(step), max_steps=self._max_steps
         )
@@ -279,7 +282,7 @@ class Progress:
         self._printed_at = -math.inf
         self._eval_return: float | None = None
 
-    def __call__(self, run_state: RunState | None, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState | None, metrics: Metrics) -> None:
         """Shows where the run stands, which the metrics alone tell."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
@@ -359,7 +362,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Ends the run where a signal has come."""
         if self.received:
             raise StopTraining

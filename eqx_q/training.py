@@ -66,7 +66,7 @@ class Callback(Protocol):
     with, or raise `StopTraining`.
     """
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> RunState | None: ...
+    def __call__(self, run_state: Any, metrics: Metrics) -> Any: ...
 
 
 def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
@@ -380,7 +380,7 @@ def _observe(callbacks, run_state, metrics) -> bool:
     return _call(callbacks, run_state, metrics)[1]
 
 
-def _call(callbacks, run_state, metrics) -> tuple[RunState, bool]:
+def _call(callbacks, run_state, metrics) -> tuple[Any, bool]:
     """Calls callbacks in turn; tells whether one of them stopped the run."""
     stopped = False
     for callback in callbacks:

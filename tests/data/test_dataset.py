@@ -83,7 +83,7 @@ def test_the_header_says_it_all(tmp_path):
         "stack_start": "zeros",
         "preprocessing": {},
         "source": {"files": 1},
-        "shards": [{"name": "shard0", "start": 0, "rows": 6, "run": 7}],
+        "shards": [{"name": "shard0", "start": 0, "rows": 6, "run": 7, "source": {}}],
     }
     assert arrays["obs"]["dtype"] == "<f4" and arrays["obs"]["shape"] == [6, 3]
     assert arrays["truncated"]["dtype"] == "|b1" and arrays["truncated"]["shape"] == [6]
