@@ -1,4 +1,4 @@
-"""Callbacks for `eqx_q.train`: evaluation, checkpoints, progress, GIFs, Ctrl-C.
+"""Callbacks for training, online and offline: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
 `eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them
@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -23,9 +23,12 @@ from .clock import clock
 from .errors import UsageError
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
+from .offline import OfflineState
 from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
 from .wrappers import Env
+
+AnyState: TypeAlias = RunState | OfflineState
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ class Evaluation:
         self._compiled = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Evaluates, unless it is over budget."""
         if not (metrics["done"] or self._budget.affords("evaluation")):
             return
@@ -157,7 +160,7 @@ class Checkpoint:
         self._saved_at = time.perf_counter()
         self._warned = False
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Saves where it is time to."""
         waited = time.perf_counter() - self._saved_at
         done = clock(metrics).done
@@ -172,9 +175,9 @@ class Checkpoint:
                     self._warned = True
                     logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
-    def save(self, run_state: RunState, step: int) -> Path:
+    def save(self, run_state: AnyState, step: int) -> Path:
         """Saves now."""
-        if not self._with_env:
+        if not self._with_env and isinstance(run_state, RunState):
             run_state = _with_outside_parts(run_state, (None, None, None))
         path = save_checkpoint(self._directory, run_state, step, keep=self._keep)
         self._next_step = (step // self._every + 1) * self._every
@@ -236,7 +239,7 @@ class Video:
         self._failed = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Records, unless it is over budget."""
         if self._failed or not (metrics["done"] or self._budget.affords("recording", guess=5.0)):
             return
@@ -248,7 +251,7 @@ class Video:
             self._failed = True
         self._budget.charge("recording", time.perf_counter() - started)
 
-    def _record(self, run_state: RunState, step: int) -> None:
+    def _record(self, run_state: AnyState, step: int) -> None:
         frames, _ = record_episode(
             run_state.agent, self._env, key=jax.random.key(step), max_steps=self._max_steps
         )
@@ -274,7 +277,7 @@ class Progress:
         self._printed_at = -math.inf
         self._eval_return: float | None = None
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Shows where the run stands."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
@@ -354,7 +357,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __call__(self, run_state: RunState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
         """Ends the run where a signal has come."""
         if self.received:
             raise StopTraining
