@@ -1,4 +1,4 @@
-"""Callbacks for `eqx_q.train`: evaluation, checkpoints, progress, GIFs, Ctrl-C.
+"""Callbacks for training, online and offline: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
 `eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them
@@ -182,7 +182,7 @@ class Checkpoint:
 
     def save(self, run_state: AnyState, step: int) -> Path:
         """Saves now."""
-        if not self._with_env:
+        if not self._with_env and isinstance(run_state, RunState):
             run_state = _with_outside_parts(run_state, (None, None, None))
         path = save_checkpoint(self._directory, run_state, step, keep=self._keep)
         self._next_step = (step // self._every + 1) * self._every

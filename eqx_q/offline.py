@@ -9,9 +9,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .agents import OfflineAgent
+from .agents import Agent, OfflineAgent
 from .data import Blocks, Dataset, Priorities, Replay, Sampling
 from .errors import UsageError
 from .training import Boundaries, Callback, Metrics, copy, run
@@ -38,21 +39,25 @@ def advance_offline(
 
     **Returns:** the new state, and the agent's metrics, averaged over updates.
     """
+    arrays, rest = eqx.partition(run_state, eqx.is_array)  # somebody's network may hold functions
 
     @jax.jit  # traced once for the shapes below and for the loop
-    def update(run_state):
-        return _update(run_state, replay)
+    def update(arrays):
+        run_state, metrics = _update(eqx.combine(arrays, rest), replay)
+        return eqx.filter(run_state, eqx.is_array), metrics
 
-    _, shapes = jax.eval_shape(update, run_state)
+    _, shapes = jax.eval_shape(update, arrays)
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(_, carry):
-        run_state, totals = carry
-        run_state, new = update(run_state)
-        return run_state, jax.tree.map(jnp.add, totals, new)
+        arrays, totals = carry
+        arrays, new = update(arrays)
+        return arrays, jax.tree.map(jnp.add, totals, new)
 
-    run_state, totals = jax.lax.fori_loop(0, num_updates, body, (run_state, totals))
-    return run_state, jax.tree.map(lambda x: x / jnp.maximum(num_updates, 1), totals)
+    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
+    return eqx.combine(arrays, rest), jax.tree.map(
+        lambda x: x / jnp.maximum(num_updates, 1), totals
+    )
 
 
 def _update(run_state: OfflineState, replay: Replay) -> tuple[OfflineState, dict[str, Array]]:
@@ -88,9 +93,16 @@ def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -
 
     **Raises:** `UsageError` where the agent does not fit the data.
     """
+    _check_fit(agent, dataset)
+    return OfflineState(agent, key, jnp.zeros((), jnp.int32))
+
+
+def _check_fit(agent: Agent, dataset: Dataset) -> None:
+    """Raises `UsageError` where the agent does not learn offline, or not from these data."""
     if not hasattr(agent, "batch_size"):
+        name = type(getattr(agent, "members", agent)).__name__
         raise UsageError(
-            f"{type(agent).__name__} learns from environments, not from data: use eqx_q.train, or "
+            f"{name} learns from environments, not from data: use eqx_q.train, or "
             "an agent that learns offline (eqx_q.DQN, eqx_q.CQL, eqx_q.BC)"
         )
     of_data = dataset.description
@@ -108,7 +120,6 @@ def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -
             f"{agent.observation_space}: choose the environment that the data are of "
             f"({of_data.env}, {dict(of_data.preprocessing)})"
         )
-    return OfflineState(agent, key, jnp.zeros((), jnp.int32))
 
 
 class _Feed:
@@ -174,6 +185,9 @@ def train_offline(
     dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     sampling = sampling or Sampling()
     state = start_offline(agent, dataset, key=key) if run_state is None else run_state
+    _check_fit(state.agent, dataset)
+    if not sampling.priority_exponent:  # whatever the run did before
+        state = OfflineState(state.agent, state.key, state.num_updates)
     blocks = Blocks(dataset, sampling)
     single = blocks.num_blocks == 1
     boundaries = Boundaries(
@@ -189,9 +203,14 @@ def train_offline(
     def advance_chunk(run_state: OfflineState, length: Int[Array, ""]):
         replay, is_new = feed.replay(boundaries.done)
         resumed = single or boundaries.done % sampling.updates_per_block
-        if is_new and sampling.priority_exponent and not (resumed and run_state.priorities):
+        if is_new and sampling.priority_exponent:
             fresh = _priorities(run_state.agent, replay, sampling)
-            run_state = OfflineState(run_state.agent, run_state.key, run_state.num_updates, fresh)
+            if resumed and run_state.priorities is not None:
+                _check_same_places(run_state.priorities, fresh)
+            else:
+                run_state = OfflineState(
+                    run_state.agent, run_state.key, run_state.num_updates, fresh
+                )
         return _advance_chunk(replay, run_state, length)
 
     def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:
@@ -206,6 +225,15 @@ def train_offline(
     finally:
         feed.close()
     return state.agent, history
+
+
+def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
+    same = ours.values.shape == fresh.values.shape
+    if not same or np.any(np.asarray(ours.count) != np.asarray(fresh.count)):
+        raise UsageError(
+            "the run was learning from other data than these: go on with the same sampling, or "
+            "with priority_exponent=0"
+        )
 
 
 def _priorities(agent: OfflineAgent, replay: Replay, sampling: Sampling) -> Priorities:

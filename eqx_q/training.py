@@ -72,8 +72,15 @@ class Callback(Protocol):
 def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
     """A run's first state: environments reset, memory empty.
 
-    **Raises:** `UsageError` where the spaces of agent and environment differ.
+    **Raises:** `UsageError` where the agent learns from data, or where its spaces and those of the
+    environment differ.
     """
+    if not hasattr(agent, "rollout_length"):
+        name = type(getattr(agent, "members", agent)).__name__
+        raise UsageError(
+            f"{name} learns from data, not from environments: use eqx_q.train_offline, or an agent "
+            "that learns online (eqx_q.PQN)"
+        )
     for name in ("observation_space", "action_space", "num_agents"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:
@@ -124,21 +131,23 @@ def advance(
     ended, their mean `episode_return` and `episode_length` (NaN where none ended) and the suite's
     own `episode_*`; `q_values`, the greedy values over lanes at the last step.
     """
+    arrays, rest = eqx.partition(run_state, eqx.is_array)  # somebody's network may hold functions
 
     @jax.jit  # traced once for the shapes below and for the loop
-    def update(run_state):
-        return _update(run_state, env)
+    def update(arrays):
+        run_state, metrics = _update(eqx.combine(arrays, rest), env)
+        return eqx.filter(run_state, eqx.is_array), metrics
 
-    _, shapes = jax.eval_shape(update, run_state)
+    _, shapes = jax.eval_shape(update, arrays)
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(_, carry):
-        run_state, totals = carry
-        run_state, new = update(run_state)
-        return run_state, _accumulate(totals, new)
+        arrays, totals = carry
+        arrays, new = update(arrays)
+        return arrays, _accumulate(totals, new)
 
-    run_state, totals = jax.lax.fori_loop(0, num_updates, body, (run_state, totals))
-    return run_state, _average(totals, num_updates)
+    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
+    return eqx.combine(arrays, rest), _average(totals, num_updates)
 
 
 def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str, Array]]]:

@@ -102,7 +102,7 @@ def _good_lines(path: Path, resume_step: int | None) -> Iterator[bytes]:
         for line in file:
             try:
                 step = clock(json.loads(line)).done
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):  # no metrics of ours
                 continue
             if line.endswith(b"\n") and (resume_step is None or step <= resume_step):
                 yield line
