@@ -17,7 +17,8 @@ import yaml
 
 import eqx_q
 from eqx_q.checkpoint import load, save
-from eqx_q.run import _emulator_seed, _provenance, make_agent, make_env
+from eqx_q.run import make_agent, make_env, provenance
+from eqx_q.run.settings import emulator_seed
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
 
@@ -268,7 +269,7 @@ def test_lanes_of_emulators_never_share_a_seed():
         env.close()
     assert len(np.unique(starts, axis=0)) == 12
     roles = ("training", "evaluation", "video", "afterwards")
-    seeds = np.sort([_emulator_seed(seed, role) for seed in range(10) for role in roles])
+    seeds = np.sort([emulator_seed(seed, role) for seed in range(10) for role in roles])
     assert seeds.min() >= 0 and seeds.max() < 2**31 - 2**24
     assert np.diff(seeds).min() > 1024
 
@@ -346,7 +347,7 @@ def test_what_an_environment_in_python_says_is_one_line(script, tmp_path):
 
 
 def test_the_versions_of_all_suites_are_told():
-    assert {suite.package for suite in SUITES.values()} <= set(_provenance()["versions"])
+    assert {suite.package for suite in SUITES.values()} <= set(provenance()["versions"])
 
 
 def test_help_names_every_choice(script):

@@ -6,7 +6,7 @@ Mnih et al. 2015 (DQN); Kumar et al., "Conservative Q-Learning for Offline Reinf
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import gymnasium
@@ -25,7 +25,6 @@ from .agent import OfflineAgent
 from .checks import check_network, check_ranges, check_sizes
 from .gradients import clip_by_global_norm
 
-Loss: TypeAlias = Literal["squared", "huber"]
 _LOSSES = ("squared", "huber")
 
 
@@ -81,7 +80,7 @@ class DQN(OfflineAgent):
     n_step: int = eqx.field(static=True)
     target_update_period: int = eqx.field(static=True)
     double: bool = eqx.field(static=True)
-    td_loss: Loss = eqx.field(static=True)
+    td_loss: str = eqx.field(static=True)
 
     @classmethod
     def create(
@@ -96,7 +95,7 @@ class DQN(OfflineAgent):
         n_step: int = 1,
         target_update_period: int = 2000,
         double: bool = False,
-        td_loss: Loss = "huber",
+        td_loss: str = "huber",
         learning_rate: Scalar = 5e-5,
         adam_epsilon: Scalar = 1.5e-4,
         max_grad_norm: Scalar = math.inf,
@@ -308,7 +307,7 @@ class CQL:
         *,
         key: PRNGKeyArray,
         alpha: Scalar = 0.1,
-        td_loss: Loss = "squared",
+        td_loss: str = "squared",
         adam_epsilon: Scalar = 3.125e-4,
         **hyperparameters: Any,
     ) -> DQN:

@@ -5,7 +5,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ class Sampling:
     """
 
     fraction: float = 1.0
-    by: Literal["shard", "episode", "transition"] = "shard"
+    by: str = "shard"
     runs: Sequence[int] | None = None
     shards_per_block: int | None = None
     updates_per_block: int = 62_500

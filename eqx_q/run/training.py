@@ -18,7 +18,7 @@ from ..agents import Agent, OfflineAgent
 from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from ..checkpoint import save
 from ..clock import clock
-from ..data import Dataset, Sampling
+from ..data import Blocks, Dataset, Sampling
 from ..errors import DivergedError, UsageError
 from ..offline import start_offline, train_offline
 from ..tracking import JsonlTracker, Tracker, Trackers
@@ -85,7 +85,8 @@ def train_run(
             learn = functools.partial(train, agent, env, total_steps=total, **how)
         else:
             how["sampling"] = _sampling(config)
-            start_offline(agent, dataset, key=key)  # refuses what does not fit
+            start_offline(agent, dataset, key=key)  # both refuse what does not fit
+            Blocks(dataset, how["sampling"])
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
         on_start()
         if run_state is not None and _done(run_state) >= total:
