@@ -204,6 +204,30 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(env):
     assert "1.00k/2.00k" in terminal.getvalue() and "return 15  eval 8" in terminal.getvalue()
 
 
+def test_progress_of_an_offline_run_counts_updates_and_shows_its_loss(env):
+    agent = eqx_q.DQN.create(env.observation_space, env.action_space, key=jax.random.key(0))
+    state = eqx_q.OfflineState(agent, jax.random.key(0), agent.num_updates.astype(np.int32))
+    metrics = {
+        "num_updates": 500,
+        "total_updates": 2000,
+        "updates_per_second": 100.0,  # of each member
+        "loss": np.array([0.1, 0.3]),
+        "done": False,
+    }
+    stream, terminal = io.StringIO(), io.StringIO()
+    Progress(stream)(state, metrics)
+    assert stream.getvalue() == "500/2,000 updates (25%)  100 updates/s  loss 0.2  0:00:15 left\n"
+    terminal.isatty = lambda: True
+    for loss, unit in ((metrics["loss"], "update of each seed"), (0.2, "update")):
+        progress = Progress(terminal)
+        progress(state, metrics | {"loss": loss})
+        progress(state, metrics | {"loss": loss, "num_updates": 1000, "eval/return": 7.0})
+        progress.close()
+        shown = terminal.getvalue().split("\r")[-1]
+        assert "1.00k/2.00k" in shown and "loss 0.2  eval 7" in shown
+        assert f"{unit}/s" in shown or f"?{unit}" in shown
+
+
 def test_a_renderer_that_fails_costs_only_the_pictures(env, tmp_path, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise OSError("no display")

@@ -50,6 +50,16 @@ def test_learns_to_guess():
     assert history[0]["episode_return"] < 0.2 < history[-1]["episode_return"]
 
 
+def test_somebodys_own_module_learns():
+    """One that holds functions beside its arrays."""
+    env = Guess(8)
+    network = eqx.nn.MLP(3, 3, 8, 1, key=jax.random.key(0))
+    agent = make_agent(env, network=network, network_options=None)
+    trained, _ = eqx_q.train(agent, env, total_steps=640, key=jax.random.key(0))
+    before, after = (a.network.module.layers[0].weight for a in (agent, trained))
+    assert not np.array_equal(before, after)
+
+
 def test_where_chunks_are_cut_changes_nothing():
     whole, _ = run(log_every=12)
     cut, _ = run(log_every=5)

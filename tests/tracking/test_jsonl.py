@@ -78,9 +78,22 @@ def test_resumes(tmp_path, resume_step, steps):
     assert read(path)[-1]["loss"] == 9 / 8
 
 
+def test_an_offline_run_counts_updates(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    for step in (5, 10, 15):
+        tracker(None, {"num_updates": step, "total_updates": 20, "loss": 0.5})
+    tracker.close()
+    assert read(path)[0] == {"num_updates": 5, "total_updates": 20, "loss": 0.5}
+    JsonlTracker(path, resume_step=10).close()
+    assert [line["num_updates"] for line in read(path)] == [5, 10]
+
+
 def test_garbage_in_the_middle_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"env_steps": 1}\n\x00\x00\xff\n[]\n{"env_steps": 2}\n{"env_steps": 3}')
+    path.write_bytes(
+        b'{"env_steps": 1}\n\x00\x00\xff\n[]\n3\n"x"\nnull\n{"env_steps": 2}\n{"env_steps": 3}'
+    )
     JsonlTracker(path).close()
     assert path.read_bytes() == b'{"env_steps": 1}\n{"env_steps": 2}\n'
 
