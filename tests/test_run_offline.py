@@ -103,7 +103,7 @@ BAD = {
     ("agent=cql", "data=data", "env=acrobot"): "'data' has 2 actions, the agent 3: choose",
     ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "'data' has observations",
     ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a share above 0, up to 1",
-    ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode, shard, transition",
+    ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode,",
     ("agent=cql", "data=data", "sampling.runs=[7]"): "has no run 7: it has 0",
     ("agent=cql", "data=data", "sampling.memory_gb=1e-9"): "raise memory_gb",
     ("agent=cql", "data=data", "agent.td_loss=hubert"): "unknown td_loss 'hubert': the nearest",
