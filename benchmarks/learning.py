@@ -114,10 +114,10 @@ def run(directory: Path, overrides: list[str]) -> None:
     if _summary(directory).get("status") == "done":
         print(f"done already: {directory}", flush=True)
     elif any((directory / "checkpoints").glob("*")):
-        _script("train", f"resume={directory}")
+        script("train", f"resume={directory}")
     else:
         shutil.rmtree(directory, ignore_errors=True)  # it was interrupted before a checkpoint
-        _script("train", *overrides, "tracker=jsonl", "video.every=0", f"hydra.run.dir={directory}")
+        script("train", *overrides, "tracker=jsonl", "video.every=0", f"hydra.run.dir={directory}")
 
 
 def _check_same(directory: Path, overrides: list[str]) -> None:
@@ -126,8 +126,9 @@ def _check_same(directory: Path, overrides: list[str]) -> None:
         return
     stored = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     there, here = cast(dict[str, Any], stored), compose(overrides)
-    for name in ("total_steps", "num_envs", "seed", "num_seeds", "agent", "env"):
-        if _differ(there[name], here[name]):
+    names = ("total_steps", "num_envs", "seed", "num_seeds", "agent", "env")
+    for name in (*names, "data", "num_updates", "sampling"):
+        if name in there and _differ(there[name], here[name]):
             sys.exit(
                 f"error: {directory} holds a run with {name} {there[name]}, not {here[name]}: "
                 "move it away, or give another directory with --runs"
@@ -144,7 +145,7 @@ def _differ(before: Any, now: Any) -> bool:
 def evaluate(directory: Path, protocol: str, episodes: int) -> None:
     """Evaluates a finished run under a protocol, unless that is done."""
     if not (directory / f"evaluation_{protocol}.json").exists():
-        _script("evaluate", f"run={directory}", f"protocol={protocol}", f"episodes={episodes}")
+        script("evaluate", f"run={directory}", f"protocol={protocol}", f"episodes={episodes}")
 
 
 def random_return(config: dict[str, Any], path: Path) -> float:
@@ -163,7 +164,8 @@ def random_return(config: dict[str, Any], path: Path) -> float:
     return kept["return"]
 
 
-def _script(name: str, *arguments: str) -> None:
+def script(name: str, *arguments: str) -> None:
+    """Runs one of the scripts; where it fails, that is the end of this one too."""
     print("+", f"scripts/{name}.py", *arguments, flush=True)
     command = [sys.executable, f"scripts/{name}.py", *arguments]
     if subprocess.run(command, cwd=ROOT).returncode:

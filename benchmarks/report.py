@@ -178,6 +178,54 @@ def _ratio_and_split(result: dict[str, Any]) -> list[str]:
     return [ratio or "", ceiling or "", parts or ""]
 
 
+def offline_speed_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for name, run in result["contestants"].items():
+            cells = []
+            for figure in ("updates_per_second", "batches_per_second"):
+                pairs = result["ratio"][figure] if result.get("ratio") else []
+                ratio = f" **{np.median(pairs):.1f}×** ({min(pairs):.1f}–{max(pairs):.1f})"
+                cells.append(f"{run[figure]:,.1f}{ratio if pairs and name == 'eqx_q' else ''}")
+            costs = f"{run['compile_seconds']:.1f} s", f"{run['peak_memory_mb']:,.0f} MB"
+            rows.append([result["case"], name, *cells, *costs])
+    head = ["case", "", "updates/s", "batches/s, drawn alone", "compiling", "peak memory"]
+    return _table(head, rows)
+
+
+def offline_table(result: dict[str, Any]) -> str:
+    """What each learner came to at the end; and CQL's lead over DQN, with an interval."""
+    rows = []
+    for game, of_game in result["games"].items():
+        for kind, of_data in of_game["data"].items():
+            data, learners = of_data["data"], of_data["learners"]
+            finals = {name: np.array(x["final"]).reshape(-1, 1) for name, x in learners.items()}
+            best = {name: np.array(x["best"]).reshape(-1, 1) for name, x in learners.items()}
+            lead = _lead(finals["cql"], finals["dqn"]) if {"cql", "dqn"} <= set(finals) else ""
+            rows.append(
+                [
+                    game,
+                    kind,
+                    f"{data['transitions'] / 1e3:,.0f} k",
+                    f"{of_game['teacher']:.1f}",
+                    f"{data['return_mean']:.1f}",
+                    *(f"{estimate(finals[x])} ({iqm(best[x]):.1f})" for x in finals),
+                    lead,
+                ]
+            )
+    names = [f"{name.upper()}, at the end (best)" for name in ("bc", "dqn", "cql")]
+    head = ["game", "data", "transitions", "teacher", "return in the data", *names]
+    return _table([*head, "CQL − DQN"], rows)
+
+
+def _lead(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> str:
+    """The difference of two means over seeds, with a 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    means = [x[rng.integers(len(x), size=(resamples, len(x))), 0].mean(1) for x in (ours, theirs)]
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+    return f"**{ours.mean() - theirs.mean():+.1f}** [{low:+.1f}, {high:+.1f}]"
+
+
 def memory_line(result: dict[str, Any]) -> str:
     """Resident memory of a run and of one ten times as long."""
     runs = [result[name] for name in ("short", "long")]
@@ -229,6 +277,9 @@ def report(results: Path, into: Path) -> str:
     speeds = [result for name, result in read.items() if name.startswith("speed_")]
     if speeds:
         parts += ["### Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
+    speeds = [result for name, result in read.items() if name.startswith("offline_speed_")]
+    if speeds:
+        parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]
     for name, result in read.items():
@@ -241,6 +292,9 @@ def report(results: Path, into: Path) -> str:
         parts += [f"### Learning: {result['suite']}", learning_table(result, references)]
         parts += [table] if (table := atari_table(result)) else []
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
+    if "offline_minatar" in read:
+        result = read["offline_minatar"]
+        parts += ["### Learning from data: minatar", offline_table(result), _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
     parts.append(f"Interquartile means with 95 % bootstrap intervals over seeds. Peers: {sources}.")
     return "\n\n".join(parts)

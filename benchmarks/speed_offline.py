@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of the data (default: 20,000)")
     parser.add_argument("--num-updates", type=int, default=2_000, help="of ours (default: 2,000)")
     parser.add_argument("--peer-updates", type=int, default=200, help="default: 200")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_offline.json")
+    parser.add_argument("--out", type=Path, help="default: by algorithm, in benchmarks/results")
     args = parser.parse_args()
     if LOAD > 0.5:
         print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will not hold")
@@ -137,13 +137,11 @@ def main() -> None:
     }
     if args.peer:
         result["ratio"] = {
-            x: statistics.median(
-                ours[x] / theirs[x] for ours, theirs in zip(*runs.values(), strict=True)
-            )
+            x: [ours[x] / theirs[x] for ours, theirs in zip(*runs.values(), strict=True)]
             for x in _FIGURES
         }
         print(f"ratio: {json.dumps(result['ratio'], indent=1)}")
-    write(args.out or RESULTS / f"speed_offline_{args.algorithm}.json", result)
+    write(args.out or RESULTS / f"offline_speed_{args.algorithm}.json", result)
 
 
 if __name__ == "__main__":

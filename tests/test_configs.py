@@ -1,5 +1,6 @@
 """Every shipped configuration composes, fits together and builds."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import eqx_q
+from eqx_q.data import Sampling
+from eqx_q.errors import UsageError
 from eqx_q.nets.registry import ENCODERS, make_network
 from eqx_q.run import make_agent, make_env
 
@@ -26,12 +29,18 @@ def composed(*overrides, name="config"):
 
 
 def check_builds(config):
-    has_memory = config["agent"]["network_options"]["memory"] not in (None, "none")
-    items = config["num_envs"] * (1 if has_memory else config["agent"]["rollout_length"])
-    assert items % config["agent"]["num_minibatches"] == 0
+    agent = config["agent"]
+    if "rollout_length" in agent:
+        has_memory = agent["network_options"]["memory"] not in (None, "none")
+        items = config["num_envs"] * (1 if has_memory else agent["rollout_length"])
+        assert items % agent["num_minibatches"] == 0
     env = make_env(config, 2)
     try:
-        make_agent(config, env)
+        if env.num_agents and agent["_target_"] == "eqx_q.DQN":
+            with pytest.raises(UsageError, match="is for a team: choose agent=pqn_vdn"):
+                make_agent(config, env)
+        else:
+            make_agent(config, env)
     finally:
         env.close()
 
@@ -42,7 +51,9 @@ def test_every_agent_in_every_environment(agent, env):
     check_builds(composed(f"agent={agent}", f"env={env}"))
 
 
-@pytest.mark.parametrize("tuned", [name for name in choices("tuned") if name[:4] != "pqn_"])
+@pytest.mark.parametrize(
+    "tuned", [name for name in choices("tuned") if name.split("_")[0] not in choices("agent")]
+)
 def test_every_tuned_file_that_is_chosen_by_name(tuned):
     env = next((env for env in choices("env") if env in tuned), "cartpole")
     check_builds(composed(f"tuned={tuned}", f"env={env}"))
@@ -124,8 +135,19 @@ def test_every_argument_of_the_library_is_in_the_configuration():
     for encoder in ENCODERS.values():
         options |= set(inspect.signature(encoder).parameters)
     assert set(config["network_options"]) == options - {
-        "name", "observation_space", "num_actions", "num_agents", "key", "options", "shape"
+        "name", "observation_space", "num_actions", "num_agents", "key", "options", "shape",
+        "num_quantiles",
     }  # fmt: skip
+    dqn = composed("tuned=none", "agent=dqn")["agent"]
+    arguments = inspect.signature(eqx_q.DQN.create).parameters.values()
+    defaults = {x.name: x.default for x in arguments if x.default is not x.empty}
+    assert {**dqn, "network_options": None} == {**defaults, "_target_": "eqx_q.DQN"}
+    assert set(dqn["network_options"]) == {*config["network_options"], "num_quantiles"} - {
+        "memory", "memory_size", "num_memory_layers", "last_action", "last_reward",
+        "share_parameters", "agent_id",
+    }  # fmt: skip
+    sampling = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    assert {**composed()["sampling"], "seed": 0, "reward_clip": False} == sampling
     emulator = set(envpool.make_spec("Pong-v5").config._fields)
     fixed = {"num_envs", "batch_size", "seed", "env_seed", "base_path", "task", "max_num_players"}
     fixed |= {"gym_reset_return_info"}

@@ -53,6 +53,10 @@ def make_agent(config: Config, env: Env) -> Any:
     for name in traced(config) & set(options):
         number(config, f"agent.{name}")
     if env.num_agents is not None:
+        if "num_agents" not in known:
+            raise UsageError(
+                f"this agent plays alone, and {env_name(config)} is for a team: choose agent=pqn_vdn"
+            )
         options["num_agents"] = env.num_agents
 
     def member(key):

@@ -83,7 +83,7 @@ def test_collect_takes_runs_that_are_not_finished(tmp_path):
 
 def test_runs_start_go_on_and_are_skipped(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(learning, "_script", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(learning, "script", lambda *arguments: calls.append(arguments))
     new, begun, done = tmp_path / "new", tmp_path / "begun", tmp_path / "done"
     (begun / "checkpoints").mkdir(parents=True)
     (begun / "checkpoints" / "1.eqx").touch()
@@ -96,7 +96,7 @@ def test_runs_start_go_on_and_are_skipped(tmp_path, monkeypatch):
 
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(learning, "_script", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(learning, "script", lambda *arguments: calls.append(arguments))
     directory = tmp_path / "run"
     _run(directory, [], status="done")
     config = learning.compose(["env=minatar"])

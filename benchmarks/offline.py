@@ -1,0 +1,102 @@
+"""The closed loop: a teacher learns, its play is recorded, and others learn from the record.
+
+For each game PQN is trained once, and plays twice: `narrow` data are those of the agent at the
+end, `mixed` ones those of all its checkpoints. From either, behaviour cloning, DQN and CQL learn,
+all seeds of one as one program. What is done is not repeated, what was interrupted goes on.
+
+  python benchmarks/offline.py
+  python benchmarks/offline.py --only Breakout num_updates=5000
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from learning import run, script
+from record import RESULTS, ROOT, write
+
+from eqx_q.data import Dataset
+
+GAMES = {
+    name: ["env=minatar", f"env.name={name}-MinAtar"]
+    for name in ("Breakout", "Asterix", "SpaceInvaders")
+}
+DATA = {"narrow": [], "mixed": ["checkpoints=all"]}
+LEARNERS = ("bc", "dqn", "cql")
+
+
+def record(teacher: Path, out: Path, options: list[str]) -> dict[str, Any]:
+    """Records a data set, unless that is done; what it is of."""
+    if not out.exists():
+        script("collect", f"run={teacher}", f"out={out}", *options)
+    dataset = Dataset(out)
+    rows, starts = dataset.rows, np.flatnonzero(dataset.rows.first)
+    returns = np.add.reduceat(np.asarray(rows.reward), starts)
+    cut = np.logical_or.reduceat(np.asarray(rows.truncated), starts)
+    return {
+        "transitions": dataset.num_transitions,
+        "episodes": dataset.num_episodes,
+        # Of the episodes that ended by themselves, where there are any.
+        "return_mean": float(np.mean(returns[~cut] if np.any(~cut) else returns)),
+    }
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    """What a run from data came to, per seed: at the end and at best; and its curve."""
+    summary = json.loads((directory / "summary.json").read_text())
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    curve = [
+        [line["num_updates"], *np.round(np.atleast_1d(line["eval/return"]), 3).tolist()]
+        for line in lines
+        if "eval/return" in line
+    ]
+    return {
+        "num_updates": summary["num_updates"],
+        "updates_per_second": summary["updates_per_second"],
+        "final": summary["eval_return_per_seed"],
+        "best": summary["best_eval_return_per_seed"],
+        "curve": curve,
+        "commit": summary["commit"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("override", nargs="*", help="overrides of scripts/train.py, of learners")
+    parser.add_argument("--seeds", type=int, default=3, help="of each learner (default: 3)")
+    parser.add_argument("--only", help="only games with this in their name")
+    parser.add_argument("--teacher-steps", type=int, default=2_000_000, help="default: 2,000,000")
+    parser.add_argument("--transitions", type=int, default=50_000, help="of data (default: 50,000)")
+    parser.add_argument("--epsilon", type=float, default=0.1, help="of recording (default: 0.1)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "offline", help="directory")
+    parser.add_argument("--out", type=Path, default=RESULTS / "offline_minatar.json")
+    args = parser.parse_intermixed_args()
+    games: dict[str, Any] = {}
+    for name, env in GAMES.items():
+        if args.only and args.only not in name:
+            continue
+        home = args.runs.resolve() / name
+        steps = [f"total_steps={args.teacher_steps}", "checkpoint.keep=null"]
+        run(home / "teacher", [*env, *steps])
+        summary = json.loads((home / "teacher" / "summary.json").read_text())
+        games[name] = {"teacher": summary["eval_return_mean"], "data": {}}
+        for kind, options in DATA.items():
+            options = [*options, f"steps={args.transitions}", f"epsilon={args.epsilon}"]
+            results = games[name]["data"][kind] = {
+                "data": record(home / "teacher", home / f"{kind}_data", options),
+                "learners": {},
+            }
+            for agent in LEARNERS:
+                directory = home / f"{kind}_{agent}"
+                learning = [f"agent={agent}", f"data={home / f'{kind}_data'}"]
+                run(directory, [*learning, *env, f"num_seeds={args.seeds}", *args.override])
+                results["learners"][agent] = results_of(directory)
+                write(args.out, {"games": games})
+
+
+if __name__ == "__main__":
+    main()
