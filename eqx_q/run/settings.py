@@ -55,7 +55,7 @@ def make_agent(config: Config, env: Env) -> Any:
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(
-                f"this agent plays alone, and {env_name(config)} is for a team: choose agent=pqn_vdn"
+                f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
             )
         options["num_agents"] = env.num_agents
 
