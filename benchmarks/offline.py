@@ -10,6 +10,7 @@ all seeds of one as one program. What is done is not repeated, what was interrup
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from learning import run, script
 from record import RESULTS, ROOT, write
 
-from eqx_q.data import Dataset
+from eqx_q.data import Dataset, Shard
 
 GAMES = {
     name: ["env=minatar", f"env.name={name}-MinAtar"]
@@ -32,15 +33,25 @@ def record(teacher: Path, out: Path, options: list[str]) -> dict[str, Any]:
     if not out.exists():
         script("collect", f"run={teacher}", f"out={out}", *options)
     dataset = Dataset(out)
-    rows, starts = dataset.rows, np.flatnonzero(dataset.rows.first)
-    returns = np.add.reduceat(np.asarray(rows.reward), starts)
-    cut = np.logical_or.reduceat(np.asarray(rows.truncated), starts)
+    asked = dict(option.split("=") for option in options)
+    there = dataset.description.source
+    for name, value in {"steps": there.get("steps"), "epsilon": there.get("epsilons")}.items():
+        if name in asked and str(value).strip("[]") != asked[name]:
+            sys.exit(f"error: {out} has {name}={value}, not {asked[name]}: move it away")
+    returns = np.concatenate([_returns(dataset, shard) for shard in dataset.shards])
     return {
         "transitions": dataset.num_transitions,
         "episodes": dataset.num_episodes,
-        # Of the episodes that ended by themselves, where there are any.
-        "return_mean": float(np.mean(returns[~cut] if np.any(~cut) else returns)),
+        "return_mean": float(np.mean(returns)),
     }
+
+
+def _returns(dataset: Dataset, shard: Shard) -> np.ndarray:
+    """Of a shard's episodes, without the last ones, which were cut by the recording's end."""
+    rows = slice(shard.start, shard.start + shard.rows)
+    starts = np.flatnonzero(dataset.rows.first[rows])
+    returns = np.add.reduceat(np.asarray(dataset.rows.reward[rows]), starts)
+    return returns[: len(returns) - shard.source.get("cut", 0)]
 
 
 def results_of(directory: Path) -> dict[str, Any]:
@@ -75,7 +86,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "offline", help="directory")
     parser.add_argument("--out", type=Path, default=RESULTS / "offline_minatar.json")
     args = parser.parse_intermixed_args()
-    games: dict[str, Any] = {}
+    games: dict[str, Any] = json.loads(args.out.read_text())["games"] if args.out.exists() else {}
     for name, env in GAMES.items():
         if args.only and args.only not in name:
             continue
@@ -93,7 +104,8 @@ def main() -> None:
             for agent in LEARNERS:
                 directory = home / f"{kind}_{agent}"
                 learning = [f"agent={agent}", f"data={home / f'{kind}_data'}"]
-                run(directory, [*learning, *env, f"num_seeds={args.seeds}", *args.override])
+                learning += [*env, f"num_seeds={args.seeds}", "eval.time_fraction=null"]
+                run(directory, [*learning, *args.override])
                 results["learners"][agent] = results_of(directory)
                 write(args.out, {"games": games})
 

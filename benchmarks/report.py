@@ -209,7 +209,10 @@ def offline_table(result: dict[str, Any]) -> str:
                     f"{data['transitions'] / 1e3:,.0f} k",
                     f"{of_game['teacher']:.1f}",
                     f"{data['return_mean']:.1f}",
-                    *(f"{estimate(finals[x])} ({iqm(best[x]):.1f})" for x in finals),
+                    *(
+                        f"{estimate(finals[x])} ({iqm(best[x]):.1f})" if x in finals else ""
+                        for x in ("bc", "dqn", "cql")
+                    ),
                     lead,
                 ]
             )
@@ -294,7 +297,8 @@ def report(results: Path, into: Path) -> str:
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     if "offline_minatar" in read:
         result = read["offline_minatar"]
-        parts += ["### Learning from data: minatar", offline_table(result), _origin(result)]
+        of_one = "One teacher and one data set each: intervals are over the learners' seeds alone."
+        parts += ["### Learning from data: minatar", offline_table(result), of_one, _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
     parts.append(f"Interquartile means with 95 % bootstrap intervals over seeds. Peers: {sources}.")
     return "\n\n".join(parts)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -190,6 +191,13 @@ def train_offline(
         state = OfflineState(state.agent, state.key, state.num_updates)
     blocks = Blocks(dataset, sampling)
     single = blocks.num_blocks == 1
+    turns = -(-num_updates // sampling.updates_per_block)
+    if turns < blocks.num_blocks and sampling.shards_per_block is None:
+        warnings.warn(
+            f"the data come in {blocks.num_blocks} blocks, of which {num_updates} updates see "
+            f"{turns}: lower updates_per_block",
+            stacklevel=2,
+        )
     boundaries = Boundaries(
         done=int(state.num_updates),
         end=num_updates,

@@ -32,7 +32,8 @@ logger = logging.getLogger("eqx_q")
 _failed: list[str] = []  # of a sweep's runs, what they ended with
 
 # A run in progress cannot change these.
-_FIXED = {"agent", "env", "tuned", "data", "sampling", "num_envs", "seed", "num_seeds"}
+_FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds"}
+_FREE = {"sampling.memory_gb"}
 
 _KINDS: list[tuple[Any, str]] = [
     (bool, "true or false"),
@@ -171,7 +172,7 @@ def resumed(config: DictConfig) -> DictConfig:
                     f"resume continues a run as it was made: leave out '{override}' (of the "
                     f"agent it can change {', '.join(sorted(free))})"
                 )
-        elif group in _FIXED:
+        elif group in _FIXED and key not in _FREE:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     return stored

@@ -31,6 +31,7 @@ def main(config: DictConfig) -> float:
         seed=whole(given, "seed"),
         epsilon=fraction(given, "epsilon"),
         max_episode_steps=whole_or_none(given, "max_episode_steps"),
+        min_steps=whole_or_none(given, "min_steps") or 0,
         protocol=given.get("protocol"),
         video=directory / "media" / f"evaluation_{protocol}.gif" if given["video"] else None,
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 from _app import (
     chosen,
@@ -33,6 +34,8 @@ def main(config: DictConfig) -> float | None:
     else:
         log_tuned_values()
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
+    if config.get("data"):
+        config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     if config.deterministic:  # read when JAX first touches a device, which is later
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -195,7 +196,6 @@ BAD_INPUT = {
     "eval.time_fraction=null": "eval.time_fraction=None: give a number",
     "agent.schedule_steps=soon": "agent.schedule_steps=soon: give a number",
     "checkpoint.keep=0": "checkpoint.keep=0: give a whole number of at least 1",
-    "checkpoint.keep=null": "checkpoint.keep=None: give a whole number",
     "log_every=1.5": "log_every=1.5: give a whole number",
     "eval.every=50 eval.num_envs=0": "eval.num_envs=0: give a whole number of at least 1",
     "eval.every=50 eval.num_episodes=few": "eval.num_episodes=few: give a whole number",
@@ -255,7 +255,7 @@ def test_bad_input_of_an_evaluation(script, arguments, message):
 def test_without_hydra_the_extra_is_named(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.delitem(sys.modules, "_app", raising=False)
-    for name in ("train", "evaluate"):
+    for name in ("train", "evaluate", "collect", "convert"):
         with pytest.raises(SystemExit, match=r"run `pip install 'eqx_q\[train\]'`"):
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 

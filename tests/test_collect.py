@@ -72,7 +72,7 @@ def test_a_trained_run_becomes_a_data_set(script, tmp_path):
 
 
 def test_a_mixture_of_runs_seeds_checkpoints_and_epsilons(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_STEPS_PER_SHARD", 60)
+    monkeypatch.setattr(runs.collecting, "_STEPS_PER_SHARD", 60)
     leave_run(tmp_path / "a", "num_seeds=2", SHORT)
     leave_run(tmp_path / "b", "seed=7", SHORT)
     status, out, err = script(

@@ -64,6 +64,7 @@ def test_the_circle_from_play_to_an_agent_that_was_never_in_the_environment(
 
 def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkeypatch):
     options = [*LEARNER, "agent=cql", "data=data", "num_updates=120", "eval.every=30"]
+    options += ["eval.time_fraction=null"]
     options += ["sampling.priority_exponent=0.5", "checkpoint.keep=null"]
     assert script("train", *options, "hydra.run.dir=whole")[0] == 0
     evaluate, calls = Evaluation.__call__, []
@@ -89,6 +90,9 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
         np.testing.assert_array_equal(ours, theirs)
     status, _, err = script("train", "resume=cut")
     assert status == 1 and "has made its 120 updates: give a larger num_updates" in err
+    best = [json.loads((tmp_path / x / "summary.json").read_text()) for x in ("whole", "cut")]
+    for name in ("best_eval_return_per_seed", "best_eval_num_updates_per_seed"):
+        assert best[0][name] == best[1][name]
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) >= 10
 
 
@@ -99,9 +103,9 @@ def _leaves(agent):
 BAD = {
     ("agent=cql",): "this agent learns from recorded data: give data=DIR",
     ("data=data",): "this agent learns from environments, and data=... is no use to it",
-    ("agent=cql", "data=nothing"): "'nothing' is no data set: there is no header.json in it",
-    ("agent=cql", "data=data", "env=acrobot"): "'data' has 2 actions, the agent 3: choose",
-    ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "'data' has observations",
+    ("agent=cql", "data=nothing"): "nothing' is no data set: there is no header.json in it",
+    ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, and the environment is",
+    ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "data' has observations",
     ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a share above 0, up to 1",
     ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode,",
     ("agent=cql", "data=data", "sampling.runs=[7]"): "has no run 7: it has 0",

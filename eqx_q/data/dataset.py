@@ -12,6 +12,7 @@ row t holds led to the observation in row t + 1.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from ..spaces import Box, Discrete
 _FORMAT = 1
 _HEADER = "header.json"
 _PROGRESS = "progress.json"
+_LOCK = ".lock"
 _WIDER = "wider.tmp"
 _COLUMNS = {
     "action": np.dtype("<i4"),
@@ -255,10 +257,14 @@ class Writer:
         self._checksums = dict.fromkeys(self._shapes, 0)
         self._begins, self._final_is_next = True, False
         self._files: dict[str, Any] = {}
+        self._lock: Any = None
         try:
             self._open()
-        except OSError as error:
-            raise cannot_write(self._partial, error) from error
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise cannot_write(self._partial, error) from error
+            raise
 
     @property
     def done(self) -> set[str]:
@@ -355,6 +361,7 @@ class Writer:
         except OSError as error:
             self.close()
             raise cannot_write(self.path, error) from error
+        (self.path / _LOCK).unlink()
         (self.path / _PROGRESS).unlink()  # not before: a crash in between must lose nothing
         return Dataset(self.path)
 
@@ -364,6 +371,8 @@ class Writer:
             with contextlib.suppress(OSError):  # a full disk: what was committed is there
                 file.close()
         self._files = {}
+        if self._lock is not None:
+            self._lock.close()
 
     def discard(self) -> None:
         """Throws away what is not finished."""
@@ -372,6 +381,14 @@ class Writer:
 
     def _open(self) -> None:
         self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._partial / _LOCK, "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UsageError(
+                f"another process is writing '{self.path}': wait for it, or choose another place"
+            ) from None
         (self._partial / _WIDER).unlink(missing_ok=True)
         progress = self._partial / _PROGRESS
         if progress.exists():

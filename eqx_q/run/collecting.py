@@ -32,7 +32,7 @@ from .settings import (
     make_env,
 )
 
-_STEPS_PER_LANE = 1000  # of a recording, at least: what is running at its end is cut
+_STEPS_PER_LANE = 10_000  # of a recording, at least: what is running at its end is cut
 _STEPS_PER_SHARD = 1_000_000  # at most: what an interruption costs
 
 

@@ -40,14 +40,16 @@ def evaluate_run(
     seed: int = 0,
     epsilon: float = 0.0,
     max_episode_steps: int | None = None,
+    min_steps: int = 0,
     protocol: Mapping[str, Any] | None = None,
     video: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the agent that a run left behind, in the environment that it was trained in.
 
-    **Arguments:** `episodes`, `num_envs`: per member. `protocol`: options of the environment that
-    differ from training; by default those of the run's own evaluations. `video`: a file for the
-    GIF of an episode.
+    **Arguments:** `episodes`, `num_envs`: per member. `min_steps`: another round of as many
+    episodes follows until so many steps were played. `protocol`: options of the environment that
+    differ from training; by default those of the run's own evaluations. `video`: a file for the GIF
+    of an episode.
 
     **Returns:** returns per member with their statistics, and how they were come by.
     """
@@ -64,7 +66,13 @@ def evaluate_run(
         cap = max_episode_steps or episode_cap(env)
         key = jax.random.key(seed)
         played = play_episodes(
-            agent, env, num_episodes=episodes, key=key, epsilon=epsilon, max_episode_steps=cap
+            agent,
+            env,
+            num_episodes=episodes,
+            key=key,
+            epsilon=epsilon,
+            max_episode_steps=cap,
+            min_steps=min_steps,
         )
         if video:
             scene = stack.enter_context(

@@ -7,7 +7,7 @@ import inspect
 import operator
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import equinox as eqx
 import jax
@@ -45,11 +45,12 @@ def make_agent(config: Config, env: Env) -> Any:
     Member `i` starts with the parameters that a run of its own would have at `seed + i`.
     """
     options = given(config["agent"])
-    create = pkgutil.resolve_name(options.pop("_target_")).create
-    known = inspect.signature(create).parameters
+    target = options.pop("_target_")
+    create = pkgutil.resolve_name(target).create
+    known = {*_parameters(create), *_parameters(_created(target).create)}
     for name in options:
         if name not in known:
-            raise UnknownNameError("hyperparameter", name, set(known) - {"key"})
+            raise UnknownNameError("hyperparameter", name, known - {"key"})
     for name in traced(config) & set(options):
         number(config, f"agent.{name}")
     if env.num_agents is not None:
@@ -79,8 +80,19 @@ def traced(config: Config) -> set[str]:
     def is_traced(kind: Any) -> bool:
         return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
 
-    fields = dataclasses.fields(pkgutil.resolve_name(config["agent"]["_target_"]))
+    fields = dataclasses.fields(_created(config["agent"]["_target_"]))
     return {field.name for field in fields if is_traced(field.type)}
+
+
+def _created(target: str) -> Any:
+    """The class of agents that `target` creates: itself, or one that it presets."""
+    cls = pkgutil.resolve_name(target)
+    return cls if dataclasses.is_dataclass(cls) else get_type_hints(cls.create)["return"]
+
+
+def _parameters(create: Any) -> set[str]:
+    parameters = inspect.signature(create).parameters.values()
+    return {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
 
 
 def _agent_key(seed):

@@ -25,6 +25,7 @@ from ..tracking import JsonlTracker, Tracker, Trackers
 from ..training import Metrics, train
 from ..wrappers import Env
 from ..wrappers.host import closing
+from ..wrappers.registry import SUITES
 from .settings import (
     LANES_IN_JAX,
     LANES_ON_HOST,
@@ -66,7 +67,7 @@ def train_run(
     if config["devices"] != 1:
         raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
     with contextlib.ExitStack() as stack:
-        dataset = _dataset(config)
+        dataset = None if config.get("data") is None else Dataset(config["data"])
         lanes = 1 if dataset else whole(config, "num_envs")
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
         agent = make_agent(config, env)
@@ -85,8 +86,10 @@ def train_run(
             learn = functools.partial(train, agent, env, total_steps=total, **how)
         else:
             how["sampling"] = _sampling(config)
+            _check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # both refuse what does not fit
             Blocks(dataset, how["sampling"])
+            dataset.verify()  # reads it all
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
         on_start()
         if run_state is not None and _done(run_state) >= total:
@@ -139,20 +142,32 @@ def _kind(config: Config) -> _Kind:
     return _ONLINE if config.get("data") is None else _OFFLINE
 
 
-def _dataset(config: Config) -> Dataset | None:
-    """What is learnt from, where that is not an environment; read through once."""
-    if config.get("data") is None:
-        return None
-    dataset = Dataset(config["data"])
+def _check_data(config: Config, env: Env, dataset: Dataset) -> None:
+    """Says what the data are of; raises `UsageError` where that is another game than `env`."""
+    of_data = dataset.description
     logger.info(
         "data: %s, %s transitions in %s episodes of %s",
         dataset.path,
         f"{dataset.num_transitions:,}",
         f"{dataset.num_episodes:,}",
-        dataset.description.env,
+        of_data.env,
     )
-    dataset.verify()
-    return dataset
+    suite, _, name = of_data.env.partition("/")
+    if suite in SUITES and name != config["env"]["name"]:
+        raise UsageError(
+            f"'{dataset.path}' is of {of_data.env}, and the environment is {env_name(config)}: "
+            f"choose the data's with env.name={name}"
+        )
+    ours = {**env.recording.preprocessing, **given(config["protocol"])}
+    for option in sorted(ours.keys() & of_data.preprocessing.keys()):
+        theirs = of_data.preprocessing[option]
+        if ours[option] != theirs:
+            logger.warning(
+                "the data were recorded with %s=%s, evaluations have %s",
+                option,
+                theirs,
+                ours[option],
+            )
 
 
 def _check_kind(config: Config, agent: Any) -> None:
@@ -239,12 +254,16 @@ class _Crew(NamedTuple):
 
 def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
-    budget = TimeBudget(fraction(config, "eval.time_fraction"))
+    limited = config["eval"]["time_fraction"] is not None
+    budget = TimeBudget(fraction(config, "eval.time_fraction") if limited else np.inf)
     begin = 0 if run_state is None else _done(run_state)
     tracker = close_later(stack, _tracker(config, directory, begin))
+    lines = (directory / "metrics.jsonl").read_text().splitlines()  # of before a resume
     interrupt = stack.enter_context(Interrupt())
     evaluation = _evaluation(config, env, budget, stack)
     recorder = _Recorder(begin)
+    for line in lines:
+        recorder.remember_best(json.loads(line))
     keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(config, env, directory)
     callbacks = [
@@ -295,7 +314,12 @@ class _Recorder:
             returns = np.nan_to_num(np.array(metrics["episode_return"], float, ndmin=1))
             self._episodes = self._episodes + episodes
             self._returns = self._returns + episodes * returns
+        self.remember_best(metrics)
+
+    def remember_best(self, metrics: Metrics) -> None:
+        """Notes each member's best evaluation so far."""
         if "eval/return" in metrics:
+            now = clock(metrics)
             returns = np.atleast_1d(np.array(metrics["eval/return"], float))
             best = self.best or {
                 "returns": np.full_like(returns, -np.inf),

@@ -51,7 +51,7 @@ def test_what_a_data_set_is_of_counts_whole_episodes_alone(tmp_path, monkeypatch
             obs = np.zeros((len(rewards) + 1, 2), np.float32)
             steps = obs, np.zeros(len(rewards), int), np.array(rewards)
             writer.append(Rows.of_episode(*steps, terminated=terminated))
-        writer.commit("all")
+        writer.commit("all", source={"cut": 1})
         writer.finish()
     monkeypatch.setattr(offline, "script", None)  # nothing is recorded anew
     told = offline.record(tmp_path, tmp_path / "data", [])

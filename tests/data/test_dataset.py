@@ -522,3 +522,11 @@ def test_a_flipped_byte_of_what_is_large_is_found_by_verify(path):
     dataset = Dataset(path)
     with pytest.raises(CorruptFileError, match=r"obs\.npy' is damaged: its checksum"):
         dataset.verify()
+
+
+def test_two_writers_do_not_destroy_each_others_work(tmp_path):
+    first = Writer(tmp_path / "data", describe())
+    with pytest.raises(UsageError, match="another process is writing"):
+        Writer(tmp_path / "data", describe())
+    first.close()
+    Writer(tmp_path / "data", describe()).close()
