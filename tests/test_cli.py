@@ -193,7 +193,6 @@ BAD_INPUT = {
     "total_steps=inf": "total_steps=inf: give a whole number",
     "checkpoint.every=0": "checkpoint.every=0: give a whole number of at least 1",
     "eval.every=50 eval.epsilon=7": "eval.epsilon=7.0: give a number from 0 to 1",
-    "eval.time_fraction=null": "eval.time_fraction=None: give a number",
     "agent.schedule_steps=soon": "agent.schedule_steps=soon: give a number",
     "checkpoint.keep=0": "checkpoint.keep=0: give a whole number of at least 1",
     "log_every=1.5": "log_every=1.5: give a whole number",
