@@ -1,8 +1,8 @@
 """The offline loop: one compiled program over an agent and a data set."""
 
 import concurrent.futures
+import logging
 import os
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from .agents import Agent, OfflineAgent
 from .data import Blocks, Dataset, Priorities, Replay, Sampling
 from .errors import UsageError
 from .training import Boundaries, Callback, Metrics, copy, run
+
+logger = logging.getLogger(__name__)
 
 
 class OfflineState(eqx.Module):
@@ -193,10 +195,11 @@ def train_offline(
     single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)
     if turns < blocks.num_blocks and sampling.shards_per_block is None:
-        warnings.warn(
-            f"the data come in {blocks.num_blocks} blocks, of which {num_updates} updates see "
-            f"{turns}: lower updates_per_block",
-            stacklevel=2,
+        logger.warning(
+            "the data come in %d blocks, of which %d updates see %d: lower updates_per_block",
+            blocks.num_blocks,
+            num_updates,
+            turns,
         )
     boundaries = Boundaries(
         done=int(state.num_updates),

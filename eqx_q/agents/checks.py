@@ -37,7 +37,7 @@ def check_sizes(sizes: dict[str, int]) -> None:
 
 def check_ranges(traced: dict[str, Scalar]) -> None:
     """Checks what is known before tracing: under `vmap` values are not."""
-    for name in _RANGES.keys() & traced.keys():
+    for name in (name for name in _RANGES if name in traced):
         value, (low, high) = traced[name], _RANGES[name]
         if not isinstance(value, Tracer) and not low <= float(value) <= high:
             raise UsageError(f"{name}={value} makes no sense: choose it from {low:g} to {high:g}")
