@@ -99,8 +99,15 @@ def chosen() -> dict[str, Any]:
     return {group: choices.get(group) for group in ("agent", "env", "tuned", "protocol")}
 
 
-def run_directory(config: DictConfig) -> Path:
+def overridden() -> list[str]:
+    """What the command line says."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
     """The directory that Hydra made for this run, checked to be writable and not in use.
+
+    **Arguments:** `record`: the file that tells a directory in use.
 
     **Raises:** `UsageError` where it cannot be written to, or holds another run.
     """
@@ -111,9 +118,9 @@ def run_directory(config: DictConfig) -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
-    metrics = directory / "metrics.jsonl"
-    if not config.resume and metrics.exists() and metrics.stat().st_size:
-        begun = any((directory / "checkpoints").glob("*.ckpt"))
+    file = directory / record
+    if not config.resume and file.exists() and file.stat().st_size:
+        begun = record != "metrics.jsonl" or any((directory / "checkpoints").glob("*.ckpt"))
         mend = f"continue it with resume={directory}" if begun else "delete it"
         raise UsageError(
             f"'{directory}' already holds a run: {mend}, "

@@ -11,7 +11,7 @@ from ..spaces import Box, Discrete
 from ..types import Scalar
 
 # Where a hyperparameter makes sense.
-_RANGES = {
+RANGES = {
     "learning_rate": (0.0, jnp.inf),
     "learning_rate_end": (0.0, jnp.inf),
     "max_grad_norm": (0.0, jnp.inf),
@@ -37,8 +37,8 @@ def check_sizes(sizes: dict[str, int]) -> None:
 
 def check_ranges(traced: dict[str, Scalar]) -> None:
     """Checks what is known before tracing: under `vmap` values are not."""
-    for name in (name for name in _RANGES if name in traced):
-        value, (low, high) = traced[name], _RANGES[name]
+    for name in (name for name in RANGES if name in traced):
+        value, (low, high) = traced[name], RANGES[name]
         if not isinstance(value, Tracer) and not low <= float(value) <= high:
             raise UsageError(f"{name}={value} makes no sense: choose it from {low:g} to {high:g}")
 

@@ -6,10 +6,10 @@ import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
-from ..types import Decision, Memory, Rollout, Transitions
+from ..types import AnyArray, Decision, Memory, Rollout, Transitions
 from .agent import Agent, OfflineAgent, OnlineAgent
 
 
@@ -98,6 +98,11 @@ class Population(OnlineAgent, OfflineAgent):
     def member(self, index: int) -> Agent:
         """One of the agents, on its own."""
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.members)
+
+    def select(self, indices: Int[AnyArray, " K"]) -> "Population":
+        """A population of `K` of the members, whole; one may be in it more than once."""
+        take = lambda x: x[jnp.asarray(indices)] if eqx.is_array(x) else x  # noqa: E731
+        return Population(jax.tree.map(take, self.members))
 
     def initial_memory(self, num_envs: int) -> Memory:
         """See `Agent`; `num_envs` counts the lanes of all members."""

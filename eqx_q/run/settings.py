@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 import equinox as eqx
@@ -39,10 +39,15 @@ def emulator_seed(seed: int, role: str) -> int:
     return int(spread) % (2**31 - MOST_LANES)  # with the lanes on top it fits 32 bits, signed
 
 
-def make_agent(config: Config, env: Env) -> Any:
+def make_agent(
+    config: Config, env: Env, values: Sequence[Mapping[str, float]] | None = None
+) -> Any:
     """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
 
     Member `i` starts with the parameters that a run of its own would have at `seed + i`.
+
+    **Arguments:** `values`: each a choice of the same traced hyperparameters. Then it is a
+    population that has, one after the other, `num_seeds` members for each choice.
     """
     options = given(config["agent"])
     target = options.pop("_target_")
@@ -60,13 +65,17 @@ def make_agent(config: Config, env: Env) -> Any:
             )
         options["num_agents"] = env.num_agents
 
-    def member(key):
-        return create(env.observation_space, env.action_space, key=key, **options)
+    def member(key, values):
+        spaces = env.observation_space, env.action_space
+        return create(*spaces, key=key, **(options | values))
 
     seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
-    if len(seeds) == 1:
-        return member(_agent_key(seeds[0]))
-    return Population(eqx.filter_vmap(member)(jax.vmap(_agent_key)(seeds)))
+    if values is None and len(seeds) == 1:
+        return member(_agent_key(seeds[0]), {})
+    choices = [{}] if values is None else values
+    keys = jax.vmap(_agent_key)(np.tile(seeds, len(choices)))
+    stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), len(seeds)), *choices)
+    return Population(eqx.filter_vmap(member)(keys, stacked))
 
 
 def changeable(config: Config) -> set[str]:

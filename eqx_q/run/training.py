@@ -71,10 +71,10 @@ def train_run(
         lanes = 1 if dataset else whole(config, "num_envs")
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
         agent = make_agent(config, env)
-        _check_kind(config, agent)
+        check_kind(config, agent)
         run_state = _restored(config, directory, env, agent) if resume else None
         crew = _crew(config, directory, env, run_state, stack)
-        total = whole(config, _kind(config).total, least=1)
+        total = whole(config, kind_of(config).total, least=1)
         key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 1)
         how: dict[str, Any] = {
             "key": key,
@@ -85,8 +85,8 @@ def train_run(
         if dataset is None:
             learn = functools.partial(train, agent, env, total_steps=total, **how)
         else:
-            how["sampling"] = _sampling(config)
-            _check_data(config, env, dataset)
+            how["sampling"] = make_sampling(config)
+            check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # both refuse what does not fit
             Blocks(dataset, how["sampling"])
             dataset.verify()  # reads it all
@@ -103,7 +103,7 @@ def train_run(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise UsageError(
-                    f"the device is out of memory: lower {_kind(config).sizes}, num_seeds or "
+                    f"the device is out of memory: lower {kind_of(config).sizes}, num_seeds or "
                     f"eval.num_envs; {crew.checkpoint.last_in_words()}"
                 ) from error
     summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
@@ -138,11 +138,12 @@ def _done(run_state: Any) -> int:
     return done
 
 
-def _kind(config: Config) -> _Kind:
+def kind_of(config: Config) -> _Kind:
+    """How its run counts."""
     return _ONLINE if config.get("data") is None else _OFFLINE
 
 
-def _check_data(config: Config, env: Env, dataset: Dataset) -> None:
+def check_data(config: Config, env: Env, dataset: Dataset) -> None:
     """Says what the data are of; raises `UsageError` where that is another game than `env`."""
     of_data = dataset.description
     logger.info(
@@ -170,7 +171,7 @@ def _check_data(config: Config, env: Env, dataset: Dataset) -> None:
             )
 
 
-def _check_kind(config: Config, agent: Any) -> None:
+def check_kind(config: Config, agent: Any) -> None:
     """Raises `UsageError` where an agent has nothing to learn from."""
     is_offline = isinstance(getattr(agent, "members", agent), OfflineAgent)
     if is_offline and config.get("data") is None:
@@ -185,7 +186,7 @@ def _check_kind(config: Config, agent: Any) -> None:
         )
 
 
-def _sampling(config: Config) -> Sampling:
+def make_sampling(config: Config) -> Sampling:
     """How transitions are drawn; rewards are clipped where the environment's are."""
     options = given(config["sampling"])
     options.setdefault("reward_clip", bool(config["env"].get("reward_clip", False)))
@@ -195,9 +196,9 @@ def _sampling(config: Config) -> Sampling:
 def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
     """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
     run_state = restore(directory / "checkpoints", env)
-    done, total = _done(run_state), whole(config, _kind(config).total)
+    done, total = _done(run_state), whole(config, kind_of(config).total)
     if done >= total and _has_results(config, directory, done):
-        unit, name = _kind(config).unit.split("_")[-1], _kind(config).total
+        unit, name = kind_of(config).unit.split("_")[-1], kind_of(config).total
         raise UsageError(f"this run has made its {done:,} {unit}: give a larger {name} to go on")
     if done >= total:
         return run_state
@@ -214,7 +215,7 @@ def _has_results(config: Config, directory: Path, done: int) -> bool:
     """Whether the agent and the summary of a run that came so far are there."""
     try:
         summary = json.loads((directory / "summary.json").read_text())
-        return summary[_kind(config).unit] >= done and (directory / "agent.eqx").exists()
+        return summary[kind_of(config).unit] >= done and (directory / "agent.eqx").exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -224,7 +225,7 @@ def _end_again(config, directory: Path, crew: "_Crew", run_state: Any, total: in
 
     How long training took is not known any more.
     """
-    kind = _kind(config)
+    kind = kind_of(config)
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         crew.recorder(run_state, json.loads(line) | {kind.metric: total})
     metrics = {
@@ -260,7 +261,7 @@ def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Cr
     tracker = close_later(stack, _tracker(config, directory, begin))
     lines = (directory / "metrics.jsonl").read_text().splitlines()  # of before a resume
     interrupt = stack.enter_context(Interrupt())
-    evaluation = _evaluation(config, env, budget, stack)
+    evaluation = make_evaluation(config, env, budget, stack)
     recorder = _Recorder(begin)
     for line in lines:
         recorder.remember_best(json.loads(line))
@@ -343,7 +344,10 @@ class _Recorder:
         return [float(r / n) if n else None for r, n in zip(returns, episodes, strict=True)]
 
 
-def _evaluation(config, env, budget, stack) -> Evaluation | None:
+def make_evaluation(
+    config: Config, env: Env, budget: TimeBudget, stack: contextlib.ExitStack
+) -> Evaluation | None:
+    """The callback, in an environment that the stack closes; `None` where `eval.every` is 0."""
     if config["eval"]["every"] == 0:
         return None
     lanes = whole_or_none(config, "eval.num_envs") or (
@@ -372,7 +376,7 @@ def _checkpoint(config, env, directory) -> Checkpoint:
         directory / "checkpoints",
         every=_every(config, "checkpoint", parts=10),
         keep=whole_or_none(config, "checkpoint.keep"),
-        with_env=_kind(config) is _OFFLINE or not env.on_host,
+        with_env=kind_of(config) is _OFFLINE or not env.on_host,
     )
 
 
@@ -411,13 +415,13 @@ def _every(config: Config, section: str, *, parts: int) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
     if config[section]["every"] is not None:
         return whole(config, f"{section}.every", least=1)
-    return max(1, whole(config, _kind(config).total) // parts)
+    return max(1, whole(config, kind_of(config).total) // parts)
 
 
 def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
     last, played = crew.recorder.last, crew.evaluation and crew.evaluation.last
     eval_returns = None if played is None else np.atleast_2d(played.returns).mean(1)
-    best, kind = crew.recorder.best, _kind(config)
+    best, kind = crew.recorder.best, kind_of(config)
     done, total, _ = clock(last)
     if kind is _ONLINE:
         told = {

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class AimTracker(Tracker):
     - `repo`: directory that has (or gets) the `.aim` repository.
     - `experiment`: Aim's name for runs that belong together.
     - `num_members`: of a population.
+    - `names`: of the Aim runs, one for each member, however many; by default after `directory`.
     - `open_timeout`, `close_timeout`: seconds that Aim has to take a message, the first of which
         opens the repository, and to finish in `close`.
     """
@@ -57,11 +58,13 @@ class AimTracker(Tracker):
         repo: str | os.PathLike = ".",
         experiment: str | None = None,
         num_members: int | None = None,
+        names: Sequence[str] | None = None,
         open_timeout: float = 60.0,
         close_timeout: float = 30.0,
     ):
         self._repo = str(Path(repo).absolute())
         self._num_members = num_members
+        self._summed_up = names is None and num_members is not None and num_members > _MOST_RUNS
         self._note = None if directory is None else Path(directory) / "aim.json"
         self._open_timeout, self._close_timeout = open_timeout, close_timeout
         self._queue: queue.Queue[str | None] = queue.Queue(_WAITING)
@@ -92,27 +95,30 @@ class AimTracker(Tracker):
             return
         self._feeder = threading.Thread(target=self._feed, args=(self._process,), daemon=True)
         self._feeder.start()
-        name = "run" if directory is None else "/".join(Path(directory).absolute().parts[-2:])
-        members = 1 if num_members is None or _is_summed_up(num_members) else num_members
+        if names is None:
+            name = "run" if directory is None else "/".join(Path(directory).absolute().parts[-2:])
+            members = 1 if num_members is None or self._summed_up else num_members
+            names = [name] if members == 1 else [f"{name} #{i}" for i in range(members)]
         self._send(
             repo=self._repo,
             experiment=experiment,
-            names=[name] if members == 1 else [f"{name} #{i}" for i in range(members)],
-            hashes=self._remembered(members),
+            names=list(names),
+            hashes=self._remembered(len(names)),
             process=os.getpid(),
             patience=open_timeout / 3,
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Queues numbers and distributions. Never blocks."""
-        numbers, histograms = _records(metrics, self._num_members)
+        numbers, histograms = _records(metrics, self._num_members, self._summed_up)
         self._send(kind="metrics", step=step, records=numbers)
         if histograms:
             self._send(kind="histograms", step=step, records=histograms)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Queues parameters, the same for every member. Never blocks."""
-        self._send(kind="params", params=dict(params))
+    def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Queues parameters, the same for every member or those of each. Never blocks."""
+        of_each = dict(params) if isinstance(params, Mapping) else list(params)
+        self._send(kind="params", params=of_each)
 
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
         """Queues a picture, for the first member. Never blocks."""
@@ -222,11 +228,9 @@ class AimTracker(Tracker):
         return runs if note.get("repo") == self._repo and len(runs) == members else []
 
 
-def _is_summed_up(num_members: int | None) -> bool:
-    return num_members is not None and num_members > _MOST_RUNS
-
-
-def _records(metrics: Mapping[str, Any], num_members: int | None) -> tuple[list, list]:
+def _records(
+    metrics: Mapping[str, Any], num_members: int | None, summed_up: bool
+) -> tuple[list, list]:
     """**Returns:** what is finite of the metrics, as Aim's process takes it:
 
     - numbers: `[run, {name: value}, context]`.
@@ -244,13 +248,13 @@ def _records(metrics: Mapping[str, Any], num_members: int | None) -> tuple[list,
             array = np.broadcast_to(array, (members, *array.shape))  # the same for all members
         subset, name = ("eval", name[5:]) if name.startswith("eval/") else ("train", name)
         if array.ndim > 1:
-            rows = array.reshape(1 if _is_summed_up(num_members) else members, -1)
+            rows = array.reshape(1 if summed_up else members, -1)
             for i, row in enumerate(rows):
                 if (row := row[np.isfinite(row)]).size:
                     counts, edges = np.histogram(row, _BINS)
                     ends = [float(edges[0]), float(edges[-1])]
                     histograms.append([i, name, counts.tolist(), ends, {"subset": subset}])
-        elif not _is_summed_up(num_members):
+        elif not summed_up:
             for i, x in enumerate(array):
                 if np.isfinite(x):
                     numbers[i, subset, None][name] = float(x)

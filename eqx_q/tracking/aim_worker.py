@@ -59,12 +59,14 @@ class _Session:
     def handle(self, kind: str, step: int | None = None, **message: Any) -> None:
         """Does what a message says."""
         if kind == "params":
-            for i, run in enumerate(self.runs):
-                for name, value in message["params"].items():
+            params = message["params"]
+            of_each = params if isinstance(params, list) else [params] * len(self.runs)
+            for i, (run, params) in enumerate(zip(self.runs, of_each, strict=True)):
+                for name, value in params.items():
                     run[name] = value
                 run["member"] = i
-                if isinstance(message["params"].get("seed"), int):
-                    run["seed"] = message["params"]["seed"] + i
+                if isinstance(params.get("seed"), int):
+                    run["seed"] = params["seed"] + i
         elif kind == "metrics":
             for i, values, context in message["records"]:
                 self.runs[i].track(values, step=step, context=context)

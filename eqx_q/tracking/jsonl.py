@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class JsonlTracker(Tracker):
                     "%s; metrics are lost, the run goes on", cannot_write(self._path, error)
                 )
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Does nothing: a run directory has its configuration in a file."""
 
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:

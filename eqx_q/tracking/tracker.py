@@ -3,7 +3,7 @@
 import abc
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..clock import clock
@@ -29,8 +29,8 @@ class Tracker(abc.ABC):
         """
 
     @abc.abstractmethod
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Hyperparameters, versions and so on, nested as you like."""
+    def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Hyperparameters, versions and so on, nested as you like: the same, or of each member."""
 
     @abc.abstractmethod
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
@@ -54,7 +54,7 @@ class Trackers(Tracker):
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self._each("log", metrics, step)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         self._each("log_params", params)
 
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:

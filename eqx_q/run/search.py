@@ -1,0 +1,469 @@
+"""A search for hyperparameters: Optuna proposes a batch, one population learns it, Optuna hears."""
+
+import contextlib
+import csv
+import functools
+import io
+import logging
+import math
+import pkgutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from ..agents import Population
+from ..callbacks import Evaluation, Interrupt, TimeBudget
+from ..clock import clock
+from ..data import Dataset
+from ..errors import MissingExtraError, UnknownNameError, UsageError
+from ..files import write_whole
+from ..offline import train_offline
+from ..tracking import Tracker, Trackers
+from ..training import Metrics, train
+from ..wrappers import Env
+from ..wrappers.host import closing
+from .settings import (
+    Config,
+    close_later,
+    env_name,
+    given,
+    lanes_of_all,
+    learnt,
+    make_agent,
+    make_env,
+    whole,
+    whole_or_none,
+)
+from .space import Space, check_space, import_optuna, read_space
+from .study import SharedStudy
+from .summary import provenance, write_json
+from .training import check_data, check_kind, kind_of, make_evaluation, make_sampling
+
+logger = logging.getLogger(__name__)
+
+_EVALUATED = ("eval/return", "eval/return_std", "eval/length")
+_BAR = "{l_bar}{bar}| {n:g}/{total} trials [{elapsed}<{remaining}]{postfix}"
+_RECENT = 0.1  # of the training: what was logged there is averaged
+
+
+def search_run(
+    config: Config,
+    directory: Path,
+    *,
+    defaults: Config | None = None,
+    on_start: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Searches as `config` says, and leaves the results in `directory`.
+
+    Where the directory holds a search already, this one goes on with it, or takes part in it if
+    another process is at it.
+
+        study.journal  trials.csv  best.yaml  summary.json  history.png  importances.png
+
+    **Arguments:**
+
+    - `config`: the keys of `conf/tune.yaml`.
+    - `defaults`: the same without tuned values: `best.yaml` then has what differs from those.
+    - `on_start`: called when all that `config` asks for has been found to be possible.
+
+    **Returns:** the summary, which is in `summary.json` too.
+    **Raises:** `UsageError` for what the configuration gets wrong.
+    """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        search = _Search(config, stack)
+        on_start()
+        study = SharedStudy(
+            directory,
+            search.space,
+            sampler=config["sampler"],
+            maximize=search.maximize,
+            seed=whole(config, "seed"),
+        )
+        close_later(stack, study)
+        num_trials, at_most = whole(config, "trials", least=1), whole(config, "population", least=1)
+        progress = close_later(stack, _Progress(study, num_trials))
+        interrupt = stack.enter_context(Interrupt())
+        while not interrupt.received and (batch := study.ask(num_trials, at_most)):
+            try:
+                search.learn(batch, study, [interrupt, progress])
+            finally:
+                for trial in batch:
+                    study.give_up(trial)
+            if study.best is not None:
+                _write_best(config, defaults or {}, directory, search.space, study)
+            _write_table(directory / "trials.csv", search.space, study)
+        progress.close()
+        summary = {
+            **_summary(config, search, study),
+            "status": "stopped" if interrupt.received else "done",
+            **search.seconds,
+            "wall_seconds": time.perf_counter() - started,
+        }
+        if study.best is None and not interrupt.received and search.failure is not None:
+            raise UsageError(f"every trial failed, the last one with: {search.failure}")
+        _draw(directory, study)
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+class _Fatal(UsageError):
+    """Something that would end every trial, not only those of a batch."""
+
+
+class _Arena(NamedTuple):
+    """Where so many members learn, and are evaluated."""
+
+    config: Config
+    env: Env
+    evaluation: Evaluation | None
+
+
+class _Search:
+    """Learns batches of trials. Raises `UsageError` for what no trial could do."""
+
+    def __init__(self, config: Config, stack: contextlib.ExitStack):
+        self.space = read_space(config)
+        self.failure: UsageError | None = None
+        self.seconds = {"compile_seconds": 0.0, "train_seconds": 0.0}
+        self.seeds = whole(config, "num_seeds", least=1)
+        self.maximize = config["direction"] == "maximize"
+        if config["direction"] not in ("maximize", "minimize"):
+            raise UsageError(f"direction={config['direction']}: choose maximize or minimize")
+        self._metric, self._rungs = str(config["metric"]), _rungs(config)
+        self._config = _for_rungs(config)
+        self._dataset = None if config.get("data") is None else Dataset(config["data"])
+        self._check(config)
+        self._stack = stack.enter_context(contextlib.ExitStack())
+        self._static: dict[str, Any] | None = None
+        self._arenas: dict[int, _Arena] = {}
+
+    def learn(self, batch: list[Any], study: SharedStudy, callbacks: list[Any]) -> None:
+        """Trains a batch of trials as one population, and tells the study what came of it.
+
+        Trials that it leaves untold were interrupted.
+        """
+        began = time.perf_counter()
+        tracker = _tracker(self._config, batch, self.space)
+        try:
+            self._climb(batch, study, callbacks, tracker, began)
+        except _Fatal:
+            raise
+        except UsageError as error:  # of these static values: others may do
+            self.failure = error
+            logger.warning("trials %s failed: %s", [t.number for t in batch], error)
+            for trial in batch:
+                study.tell(trial, None, error=str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UsageError(
+                "the device is out of memory: lower population, num_seeds or "
+                f"{kind_of(self._config).sizes}"
+            ) from error
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+    def _climb(self, batch, study, callbacks, tracker, began) -> None:
+        """From rung to rung, with those that are good enough for the next."""
+        interrupt, progress = callbacks
+        config = self.space.apply(self._config, self.space.static(batch[0].params))
+        values = [self.space.leaves(trial.params) for trial in batch]
+        key = jax.random.fold_in(jax.random.key(whole(config, "seed")), batch[0].number)
+        agent, done, alive = None, 0, np.arange(len(batch))
+        for rung, until in enumerate(self._rungs):
+            arena = self._arena(config, len(alive) * self.seeds)
+            agent = make_agent(config, arena.env, values) if agent is None else agent
+            progress.begin(len(batch), done, until, self._rungs[-1])
+            check = _CheckMetric(self._metric, agent)
+            agent, history = self._train(
+                arena, agent, until - done, jax.random.fold_in(key, rung), [*callbacks, check]
+            )
+            if interrupt.received:
+                return
+            (done,) = learnt(agent).values()
+            per_seed = _recent(history, self._metric).reshape(len(alive), self.seeds)
+            scores = per_seed.mean(1)
+            if tracker is not None:
+                tracker.log(_per_trial(history[-1], alive, len(batch), self.seeds), done)
+            order = np.argsort(np.where(np.isfinite(scores), scores * self._sign, -np.inf))[::-1]
+            num_kept = len(alive) if until == self._rungs[-1] else self._num_kept(len(alive))
+            for place, index in enumerate(order):
+                trial, score = batch[alive[index]], float(scores[index])
+                told = {"per_seed": per_seed[index].tolist(), "steps": done}
+                told["seconds"] = time.perf_counter() - began
+                if math.isfinite(score):
+                    trial.report(score, done)
+                if until == self._rungs[-1] or place >= num_kept:
+                    ended = until == self._rungs[-1] and math.isfinite(score)
+                    study.tell(trial, score if ended else None, **told)
+            kept = np.sort(order[:num_kept])
+            alive = alive[kept]
+            members = (kept[:, None] * self.seeds + np.arange(self.seeds)).reshape(-1)
+            agent = agent.select(members)
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.maximize else -1
+
+    def _num_kept(self, number: int) -> int:
+        return max(1, number // whole(self._config, "halving.eta", least=2))
+
+    def _train(
+        self, arena: _Arena, agent: Population, steps: int, key: Any, callbacks: list[Any]
+    ) -> tuple[Any, list[Metrics]]:
+        callbacks = [x for x in (arena.evaluation, *callbacks) if x is not None]
+        how: dict[str, Any] = {"key": key, "callbacks": callbacks}
+        how["log_every"] = whole_or_none(arena.config, "log_every")
+        if self._dataset is None:
+            learn = functools.partial(train, agent, arena.env, total_steps=steps, **how)
+        else:
+            how["sampling"] = make_sampling(arena.config)
+            learn = functools.partial(train_offline, agent, self._dataset, num_updates=steps, **how)
+        learnt_agent, history = learn()
+        for name in self.seconds:
+            self.seconds[name] += history[-1][name]
+        return learnt_agent, history
+
+    def _arena(self, config: Config, members: int) -> _Arena:
+        """Kept while the static values are the same: compiled programs are bound to it."""
+        static = {"agent": config["agent"], "num_envs": config["num_envs"]}
+        if static != self._static:
+            self._stack.close()
+            self._arenas, self._static = {}, static
+        if members not in self._arenas:
+            config = {**config, "num_seeds": members}
+            lanes = 1 if self._dataset else whole(config, "num_envs")
+            env = self._stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
+            evaluation = make_evaluation(config, env, TimeBudget(math.inf), self._stack)
+            self._arenas[members] = _Arena(config, env, evaluation)
+        return self._arenas[members]
+
+    def _check(self, config: Config) -> None:
+        """What can be known before anything is tried."""
+        with closing(make_env(config, 1)) as env:
+            check_kind(config, make_agent({**config, "num_seeds": 1}, env))
+            check_space(config, self.space, env)
+            if self._dataset is not None:
+                check_data(config, env, self._dataset)
+                self._dataset.verify()
+            if self._metric.startswith("eval/"):
+                _, timestep = env.reset(jax.random.key(0))
+                names = {*_EVALUATED, *(f"eval/{name}" for name in timestep.episode.metrics)}
+                if config["eval"]["every"] == 0:
+                    raise UsageError("eval.every=0 evaluates nothing: choose another metric")
+                if self._metric not in names:
+                    raise UnknownNameError("metric", self._metric, names)
+
+
+class _CheckMetric:
+    """Ends a search whose metric is not logged, at the first boundary."""
+
+    def __init__(self, metric: str, agent: Population):
+        self._metric, self._members = metric, agent.num_members
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> None:
+        known = {n for n, x in metrics.items() if np.shape(x) == (self._members,)}
+        if self._metric not in {*known, *_EVALUATED} and not self._metric.startswith("eval/"):
+            known = {*known, *_EVALUATED}
+            raise _Fatal(str(UnknownNameError("metric", self._metric, known)))
+
+
+class _Progress:
+    """A bar of trials; without a terminal, a line every half minute."""
+
+    overlap = True
+
+    def __init__(self, study: SharedStudy, num_trials: int, seconds_between_lines: float = 30.0):
+        self._study, self._total, self._seconds = study, num_trials, seconds_between_lines
+        self._printed_at = -math.inf
+        self._bar: Any = None
+
+    def begin(self, size: int, done: int, until: int, end: int) -> None:
+        """A batch of so many trials learns `until` there, of the `end`."""
+        self._size, self._done, self._end, self._until = size, done, end, until
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> None:
+        """Shows how far the search is, the batch in progress included."""
+        now, best = clock(metrics), self._study.best
+        finished = len(self._study.finished)
+        share = min(1.0, (self._done + now.done) / self._end)
+        state = "" if best is None else f"best {best.value:.4g} (trial {best.number})"
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=self._total, unit="trial", bar_format=_BAR)
+            self._bar.set_postfix_str(state, refresh=False)
+            self._bar.n = min(self._total, finished + round(share * self._size, 1))
+            self._bar.refresh()
+        elif time.perf_counter() - self._printed_at >= self._seconds:
+            self._printed_at = time.perf_counter()
+            line = f"{finished}/{self._total} trials, {share:.0%} of the next {self._size}  {state}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _rungs(config: Config) -> list[int]:
+    """How far trials learn until some are pruned, and to the end."""
+    total = whole(config, kind_of(config).total, least=1)
+    rungs, eta = whole(config, "halving.rungs"), whole(config, "halving.eta", least=2)
+    if eta**rungs > total:
+        raise UsageError(f"halving.rungs={rungs} are too many for {kind_of(config).total}={total}")
+    return [math.ceil(total / eta**rung) for rung in range(rungs, -1, -1)]
+
+
+def _for_rungs(config: Config) -> dict[str, Any]:
+    """With schedules over the whole training, whatever the rungs, and evaluations at those."""
+    total = whole(config, kind_of(config).total, least=1)
+    agent = dict(config["agent"])
+    if "schedule_steps" in agent and agent["schedule_steps"] is None:
+        agent["schedule_steps"] = total
+    every = config["eval"]["every"]
+    return {**config, "agent": agent, "eval": {**config["eval"], "every": every and total}}
+
+
+def _recent(history: list[Metrics], metric: str) -> Float[np.ndarray, " S"]:
+    """The mean of what was logged at the end of a training, of each member."""
+    begin = (1 - _RECENT) * clock(history[-1]).done
+    rows = [row[metric] for row in history if metric in row and clock(row).done > begin]
+    values = np.stack(rows).astype(float)
+    finite = np.isfinite(values)
+    total, count = np.where(finite, values, 0).sum(0), finite.sum(0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
+
+
+def _per_trial(
+    metrics: Metrics, alive: np.ndarray, num_trials: int, seeds: int
+) -> dict[str, np.ndarray]:
+    """Means over the seeds of each trial of a batch; not a number for those that were pruned."""
+    told = {}
+    for name, values in metrics.items():
+        if np.shape(values) == (len(alive) * seeds,):
+            told[name] = np.full(num_trials, np.nan)
+            told[name][alive] = np.reshape(values, (-1, seeds)).mean(1)
+    return told
+
+
+def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
+    """A run for each trial, with its parameters."""
+    options = given(config["tracker"])
+    if "_target_" not in options:
+        return None
+    create = pkgutil.resolve_name(options.pop("_target_"))
+    names = [f"trial {trial.number}" for trial in batch]
+    tracker = Trackers(create(None, num_members=len(batch), names=names, **options))
+    more = provenance()
+    tracker.log_params(
+        [{**space.apply(config, t.params), "trial": t.number, **more} for t in batch]
+    )
+    return tracker
+
+
+def _write_best(
+    config: Config, defaults: Config, directory: Path, space: Space, study: SharedStudy
+) -> None:
+    """The best trial's configuration, as a file of tuned values."""
+    import yaml  # Optuna brings it along
+
+    best, kind = study.best, kind_of(config)
+    assert best is not None
+    found = space.apply(config, best.params)
+    tuned: dict[str, Any] = {kind.total: whole(config, kind.total)}
+    if config.get("data") is None:
+        tuned["num_envs"] = found["num_envs"]
+    for group in ("agent", "sampling"):
+        if differing := _differing(found[group], defaults.get(group, {"_target_": None})):
+            tuned[group] = differing
+    head = (
+        "# @package _global_\n"
+        f"# {config['metric']} {best.value:.4g}, the best of {len(study.finished)} trials "
+        f"with {config['num_seeds']} seeds each\n"
+    )
+    text = head + yaml.safe_dump(tuned, sort_keys=False, default_flow_style=None)
+    write_whole(directory / "best.yaml", [text.encode()])
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not the same there, at any depth."""
+    found = {}
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            value, other = _differing(value, other), {}
+        if value != other:
+            found[name] = value
+    return found
+
+
+def _write_table(path: Path, space: Space, study: SharedStudy) -> None:
+    """A line for each finished trial."""
+    text = io.StringIO()
+    names = list(space.distributions)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["trial", "state", "value", "per_seed", "steps", "seconds", *names])
+    for trial in study.finished:
+        told = trial.user_attrs
+        per_seed = " ".join(f"{x:.6g}" for x in told.get("per_seed", []))
+        row = [trial.number, trial.state.name.lower(), trial.value, per_seed]
+        row += [told.get("steps"), told.get("seconds")]
+        table.writerow([*row, *(trial.params[name] for name in names)])
+    write_whole(path, [text.getvalue().encode()])
+
+
+def _summary(config: Config, search: _Search, study: SharedStudy) -> dict[str, Any]:
+    best = study.best
+    return {
+        "agent": config["agent"]["_target_"],
+        "env": env_name(config),
+        "chosen": config.get("chosen"),
+        "metric": config["metric"],
+        "direction": config["direction"],
+        "num_seeds": search.seeds,
+        kind_of(config).total: whole(config, kind_of(config).total),
+        "trials": len(study.finished),
+        "pruned": len(study.finished) - len(study.complete),
+        "best": best
+        and {
+            "trial": best.number,
+            "value": best.value,
+            "per_seed": best.user_attrs["per_seed"],
+            "params": best.params,
+        },
+        **provenance(),
+    }
+
+
+def _draw(directory: Path, study: SharedStudy) -> None:
+    """The results in the order they came, and which hyperparameters they depended on."""
+    if len({trial.value for trial in study.complete}) < 2:
+        return  # there is nothing to see
+    optuna = import_optuna()
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingExtraError("matplotlib", "tune") from None
+    from optuna.visualization import matplotlib as draw
+
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator
+    with pyplot.rc_context({"backend": "agg"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        figures = {"history": draw.plot_optimization_history(study.study)}
+        figures["importances"] = draw.plot_param_importances(study.study, evaluator=evaluator())
+        for name, axes in figures.items():
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            figure.savefig(directory / f"{name}.png", dpi=80, bbox_inches="tight")
+            pyplot.close(figure)

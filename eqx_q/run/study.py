@@ -1,0 +1,248 @@
+"""Optuna's study in a directory that processes share, and may die in."""
+
+import contextlib
+import fcntl
+import itertools
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CorruptFileError, UsageError
+from .space import Space, import_optuna
+
+SAMPLERS = ("tpe", "random", "grid")
+STUDY = "study.journal"
+_PATIENCE = 60.0  # seconds to wait for another process, which needs far less than one
+
+
+class SharedStudy:
+    """A search's trials on disk: every process that opens the directory takes part.
+
+    A process that dies leaves its locks to the kernel, and by that the others see that its
+    unfinished trials are to be given up.
+
+    **Arguments:**
+
+    - `directory`: of the search; the trials are in `study.journal`.
+    - `space`: what is proposed.
+    - `sampler`: who proposes. `"tpe"` learns from the trials before (Bergstra et al. 2011),
+        `"random"` does not, `"grid"` proposes every combination of choices once.
+    - `maximize`: the sign of what trials are told.
+    - `seed`: of proposals, together with how many trials there have been.
+
+    **Raises:** `UsageError` where the storage is locked or damaged.
+    """
+
+    def __init__(
+        self, directory: Path, space: Space, *, sampler: str, maximize: bool, seed: int = 0
+    ):
+        self._optuna = optuna = import_optuna()
+        if sampler not in SAMPLERS:
+            raise UsageError(f"sampler={sampler}: choose one of {', '.join(SAMPLERS)}")
+        self._grid = _grid(space) if sampler == "grid" else None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space, self._sampler, self._seed = space, sampler, seed
+        self._workers = directory / "workers"
+        self._workers.mkdir(parents=True, exist_ok=True)
+        self._asking = _Lock(directory / ".asking.lock")
+        self._name = uuid.uuid4().hex
+        self._alive = _Lock(self._workers / self._name)
+        self._alive.acquire()
+        try:
+            self.study = _open(directory / STUDY, "maximize" if maximize else "minimize")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leaves the search; what this process has not finished, others may give up."""
+        (self._workers / self._name).unlink(missing_ok=True)
+        self._alive.release()
+
+    @property
+    def finished(self) -> list[Any]:
+        """Trials that came to a result, pruned ones included."""
+        return self._in_states("COMPLETE", "PRUNED")
+
+    @property
+    def complete(self) -> list[Any]:
+        """Trials that came to the end."""
+        return self._in_states("COMPLETE")
+
+    @property
+    def best(self) -> Any | None:
+        """The best trial of those that came to the end; `None` before there is one."""
+        return self.study.best_trial if self.complete else None
+
+    def ask(self, num_trials: int, at_most: int) -> list[Any]:
+        """Proposes trials that share their static values, and have consecutive numbers.
+
+        **Arguments:** `num_trials`: of the whole search. `at_most`: of them now.
+
+        **Returns:** none where all are finished, or taken by others.
+        """
+        optuna = self._optuna
+        with self._asking:
+            taken = [*self.finished, *self._running()]
+            left = num_trials - len(taken)
+            if left <= 0:
+                return []
+            size = -(-left // -(-left // at_most))  # batches of equal size compile once
+            if self._grid is not None:
+                return self._ask_grid([t.params for t in taken], size)
+            # Seeded anew, so that a search that goes on does not repeat what it proposed before.
+            number = len(self.study.get_trials(deepcopy=False))
+            (seed,) = np.random.SeedSequence([self._seed, number]).generate_state(1)
+            kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+            sampler = kinds[self._sampler](seed=int(seed))
+            first = self._ask_one(sampler)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                sampler = optuna.samplers.PartialFixedSampler(
+                    self._space.static(first.params), sampler
+                )
+            return [first, *(self._ask_one(sampler) for _ in range(size - 1))]
+
+    def tell(self, trial: Any, value: float | None, **attributes: Any) -> None:
+        """Ends a trial: with its result, or where that is `None` as a pruned one."""
+        for name, attribute in attributes.items():
+            trial.set_user_attr(name, attribute)
+        if value is None:
+            self.study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+        else:
+            self.study.tell(trial, value)
+
+    def give_up(self, trial: Any) -> None:
+        """Ends a trial, unless it has ended: another one takes its place."""
+        failed = self._optuna.trial.TrialState.FAIL
+        self.study.tell(trial.number, state=failed, skip_if_finished=True)
+
+    def _ask_one(self, sampler: Any) -> Any:
+        self.study.sampler = sampler
+        trial = self.study.ask(dict(self._space.distributions))
+        trial.set_user_attr("worker", self._name)
+        return trial
+
+    def _ask_grid(self, taken: list[dict[str, Any]], size: int) -> list[Any]:
+        assert self._grid is not None
+        points = [point for point in self._grid if point not in taken]
+        static = self._space.static
+        trials = []
+        for point in [p for p in points if static(p) == static(points[0])][:size]:
+            self.study.enqueue_trial(point)
+            trials.append(self._ask_one(self.study.sampler))
+        return trials
+
+    def _running(self) -> list[Any]:
+        """Trials that somebody is at; those of the dead are given up."""
+        running = self._in_states("RUNNING")
+        is_alive = {name: self._is_alive(name) for name in {_worker(t) for t in running}}
+        for trial in running:
+            if not is_alive[_worker(trial)]:
+                self.give_up(trial)
+        return [trial for trial in running if is_alive[_worker(trial)]]
+
+    def _in_states(self, *names: str) -> list[Any]:
+        states = tuple(self._optuna.trial.TrialState[name] for name in names)
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def _is_alive(self, name: str) -> bool:
+        path = self._workers / name
+        if name == self._name:
+            return True
+        if not name or not path.exists():
+            return False
+        with contextlib.suppress(UsageError):
+            with _Lock(path, patience=0):
+                path.unlink()
+            return False
+        return True
+
+
+def _worker(trial: Any) -> str:
+    return trial.user_attrs.get("worker", "")
+
+
+def _grid(space: Space) -> list[dict[str, Any]]:
+    """Every combination, those that share static values side by side."""
+    names = sorted(space.distributions, key=lambda name: name in space.traced)
+    values = []
+    for name in names:
+        distribution = space.distributions[name]
+        if hasattr(distribution, "choices"):
+            values.append(distribution.choices)
+        elif isinstance(distribution.low, int) and not distribution.log:
+            values.append(range(distribution.low, distribution.high + 1, distribution.step))
+        else:
+            raise UsageError(f"a grid needs choices: give search.{name} as a list")
+    return [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
+
+
+def _open(path: Path, direction: str) -> Any:
+    """The study that a file holds, made where there is none."""
+    optuna = import_optuna()
+    lock = _Lock(path.with_name(f"{path.name}.lock"))
+    with lock:
+        _drop_half_line(path)
+    backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)  # pyright: ignore
+    try:
+        return optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name="search",
+            direction=direction,
+            load_if_exists=True,
+        )
+    except UsageError:
+        raise
+    except (ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
+        raise CorruptFileError(
+            f"'{path}' is damaged ({type(error).__name__}: {error}): delete the lines that are no "
+            "JSON, or begin the search anew in another directory"
+        ) from None
+
+
+def _drop_half_line(path: Path) -> None:
+    """What a killed process did not write to the end; the next line would follow on it."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with open(path, "r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+class _Lock:
+    """A lock that the kernel takes back from a process that dies; Optuna's outlive theirs."""
+
+    def __init__(self, path: Path, patience: float | None = None):
+        self._path, self._patience = path, patience
+        self._file: Any = None
+
+    def acquire(self) -> bool:
+        """Waits. Raises `UsageError` where that takes too long."""
+        file = open(self._path, "a")  # noqa: SIM115
+        deadline = time.monotonic() + (_PATIENCE if self._patience is None else self._patience)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file = file
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    raise UsageError(
+                        f"another process holds '{self._path}': end it, and run this again"
+                    ) from None
+            time.sleep(0.01)
+
+    def release(self) -> None:
+        """Lets others in."""
+        self._file.close()
+
+    def __enter__(self) -> "_Lock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()

@@ -1,0 +1,80 @@
+"""Searches for hyperparameters: `python scripts/tune.py --help`."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from _app import (
+    CONF,
+    chosen,
+    hydra,
+    launch,
+    log_tuned_values,
+    overridden,
+    run_directory,
+    settings,
+    stored_config,
+    task,
+)
+from omegaconf import DictConfig, OmegaConf
+
+from eqx_q.errors import UsageError
+from eqx_q.files import write_whole
+from eqx_q.run import search_run
+
+logger = logging.getLogger("eqx_q")
+
+_CHANGEABLE = {"resume", "trials", "population", "tracker", "install", "log_every"}
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="tune")
+@task
+def main(config: DictConfig) -> float | None:
+    """Searches; returns the best trial's result."""
+    directory = run_directory(config, record="study.journal")
+    if config.resume:
+        config = _resumed(config)
+    else:
+        log_tuned_values()
+        OmegaConf.update(config, "chosen", chosen(), force_add=True)
+    if config.get("data"):
+        config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
+    logger.info("search directory: %s", directory)
+    groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]
+    summary = search_run(
+        settings(config),
+        directory,
+        defaults=settings(hydra.compose("tune", [*groups, "tuned=none"])),
+        on_start=lambda: write_whole(
+            directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
+        ),
+    )
+    best = summary["best"]
+    if best is not None:
+        logger.info("best: %s %.4g in trial %d, %s", config.metric, *_of(best), best["params"])
+    if summary["status"] == "stopped":
+        logger.info("stopped: go on with `python scripts/tune.py resume=%s`", directory)
+    elif config.install and best is not None:
+        path = CONF / "tuned" / f"{config.chosen.agent}_{config.chosen.env}.yaml"
+        shutil.copyfile(directory / "best.yaml", path)
+        logger.info("installed: conf/tuned/%s", path.name)
+    return best and best["value"]
+
+
+def _of(best: dict) -> tuple[float, int]:
+    return best["value"], best["trial"]
+
+
+def _resumed(config: DictConfig) -> DictConfig:
+    """The configuration of the search that `resume` names, as far as it may not change."""
+    stored = stored_config(Path(config.resume))
+    for override in overridden():
+        key = override.split("=")[0].lstrip("+~")
+        if key.split(".")[0] not in _CHANGEABLE:
+            raise UsageError(f"resume goes on with a search as it is: leave out '{override}'")
+        OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+    return stored
+
+
+if __name__ == "__main__":
+    launch(main)
