@@ -32,7 +32,7 @@ logger = logging.getLogger("eqx_q")
 _failed: list[str] = []  # of a sweep's runs, what they ended with
 
 # A run in progress cannot change these.
-_FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds"}
+_FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
 
 _KINDS: list[tuple[Any, str]] = [

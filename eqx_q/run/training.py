@@ -6,7 +6,7 @@ import json
 import logging
 import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,13 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ..agents import Agent, OfflineAgent
+from ..agents import Agent, OfflineAgent, Population
 from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from ..checkpoint import save
 from ..clock import clock
 from ..data import Blocks, Dataset, Sampling
 from ..errors import DivergedError, UsageError
+from ..evolution import PopulationBasedTraining, spread
 from ..offline import start_offline, train_offline
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..training import Metrics, train
@@ -40,6 +41,7 @@ from .settings import (
     learnt,
     make_agent,
     make_env,
+    number,
     traced,
     whole,
     whole_or_none,
@@ -72,15 +74,19 @@ def train_run(
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
         agent = make_agent(config, env)
         check_kind(config, agent)
+        evolution = _evolution(config)
+        if evolution is not None:
+            evolution.check(agent)
+            agent = _spread(config, agent)
         run_state = _restored(config, directory, env, agent) if resume else None
-        crew = _crew(config, directory, env, run_state, stack)
+        crew = _crew(config, directory, env, run_state, evolution, stack)
         total = whole(config, kind_of(config).total, least=1)
         key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 1)
         how: dict[str, Any] = {
             "key": key,
             "callbacks": crew.callbacks,
             "run_state": run_state,
-            "log_every": whole_or_none(config, "log_every"),
+            "log_every": _log_every(config, agent),
         }
         if dataset is None:
             learn = functools.partial(train, agent, env, total_steps=total, **how)
@@ -109,6 +115,37 @@ def train_run(
     summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _evolution(config: Config) -> PopulationBasedTraining | None:
+    options: Mapping[str, Any] = config.get("pbt") or {"every": None}
+    if options["every"] is None:
+        return None
+    return PopulationBasedTraining(
+        options["hyperparameters"],
+        every=whole(config, "pbt.every", least=1),
+        fitness=options["fitness"],
+        fraction=fraction(config, "pbt.fraction"),
+        factors=options["factors"],
+        seed=whole(config, "seed"),
+    )
+
+
+def _spread(config: Config, agent: Population) -> Population:
+    """With hyperparameters around the configured ones, for population-based training."""
+    factor = number(config, "pbt.spread")
+    if factor < 1:
+        raise UsageError(f"pbt.spread={factor:g}: give a number of at least 1")
+    return spread(agent, config["pbt"]["hyperparameters"], factor, whole(config, "seed"))
+
+
+def _log_every(config: Config, agent: Agent) -> int | None:
+    """Updates in a chunk. What members are judged by must not depend on the machine's speed."""
+    if _evolution(config) is None or config["log_every"] is not None:
+        return whole_or_none(config, "log_every")
+    steps = getattr(agent, "rollout_length", None)
+    steps_per_update = steps * whole(config, "num_envs") if steps else 1
+    return -(-whole(config, "pbt.every") // steps_per_update)
 
 
 class _Kind(NamedTuple):
@@ -202,7 +239,8 @@ def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
         raise UsageError(f"this run has made its {done:,} {unit}: give a larger {name} to go on")
     if done >= total:
         return run_state
-    names = sorted(traced(config))
+    evolving = config["pbt"]["hyperparameters"] if _evolution(config) else []
+    names = sorted(traced(config) - set(evolving))
 
     def values(agent):
         members = getattr(agent, "members", agent)
@@ -253,7 +291,7 @@ class _Crew(NamedTuple):
     recorder: "_Recorder"
 
 
-def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Crew:
+def _crew(config, directory, env, run_state, evolution, stack: contextlib.ExitStack) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
     limited = config["eval"]["time_fraction"] is not None
     budget = TimeBudget(fraction(config, "eval.time_fraction") if limited else np.inf)
@@ -270,6 +308,7 @@ def _crew(config, directory, env, run_state, stack: contextlib.ExitStack) -> _Cr
     callbacks = [
         interrupt,
         evaluation,
+        evolution,
         recorder,
         keeper,
         checkpoint,

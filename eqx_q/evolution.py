@@ -1,0 +1,140 @@
+"""Population-based training: poor members copy good ones, and try other hyperparameters.
+
+Jaderberg et al., "Population Based Training of Neural Networks", 2017 (arXiv 1711.09846).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from .agents import Population
+from .agents.checks import RANGES
+from .errors import UnknownNameError, UsageError
+from .training import Metrics
+
+
+class PopulationBasedTraining:
+    """A callback of `eqx_q.train`: the worst members copy the best, and perturb what they copied.
+
+    A member is copied whole: parameters, optimiser state, statistics, hyperparameters ("exploit").
+    Then each of its `hyperparameters` is multiplied by one of `factors` ("explore"). Lanes stay
+    whose they are, with the memory of their episodes.
+
+    Randomness is folded from the update counter, and nothing is remembered from round to round, so
+    that a resumed run is the same. For that the metrics must not depend on the machine's speed:
+    give `train` a `log_every`.
+
+    **Arguments:**
+
+    - `hyperparameters`: names of traced ones.
+    - `every`: lane-steps (per member) between rounds.
+    - `fitness`: a metric of each member, of the chunk that ends with a round.
+    - `fraction`: of the members that copies, and as many are copied.
+    - `factors`: of which each hyperparameter draws one.
+
+    **Raises:** `UsageError`: when called, for what is unknown or too small a population.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Sequence[str],
+        *,
+        every: int,
+        fitness: str = "episode_return",
+        fraction: float = 0.25,
+        factors: Sequence[float] = (0.8, 1.2),
+        seed: int = 0,
+    ):
+        if not 0 < fraction <= 0.5:
+            raise UsageError(f"fraction={fraction}: give a number above 0, of at most 0.5")
+        self.every = every
+        self._names, self._fitness = list(hyperparameters), fitness
+        self._fraction, self._factors, self._seed = fraction, list(factors), seed
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> Any:
+        """Replaces the worst members, unless the run is over. Says of whom each is a copy."""
+        population = run_state.agent
+        self.check(population)
+        if self._fitness not in metrics:
+            of_members = {n for n, x in metrics.items() if np.shape(x) == (population.num_members,)}
+            raise UnknownNameError("metric", self._fitness, of_members)
+        fitness = np.asarray(metrics[self._fitness], float)
+        fitness = np.where(np.isfinite(fitness), fitness, -np.inf)
+        if metrics["done"] or np.all(fitness == -np.inf):
+            return None
+        rng = np.random.default_rng([self._seed, int(run_state.num_updates)])
+        order, number = np.argsort(fitness, kind="stable"), self._number(len(fitness))
+        parents = np.arange(len(fitness))
+        parents[order[:number]] = rng.choice(order[-number:], number)
+        copied = parents != np.arange(len(fitness))
+        drawn = {name: rng.choice(self._factors, len(fitness)) for name in self._names}
+        factors = {name: np.where(copied, factor, 1.0) for name, factor in drawn.items()}
+        population = scale(population.select(parents), factors)
+        metrics["pbt/parent"] = parents
+        metrics |= {f"pbt/{name}": _values(population, name) for name in self._names}
+        return eqx.tree_at(lambda state: state.agent, run_state, population)
+
+    def check(self, agent: Any) -> None:
+        """Raises `UsageError` where it is no population that this can train."""
+        number = getattr(agent, "num_members", None) or 1
+        if self._number(number) < 1:
+            raise UsageError(
+                f"population-based training of {number} members, of which {self._fraction:g} copy "
+                f"others, replaces none: train at least {int(np.ceil(1 / self._fraction))}"
+            )
+        for name in self._names:
+            _values(agent, name)
+
+    def _number(self, members: int) -> int:
+        return int(members * self._fraction)
+
+
+def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]) -> Population:
+    """The population with hyperparameters multiplied, as far as they then make sense.
+
+    **Raises:** `UnknownNameError` for what is no traced hyperparameter.
+    """
+    scaled = {
+        name: jnp.clip(_values(population, name) * jnp.asarray(factor, jnp.float32), *_range(name))
+        for name, factor in factors.items()
+    }
+    return Population(dataclasses.replace(population.members, **scaled))
+
+
+def spread(population: Population, names: Sequence[str], factor: float, seed: int) -> Population:
+    """The population with hyperparameters multiplied by something from `1 / factor` to `factor`.
+
+    Each member draws its own, uniformly on a logarithmic scale.
+    """
+    rng = np.random.default_rng(seed)
+    size = population.num_members
+    return scale(population, {name: factor ** rng.uniform(-1, 1, size) for name in names})
+
+
+def _values(population: Population, name: str) -> jax.Array:
+    """One value a member. Raises `UnknownNameError`."""
+    values = {field.name: getattr(population.members, field.name) for field in _fields(population)}
+    known = {
+        name
+        for name, x in values.items()
+        if isinstance(x, jax.Array)
+        and x.shape == (population.num_members,)
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    if name not in known:
+        raise UnknownNameError("hyperparameter", name, known)
+    return values[name]
+
+
+def _fields(population: Population) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(population.members)
+
+
+def _range(name: str) -> tuple[float, float]:
+    return RANGES.get(name, (-np.inf, np.inf))
