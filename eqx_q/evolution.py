@@ -104,7 +104,8 @@ def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]
         name: jnp.clip(_values(population, name) * jnp.asarray(factor, jnp.float32), *_range(name))
         for name, factor in factors.items()
     }
-    return Population(dataclasses.replace(population.members, **scaled))
+    select = lambda members: [getattr(members, name) for name in scaled]  # noqa: E731
+    return Population(eqx.tree_at(select, population.members, list(scaled.values())))
 
 
 def spread(population: Population, names: Sequence[str], factor: float, seed: int) -> Population:

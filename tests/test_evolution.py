@@ -1,0 +1,156 @@
+"""Population-based training: who copies whom, what is copied and perturbed, and that it resumes."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_q
+from eqx_q.callbacks import Checkpoint, restore
+from eqx_q.errors import UnknownNameError, UsageError
+from eqx_q.evolution import PopulationBasedTraining, scale, spread
+
+NAMES = ["learning_rate", "lambda_"]
+
+
+@pytest.fixture(scope="module")
+def env():
+    return eqx_q.make("gymnax/CartPole-v1", num_envs=16)
+
+
+@pytest.fixture(scope="module")
+def population(env):
+    @eqx.filter_vmap
+    def create(key, learning_rate):
+        return eqx_q.PQN.create(
+            env.observation_space,
+            env.action_space,
+            key=key,
+            network_options={"hidden_sizes": [8]},
+            rollout_length=8,
+            num_epochs=1,
+            num_minibatches=1,
+            learning_rate=learning_rate,
+        )
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    return eqx_q.Population(create(keys, jnp.linspace(1e-3, 8e-3, 8)))
+
+
+def assert_same(ours, theirs):
+    arrays = [eqx.filter(x, eqx.is_array) for x in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *arrays)
+
+
+def without(agent):
+    """All of it but what is perturbed."""
+    return eqx.tree_at(lambda a: [getattr(a, name) for name in NAMES], agent, [0.0, 0.0])
+
+
+def test_the_worst_copy_the_best_whole_and_perturb_what_they_copied(env, population):
+    state = eqx_q.start(population, env, key=jax.random.key(1))
+    state, _ = eqx.filter_jit(eqx_q.advance)(state, env, 2)
+    fitness = np.array([5.0, 1.0, 9.0, 4.0, np.nan, 7.0, 8.0, 6.0])
+    parents = set()
+    for seed in range(8):
+        callback = PopulationBasedTraining(NAMES, every=1, seed=seed)
+        metrics = {"episode_return": fitness, "done": False}
+        new = callback(state, metrics)
+        parent = metrics["pbt/parent"]
+        for member in (0, 2, 3, 5, 6, 7):
+            assert parent[member] == member
+            assert_same(new.agent.member(member), state.agent.member(member))
+        for member in (1, 4):  # the worst two
+            assert parent[member] in (2, 6)  # the best two
+            ours, theirs = new.agent.member(member), state.agent.member(parent[member])
+            assert_same(without(ours), without(theirs))
+            factors = [float(getattr(ours, n) / getattr(theirs, n)) for n in NAMES]
+            assert all(min(abs(f - 0.8), abs(f - 1.2)) < 1e-5 for f in factors)
+            parents.add((member, int(parent[member]), *np.round(factors, 1)))
+        np.testing.assert_array_equal(metrics["pbt/lambda_"], new.agent.members.lambda_)
+        assert_same(new.env_state, state.env_state)
+        assert_same(callback(state, {"episode_return": fitness, "done": False}), new)
+        assert callback(state, {"episode_return": fitness, "done": True}) is None
+        assert callback(state, {"episode_return": fitness * np.nan, "done": False}) is None
+    assert {p[1] for p in parents} == {2, 6} and len({p[2:] for p in parents}) == 4
+
+
+def test_hyperparameters_stay_where_they_make_sense(population):
+    scaled = scale(population, {"lambda_": np.full(8, 10.0), "reward_scale": np.arange(8.0)})
+    np.testing.assert_array_equal(scaled.members.lambda_, np.ones(8))
+    np.testing.assert_array_equal(scaled.members.reward_scale, np.arange(8.0))
+    rates = spread(population, ["learning_rate"], 3.0, seed=0).members.learning_rate
+    factors = np.asarray(rates / population.members.learning_rate)
+    assert len(set(factors)) == 8 and 1 / 3 <= factors.min() < 1 < factors.max() <= 3
+    assert_same(spread(population, ["learning_rate"], 1.0, seed=0), population)
+
+
+def test_bad_input(env, population):
+    state = eqx_q.start(population, env, key=jax.random.key(1))
+    metrics = {"episode_return": np.ones(8), "done": False}
+    with pytest.raises(UnknownNameError, match="'lamda': the nearest are lambda_"):
+        PopulationBasedTraining(["lamda"], every=1)(state, metrics)
+    with pytest.raises(UnknownNameError, match="'episode_retrun': the nearest are episode_return"):
+        PopulationBasedTraining(NAMES, every=1, fitness="episode_retrun")(state, metrics)
+    with pytest.raises(UsageError, match=r"8 members, of which 0.1 copy others, replaces none"):
+        PopulationBasedTraining(NAMES, every=1, fraction=0.1)(state, metrics)
+    with pytest.raises(UsageError, match=r"of at most 0.5"):
+        PopulationBasedTraining(NAMES, every=1, fraction=0.6)
+
+
+def test_a_resumed_run_is_the_same(env, population, tmp_path):
+    def train(total_steps, callbacks, **options):
+        evolution = PopulationBasedTraining(NAMES, every=64)
+        return eqx_q.train(
+            population,
+            env,
+            total_steps=total_steps,
+            key=jax.random.key(1),
+            callbacks=[evolution, *callbacks],
+            log_every=4,
+            **options,
+        )[0]
+
+    whole = train(320, [Checkpoint(tmp_path, every=192, keep=9)])
+    (tmp_path / "000000000320.ckpt").unlink()
+    run_state = restore(tmp_path, env)
+    assert int(run_state.num_updates) == 12
+    again = train(320, [], run_state=run_state)
+    assert_same(again, whole)
+    ours, theirs = whole.members.learning_rate, population.members.learning_rate
+    assert not np.array_equal(ours, theirs)
+
+
+def test_from_the_command_line(script, tmp_path):
+    options = ["tracker=jsonl", "num_envs=4", "agent.rollout_length=16", "agent.num_minibatches=4"]
+    options += ["agent.num_epochs=1", "agent.network_options.hidden_sizes=[8]", "eval.every=0"]
+    options += ["video.every=0", "num_seeds=4", "hydra.run.dir=run", "total_steps=768"]
+    evolution = ["pbt.every=256", "pbt.hyperparameters=[learning_rate,lambda_]", "pbt.spread=2"]
+    status, _, err = script("train", *options, *evolution)
+    assert status == 0, err
+
+    def rows():
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    before = rows()
+    assert [row["env_steps"] for row in before] == [256, 512, 768]  # a chunk a round
+    assert [sum(np.not_equal(row["pbt/parent"], range(4))) for row in before[:2]] == [1, 1]
+    rates = before[1]["pbt/learning_rate"]
+    assert len(set(rates)) == 4 and all(5e-5 / 1.5 < rate < 2e-4 * 1.5 for rate in rates)
+
+    # What has evolved goes on evolving.
+    status, _, err = script("train", "resume=run", "total_steps=1280")
+    assert status == 0, err
+    later = rows()[3]
+    copied = np.not_equal(later["pbt/parent"], range(4))
+    factors = np.array(later["pbt/learning_rate"]) / np.array(rates)[later["pbt/parent"]]
+    np.testing.assert_allclose(factors[~copied], 1)
+    assert np.isclose(factors[copied], [0.8, 1.2]).any()
+    status, _, err = script("train", *options[:-2], *evolution, "num_seeds=1", "hydra.run.dir=b")
+    assert status == 1 and "of 1 members, of which 0.25 copy others, replaces none" in err
+    status, _, err = script("train", "resume=run", "pbt.every=1")
+    assert status == 1 and "leave out 'pbt.every=1'" in err

@@ -1,0 +1,421 @@
+"""Search: what is varied, who proposes, what is learnt and told, and what survives a kill."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import hydra
+import jax
+import numpy as np
+import optuna
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import eqx_q
+from eqx_q import training as loop
+from eqx_q.errors import CorruptFileError, UsageError
+from eqx_q.run import make_agent, make_env, study as studies
+from eqx_q.run.space import check_space, read_space
+from eqx_q.run.study import SharedStudy
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "tracker=jsonl",
+    "num_envs=4",
+    "agent.rollout_length=16",
+    "agent.num_minibatches=4",
+    "agent.num_epochs=1",
+    "agent.network_options.hidden_sizes=[16]",
+    "eval.num_envs=4",
+    "hydra.run.dir=search",
+]
+
+
+def composed(*overrides):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose("tune", list(overrides)), resolve=True)
+
+
+def space_of(search, **config):
+    return read_space({**composed(), **config, "search": search})
+
+
+LEARNING_RATE = {"low": 1e-5, "high": 1e-2, "log": True}
+MIXED = {
+    "num_envs": [8, 16],
+    "agent": {
+        "learning_rate": LEARNING_RATE,
+        "lambda_": {"low": 0, "high": 1},
+        "num_epochs": {"low": 1, "high": 4},
+        "network_options": {"hidden_sizes": [[16], [8, 8]]},
+        "discount": None,
+    },
+}
+
+
+# ---- spaces
+
+
+def test_the_agent_itself_says_what_varies_inside_a_population():
+    space = space_of(MIXED)
+    assert space.traced == {"agent.learning_rate", "agent.lambda_"}
+    kinds = {name: type(x).__name__ for name, x in space.distributions.items()}
+    assert kinds == {
+        "num_envs": "CategoricalDistribution",
+        "agent.learning_rate": "FloatDistribution",
+        "agent.lambda_": "FloatDistribution",  # a number of the agent, though the ends are whole
+        "agent.num_epochs": "IntDistribution",
+        "agent.network_options.hidden_sizes": "CategoricalDistribution",
+    }
+    params = {"num_envs": 8, "agent.learning_rate": 1e-3, "agent.lambda_": 0.5}
+    params |= {"agent.num_epochs": 3, "agent.network_options.hidden_sizes": "[8, 8]"}
+    assert space.leaves(params) == {"learning_rate": 1e-3, "lambda_": 0.5}
+    assert set(space.static(params)) == set(params) - {"agent.learning_rate", "agent.lambda_"}
+    config = space.apply(composed(), params)
+    assert (config["num_envs"], config["agent"]["num_epochs"]) == (8, 3)
+    assert config["agent"]["network_options"]["hidden_sizes"] == [8, 8]
+    assert config["agent"]["network_options"]["norm"] == "layer_norm"
+    cql = composed("agent=cql", "env=minatar")
+    assert "agent.alpha" in read_space(cql).traced
+
+
+BAD_SPACES = [
+    ({"agent": {"lerning_rate": [1]}}, "unknown hyperparameter of the space 'agent.lerning_rate'"),
+    ({"agent": {"lerning_rate": [1]}}, "agent.learning_rate"),
+    ({"seed": [1, 2]}, "unknown hyperparameter of the space 'seed'"),
+    ({"agent": {"lambda_": 0.5}}, "search.agent.lambda_=0.5: give a list of choices, or low and"),
+    ({"agent": {"lambda_": []}}, "give at least one choice"),
+    ({"agent": {"lambda_": ["much"]}}, "give numbers"),
+    ({"agent": {"learning_rate": {"low": 1.0, "high": 0.1}}}, "search.agent.learning_rate: "),
+    ({"agent": {"num_epochs": {"low": 1, "high": 2, "hihg": 3}}}, "with log or step"),
+    ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 makes no sense"),
+    ({"agent": {"network": ["mlp", "mpl"]}}, "unknown network 'mpl'"),
+    ({}, "there is nothing to search"),
+]
+
+
+@pytest.mark.parametrize(("search", "message"), BAD_SPACES)
+def test_a_bad_space_is_refused(search, message):
+    config = {**composed(), "search": search}
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")):
+        check_space(config, read_space(config), make_env(config, 1))
+
+
+@pytest.mark.parametrize("space", sorted(path.stem for path in (ROOT / "conf/search").iterdir()))
+def test_every_shipped_space_is_one_of_its_agent(space):
+    agents = {path.stem for path in (ROOT / "conf/agent").iterdir()}
+    agent = space if space in agents else "pqn_vdn" if "teams" in space else "pqn"
+    env = "mpe" if agent == "pqn_vdn" else "minatar"
+    config = composed(f"agent={agent}", f"env={env}", f"search={space}")
+    check_space(config, read_space(config), make_env(config, 1))
+
+
+# ---- studies
+
+
+def open_study(directory, space=None, sampler="random", **options):
+    return SharedStudy(
+        directory, space or space_of(MIXED), sampler=sampler, maximize=True, **options
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_batch_shares_what_is_static(tmp_path, sampler):
+    study = open_study(tmp_path, sampler=sampler)
+    static, rates = [], []
+    for batch in range(6):
+        trials = study.ask(100, 5)
+        assert [t.number for t in trials] == list(range(5 * batch, 5 * batch + 5))
+        shared = [study._space.static(t.params) for t in trials]
+        assert all(params == shared[0] for params in shared)
+        static.append(str(shared[0]))
+        rates += [t.params["agent.learning_rate"] for t in trials]
+        for trial in trials:
+            study.tell(trial, trial.params["agent.lambda_"])
+    assert len(set(static)) > 1 and len(set(rates)) == 30
+    study.close()
+
+
+def test_batches_are_of_equal_size_and_end_with_the_search(tmp_path):
+    study = open_study(tmp_path)
+    sizes = []
+    while trials := study.ask(10, 4):
+        sizes.append(len(trials))
+        study.tell(trials[0], None)
+        for trial in trials[1:]:
+            study.tell(trial, 1.0)
+    assert sizes == [4, 3, 3]
+    assert len(study.finished) == 10 and len(study.complete) == 7
+    study.close()
+
+
+def test_a_search_that_goes_on_proposes_something_else(tmp_path):
+    first, later = open_study(tmp_path / "a"), open_study(tmp_path / "b")
+    proposed = [t.params for t in first.ask(8, 4)]
+    assert [t.params for t in later.ask(8, 4)] == proposed  # the seed decides
+    first.close()
+    again = open_study(tmp_path / "a")
+    assert all(t.params not in proposed for t in again.ask(8, 4))
+    for study in (later, again):
+        study.close()
+
+
+def test_processes_share_a_search_and_give_up_what_the_dead_left(tmp_path):
+    one, other = open_study(tmp_path), open_study(tmp_path)
+    ours, theirs = one.ask(6, 4), other.ask(6, 4)
+    assert [t.number for t in ours] == [0, 1, 2] and [t.number for t in theirs] == [3, 4, 5]
+    assert one.ask(6, 4) == []  # all are taken
+    for trial in theirs[:2]:
+        other.tell(trial, 1.0)
+    other._alive.release()  # as the kernel does when a process dies
+    (again,) = one.ask(6, 4)
+    assert again.number == 6
+    states = [t.state.name for t in one.study.get_trials()]
+    assert states == ["RUNNING"] * 3 + ["COMPLETE"] * 2 + ["FAIL", "RUNNING"]
+    one.close()
+
+
+def test_a_grid_is_every_combination_once(tmp_path):
+    space = space_of({"agent": {"lambda_": [0.1, 0.2, 0.3], "num_epochs": {"low": 1, "high": 2}}})
+    study = open_study(tmp_path, space, sampler="grid")
+    seen = []
+    given_up = study.ask(99, 2)
+    for trial in given_up:
+        study.give_up(trial)
+    while trials := study.ask(99, 2):
+        assert len({t.params["agent.num_epochs"] for t in trials}) == 1
+        seen += [tuple(t.params[name] for name in sorted(space.distributions)) for t in trials]
+        for trial in trials:
+            study.tell(trial, 0.0)
+    assert sorted(seen) == [(x, n) for x in (0.1, 0.2, 0.3) for n in (1, 2)]
+    study.close()
+    with pytest.raises(UsageError, match=r"give search.agent.learning_rate as a list"):
+        open_study(tmp_path, sampler="grid")
+
+
+def test_a_storage_that_is_locked_damaged_or_half_written(tmp_path, monkeypatch):
+    study = open_study(tmp_path)
+    study.tell(study.ask(4, 1)[0], 3.0)
+    study.close()
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 6, "wor')  # killed while it wrote
+    study = open_study(tmp_path)
+    assert study.best.value == 3.0
+    study.tell(study.ask(4, 1)[0], 4.0)
+    study.close()
+    study = open_study(tmp_path)
+    assert study.best.value == 4.0
+    study.close()
+
+    monkeypatch.setattr(studies, "_PATIENCE", 0.05)
+    lock = studies._Lock(tmp_path / "study.journal.lock")
+    with lock, pytest.raises(UsageError, match=r"another process holds '.*study.journal.lock'"):
+        open_study(tmp_path)
+    for damage in (b"not JSON\n", b'{"op_code": 99}\n', b"[]\n"):
+        journal.write_bytes(damage + whole)
+        with pytest.raises(CorruptFileError, match=r"study.journal' is damaged"):
+            open_study(tmp_path)
+    assert not list((tmp_path / "workers").iterdir())
+
+
+# ---- searches
+
+
+def rows_of(directory):
+    with open(directory / "trials.csv") as file:
+        return list(csv.DictReader(file))
+
+
+TINY = [*SMALL, "total_steps=640", "trials=4", "population=2", "num_seeds=2"]
+NARROW = "search={agent: {learning_rate: {low: 1e-4, high: 1e-2}, lambda_: [0.5, 0.9]}}"
+
+
+def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, monkeypatch):
+    traces = []
+    update = loop._update
+    monkeypatch.setattr(loop, "_update", lambda *args: traces.append(None) or update(*args))
+    status, out, err = script("tune", *TINY)
+    assert status == 0, err
+    assert len(traces) == 1
+    search = tmp_path / "search"
+    assert {"best.yaml", "trials.csv", "summary.json", "history.png", "importances.png"} <= {
+        path.name for path in search.iterdir()
+    }
+    rows = rows_of(search)
+    assert [row["state"] for row in rows] == ["complete"] * 4
+    config = composed(*TINY[:-3], "num_seeds=1")
+    options = {k: v for k, v in config["agent"].items() if v is not None and k != "_target_"}
+    options["network_options"] = {"hidden_sizes": [16], "norm": "layer_norm"}
+    varied = ("learning_rate", "lambda_", "discount", "epsilon_end", "epsilon_decay")
+    env = eqx_q.make("gymnax/CartPole-v1", num_envs=16)
+
+    def create(key, values):
+        spaces = env.observation_space, env.action_space
+        return eqx_q.PQN.create(*spaces, key=key, **(options | values))
+
+    for first in (0, 2):
+        values = {
+            name: np.repeat(
+                [np.float32(row[f"agent.{name}"]) for row in rows[first : first + 2]], 2
+            )
+            for name in varied
+        }
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(
+            np.array([0, 1, 0, 1])
+        )
+        agent = eqx_q.Population(eqx.filter_vmap(create)(keys, values))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), first), 0)
+        agent, _ = eqx_q.train(agent, env, total_steps=640, key=key)
+        key = jax.random.fold_in(jax.random.key(1), 10)
+        returns = eqx_q.evaluate(agent, env, num_episodes=4, key=key).mean(1).reshape(2, 2)
+        for row, per_seed in zip(rows[first : first + 2], returns, strict=True):
+            np.testing.assert_allclose(
+                [float(x) for x in row["per_seed"].split()], per_seed, rtol=1e-5
+            )
+            assert float(row["value"]) == pytest.approx(per_seed.mean())
+
+    summary = json.loads((search / "summary.json").read_text())
+    best = max(rows, key=lambda row: float(row["value"]))
+    assert summary["best"]["trial"] == int(best["trial"]) and summary["trials"] == 4
+    tuned = yaml.safe_load((search / "best.yaml").read_text())
+    assert tuned["agent"]["learning_rate"] == float(best["agent.learning_rate"])
+    assert (tuned["total_steps"], tuned["num_envs"]) == (640, 4)
+
+    # It is a tuned file: what it makes is the best trial's agent.
+    assert (search / "best.yaml").read_text().startswith("# @package _global_")
+    installed = OmegaConf.merge(composed("tuned=none"), tuned)
+    agent = make_agent(OmegaConf.to_container(installed), env)
+    np.testing.assert_allclose(agent.lambda_, float(best["agent.lambda_"]), rtol=1e-6)
+    assert agent.num_minibatches == 4 and agent.reward_scale == np.float32(0.1)
+
+    # Nothing is left to do, but to install it.
+    (tmp_path / "conf" / "tuned").mkdir(parents=True)
+    monkeypatch.setattr("_app.CONF", tmp_path / "conf")
+    status, out, err = script("tune", "resume=search", "install=true")
+    assert status == 0, err
+    assert "installed: conf/tuned/pqn_cartpole.yaml" in out
+    assert (tmp_path / "conf/tuned/pqn_cartpole.yaml").read_text() == (
+        search / "best.yaml"
+    ).read_text()
+    assert rows_of(search) == rows and len(traces) == 1
+    for change in ("agent.discount=0.5", "total_steps=9"):
+        status, _, err = script("tune", "resume=search", change)
+        assert status == 1 and f"leave out '{change}'" in err
+    status, _, err = script("tune", *TINY)
+    assert status == 1 and "already holds a run: continue it with resume=" in err
+
+
+def test_a_population_shrinks_from_rung_to_rung(script, tmp_path):
+    options = ["total_steps=1600", "trials=4", "population=4", "halving.rungs=1", "halving.eta=2"]
+    options += ["metric=episode_length", "eval.every=0", "direction=minimize"]
+    status, _, err = script("tune", *SMALL, *options)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "search")
+    steps = {(row["state"], int(row["steps"])) for row in rows}
+    assert steps == {("complete", 1600), ("pruned", 832)}  # whole updates, of 64 steps
+    study = open_study(tmp_path / "search", read_space(composed()))
+    at_rung = [t.intermediate_values[832] for t in study.study.get_trials()]
+    pruned = [int(row["trial"]) for row in rows if row["state"] == "pruned"]
+    assert sorted(pruned) == sorted(np.argsort(at_rung)[2:])
+    summary = json.loads((tmp_path / "search/summary.json").read_text())
+    assert summary["pruned"] == 2 and summary["best"]["trial"] not in pruned
+    study.close()
+
+
+def test_static_values_that_cannot_work_cost_their_batch_alone(script, tmp_path):
+    options = ["total_steps=64", "trials=2", "population=1", "sampler=grid", "eval.every=0"]
+    options += ["~search.agent", "+search.agent.num_minibatches=[7,4]", "metric=loss"]
+    status, out, err = script("tune", *SMALL, *options)
+    assert status == 0, err
+    assert "trials [0] failed: num_minibatches=7 does not divide the 64 transitions" in out
+    first, second = rows_of(tmp_path / "search")
+    assert (first["state"], first["value"], second["state"]) == ("pruned", "", "complete")
+    options[-2] = "+search.agent.num_minibatches=[7]"
+    status, _, err = script("tune", *SMALL, *options, "hydra.run.dir=other")
+    assert status == 1 and "every trial failed, the last one with: num_minibatches=7" in err
+
+
+BAD_INPUT = {
+    "metric=eval/retrun": "unknown metric 'eval/retrun': the nearest are eval/return",
+    "metric=los eval.every=0 agent.num_minibatches=4": "metric 'los': the nearest are loss",
+    "search=pqm": "unknown search 'pqm': the nearest are pqn",
+    "+search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
+    "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
+    "direction=up": "direction=up: choose maximize or minimize",
+    "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
+    "trials=0": "trials=0: give a whole number of at least 1",
+    "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
+    "agent=cql": "this agent learns from recorded data",
+    "resume=nowhere": "'nowhere' is not a run directory",
+    "resume=damaged": "study.journal' is damaged",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input_gets_one_line(script, tmp_path, arguments):
+    (tmp_path / "damaged").mkdir()
+    stored = {**composed(*TINY[:-1]), "chosen": {"agent": "pqn", "env": "cartpole"}}
+    (tmp_path / "damaged/config.yaml").write_text(yaml.safe_dump(stored))
+    (tmp_path / "damaged/study.journal").write_text("damaged\n")
+    given = [] if "resume" in arguments else ["tracker=jsonl", "total_steps=640", "num_envs=4"]
+    status, _, err = script("tune", *given, *arguments.split())
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert BAD_INPUT[arguments] in err
+
+
+def test_trials_share_one_pool_of_emulators(script, tmp_path, monkeypatch):
+    import envpool
+
+    pools = []
+    make = envpool.make
+    monkeypatch.setattr(
+        envpool,
+        "make",
+        lambda *args, **options: pools.append(options["num_envs"]) or make(*args, **options),
+    )
+    options = ["env=atari", "agent.network=mlp", "agent.network_options.hidden_sizes=[4]"]
+    options += ["num_envs=2", "agent.rollout_length=2", "agent.num_minibatches=1"]
+    options += ["agent.num_epochs=1", "eval.every=0", "metric=q_value", "tracker=jsonl"]
+    options += ["total_steps=8", "trials=8", "population=4", "hydra.run.dir=search"]
+    status, _, err = script("tune", *options)
+    assert status == 0, err
+    assert [row["state"] for row in rows_of(tmp_path / "search")] == ["complete"] * 8
+    assert pools.count(8) == 1  # 4 trials, 2 lanes each, and both batches
+
+
+def test_a_killed_search_goes_on_without_repeating_a_trial(script, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "tune.py"), *SMALL, "total_steps=640"]
+    command += ["trials=200", "population=2", "metric=episode_return", "eval.every=0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    table = tmp_path / "search" / "trials.csv"
+    while not table.exists() or len(table.read_text().splitlines()) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    study = open_study(tmp_path / "search", read_space(composed()))
+    before = {t.number: (t.params, t.value) for t in study.finished}
+    study.close()
+    total = len(before) + 3
+    status, _, err = script("tune", "resume=search", f"trials={total}")
+    assert status == 0, err
+    study = open_study(tmp_path / "search", read_space(composed()))
+    after = {t.number: (t.params, t.value) for t in study.finished}
+    assert len(after) == total
+    assert before.items() <= after.items()
+    assert len({json.dumps(params) for params, _ in after.values()}) == total
+    states = {t.state for t in study.study.get_trials()}
+    assert optuna.trial.TrialState.RUNNING not in states
+    study.close()
