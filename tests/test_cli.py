@@ -254,7 +254,7 @@ def test_bad_input_of_an_evaluation(script, arguments, message):
 def test_without_hydra_the_extra_is_named(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.delitem(sys.modules, "_app", raising=False)
-    for name in ("train", "evaluate", "collect", "convert"):
+    for name in ("train", "evaluate", "collect", "convert", "tune"):
         with pytest.raises(SystemExit, match=r"run `pip install 'eqx_q\[train\]'`"):
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 

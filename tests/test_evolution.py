@@ -59,7 +59,7 @@ def test_the_worst_copy_the_best_whole_and_perturb_what_they_copied(env, populat
         callback = PopulationBasedTraining(NAMES, every=1, seed=seed)
         metrics = {"episode_return": fitness, "done": False}
         new = callback(state, metrics)
-        parent = metrics["pbt/parent"]
+        parent = metrics["pbt/parent"].tolist()
         for member in (0, 2, 3, 5, 6, 7):
             assert parent[member] == member
             assert_same(new.agent.member(member), state.agent.member(member))

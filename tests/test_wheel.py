@@ -67,7 +67,7 @@ def run_alone(site: Path, script: str, *arguments: object) -> str:
 def test_extras_are_out_of_sight(site):
     script = "import importlib.util as u; print([u.find_spec(n) for n in sys.argv[1:]])"
     extras = ["gymnax", "envpool", "craftax", "jaxmarl", "pettingzoo", "hydra", "aim", "tqdm"]
-    extras += ["PIL", "matplotlib", "flax", "chex"]
+    extras += ["PIL", "matplotlib", "flax", "chex", "optuna", "yaml"]
     assert run_alone(site, script, *extras).strip() == str([None] * len(extras))
 
 

@@ -105,6 +105,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
             }
             tracker({"run": "state"}, metrics)
         tracker.log_gif(tmp_path / "a.gif", 20)
+        tracker.log_params([{"own": 0}, {"own": 1}])
         tracker.close()
         hashes = json.loads((directory / "aim.json").read_text())["runs"]
 
@@ -119,6 +120,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
     first, second = runs
     assert first["experiment"] == "pqn_atari"
     assert first["params"]["agent"] == {"learning_rate": 0.5, "network": None}
+    assert (first["params"]["own"], second["params"]["own"]) == (0, 1)
     assert second["params"]["member"] == 1 and "git_commit" in second["params"]
     assert series(first, "loss", "train") == {10: 10.0, 20: 20.0, 30: 30.0}
     assert series(second, "loss", "train") == {30: 31.0}
@@ -253,6 +255,18 @@ def in_place_of_aim(tmp_path, monkeypatch):
 
 def received(directory):
     return [json.loads(line) for line in (directory / "received").read_text().splitlines()]
+
+
+def test_named_members_have_runs_and_parameters_of_their_own(tmp_path, in_place_of_aim):
+    in_place_of_aim(ECHO)
+    names = [f"trial {i}" for i in range(40)]
+    tracker = AimTracker(repo=tmp_path, num_members=40, names=names)
+    tracker.log_params([{"lambda_": i / 40} for i in range(40)])
+    tracker.log({"eval/return": np.arange(40.0)}, 5)
+    tracker.close()
+    params, numbers = received(tmp_path)
+    assert params["params"][10] == {"lambda_": 0.25}
+    assert [record[:2] for record in numbers["records"]] == [[i, {"return": i}] for i in range(40)]
 
 
 def test_large_populations_are_summed_up(tmp_path, in_place_of_aim):
