@@ -59,13 +59,14 @@ class _Session:
     def handle(self, kind: str, step: int | None = None, **message: Any) -> None:
         """Does what a message says."""
         if kind == "params":
-            params = message["params"]
-            of_each = params if isinstance(params, list) else [params] * len(self.runs)
+            of_each = message["params"]
+            if not isinstance(of_each, list):
+                of_each = [of_each] * len(self.runs)
             for i, (run, params) in enumerate(zip(self.runs, of_each, strict=True)):
                 for name, value in params.items():
                     run[name] = value
                 run["member"] = i
-                if isinstance(params.get("seed"), int):
+                if params is message["params"] and isinstance(params.get("seed"), int):
                     run["seed"] = params["seed"] + i
         elif kind == "metrics":
             for i, values, context in message["records"]:

@@ -105,7 +105,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
             }
             tracker({"run": "state"}, metrics)
         tracker.log_gif(tmp_path / "a.gif", 20)
-        tracker.log_params([{"own": 0}, {"own": 1}])
+        tracker.log_params([{"own": 0}, {"own": 1, "seed": 7}])
         tracker.close()
         hashes = json.loads((directory / "aim.json").read_text())["runs"]
 
@@ -121,6 +121,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
     assert first["experiment"] == "pqn_atari"
     assert first["params"]["agent"] == {"learning_rate": 0.5, "network": None}
     assert (first["params"]["own"], second["params"]["own"]) == (0, 1)
+    assert (first["params"]["seed"], second["params"]["seed"]) == (3, 7)
     assert second["params"]["member"] == 1 and "git_commit" in second["params"]
     assert series(first, "loss", "train") == {10: 10.0, 20: 20.0, 30: 30.0}
     assert series(second, "loss", "train") == {30: 31.0}
