@@ -4,15 +4,16 @@ For each game PQN is trained once, and plays twice: `narrow` data are those of t
 end, `mixed` ones those of all its checkpoints. From either, behaviour cloning, DQN and CQL learn,
 all seeds of one as one program. What is done is not repeated, what was interrupted goes on.
 
-  python benchmarks/offline.py
-  python benchmarks/offline.py --only Breakout num_updates=5000
+  python benchmarks/offline.py minatar
+  python benchmarks/offline.py minatar --only Breakout num_updates=5000
+  python benchmarks/offline.py pong
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from learning import run, script
@@ -20,9 +21,40 @@ from record import RESULTS, ROOT, write
 
 from eqx_q.data import Dataset, Shard
 
-GAMES = {
-    name: ["env=minatar", f"env.name={name}-MinAtar"]
-    for name in ("Breakout", "Asterix", "SpaceInvaders")
+
+class Suite(NamedTuple):
+    """Games, and how much is played and learnt of each."""
+
+    games: dict[str, list[str]]
+    teacher_steps: int
+    transitions: int
+    learners: list[str]
+
+
+SUITES = {
+    "minatar": Suite(
+        {
+            name: ["env=minatar", f"env.name={name}-MinAtar"]
+            for name in ("Breakout", "Asterix", "SpaceInvaders")
+        },
+        teacher_steps=2_000_000,
+        transitions=50_000,
+        learners=["num_updates=20_000"],
+    ),
+    # Short enough for two CPU cores: slimCQL's runs have 3,125,000 updates
+    "pong": Suite(
+        {"Pong": ["env=atari", "env.name=Pong-v5"]},
+        teacher_steps=2_000_000,
+        transitions=50_000,
+        learners=[
+            "num_updates=8_000",
+            "agent.learning_rate=2.5e-4",
+            "agent.target_update_period=500",
+            "eval.every=4_000",
+            "eval.min_steps=null",
+            "checkpoint.every=2_000",
+        ],
+    ),
 }
 DATA = {"narrow": [], "mixed": ["checkpoints=all"]}
 LEARNERS = ("bc", "dqn", "cql")
@@ -77,26 +109,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("suite", choices=SUITES, help="which games")
     parser.add_argument("override", nargs="*", help="overrides of scripts/train.py, of learners")
     parser.add_argument("--seeds", type=int, default=3, help="of each learner (default: 3)")
     parser.add_argument("--only", help="only games with this in their name")
-    parser.add_argument("--teacher-steps", type=int, default=2_000_000, help="default: 2,000,000")
-    parser.add_argument("--transitions", type=int, default=50_000, help="of data (default: 50,000)")
+    parser.add_argument("--teacher-steps", type=int, help="default: by suite")
+    parser.add_argument("--transitions", type=int, help="of data (default: by suite)")
     parser.add_argument("--epsilon", type=float, default=0.1, help="of recording (default: 0.1)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "offline", help="directory")
-    parser.add_argument("--out", type=Path, default=RESULTS / "offline_minatar.json")
+    parser.add_argument("--out", type=Path, help="default: by suite, in benchmarks/results")
     args = parser.parse_intermixed_args()
-    games: dict[str, Any] = json.loads(args.out.read_text())["games"] if args.out.exists() else {}
-    for name, env in GAMES.items():
+    suite = SUITES[args.suite]
+    teacher_steps = args.teacher_steps or suite.teacher_steps
+    transitions = args.transitions or suite.transitions
+    out = args.out or RESULTS / f"offline_{args.suite}.json"
+    games: dict[str, Any] = json.loads(out.read_text())["games"] if out.exists() else {}
+    for name, env in suite.games.items():
         if args.only and args.only not in name:
             continue
         home = args.runs.resolve() / name
-        steps = [f"total_steps={args.teacher_steps}", "checkpoint.keep=null"]
+        steps = [f"total_steps={teacher_steps}", "checkpoint.keep=null"]
         run(home / "teacher", [*env, *steps])
         summary = json.loads((home / "teacher" / "summary.json").read_text())
         games[name] = {"teacher": summary["eval_return_mean"], "data": {}}
         for kind, options in DATA.items():
-            options = [*options, f"steps={args.transitions}", f"epsilon={args.epsilon}"]
+            options = [*options, f"steps={transitions}", f"epsilon={args.epsilon}"]
             results = games[name]["data"][kind] = {
                 "data": record(home / "teacher", home / f"{kind}_data", options),
                 "learners": {},
@@ -105,9 +142,9 @@ def main() -> None:
                 directory = home / f"{kind}_{agent}"
                 learning = [f"agent={agent}", f"data={home / f'{kind}_data'}"]
                 learning += [*env, f"num_seeds={args.seeds}", "eval.time_fraction=null"]
-                run(directory, [*learning, *args.override])
+                run(directory, [*learning, *suite.learners, *args.override])
                 results["learners"][agent] = results_of(directory)
-                write(args.out, {"games": games})
+                write(out, {"suite": args.suite, "games": games})
 
 
 if __name__ == "__main__":

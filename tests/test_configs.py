@@ -51,12 +51,27 @@ def test_every_agent_in_every_environment(agent, env):
     check_builds(composed(f"agent={agent}", f"env={env}"))
 
 
-@pytest.mark.parametrize(
-    "tuned", [name for name in choices("tuned") if name.split("_")[0] not in choices("agent")]
-)
+PAIRS = [f"{agent}_{env}" for agent in choices("agent") for env in choices("env")]
+
+
+@pytest.mark.parametrize("tuned", [name for name in choices("tuned") if name not in PAIRS])
 def test_every_tuned_file_that_is_chosen_by_name(tuned):
     env = next((env for env in choices("env") if env in tuned), "cartpole")
-    check_builds(composed(f"tuned={tuned}", f"env={env}"))
+    agents = [agent for agent in choices("agent") if tuned.startswith(f"{agent}_")]
+    agent = max(agents, key=len, default="pqn")
+    check_builds(composed(f"tuned={tuned}", f"env={env}", f"agent={agent}"))
+
+
+def test_presets_with_quantiles():
+    for name, agent, alpha in [
+        ("dqn_atari_qr", "dqn", 0.0),
+        ("cql_atari_qr_alpha4", "cql", 4.0),
+        ("cql_atari_qr_alpha1", "cql", 1.0),
+    ]:
+        config = composed(f"agent={agent}", "env=atari", f"tuned={name}")["agent"]
+        assert config["network_options"]["num_quantiles"] == 200
+        assert (config["alpha"], config["adam_epsilon"]) == (alpha, 0.01 / 32)
+        assert (config["batch_size"], config["target_update_period"]) == (32, 2000)
 
 
 @pytest.mark.parametrize("protocol", choices("protocol"))
