@@ -102,7 +102,9 @@ def write_rlu(folder: Path, run: int, shard: int, episodes: Sequence[Raw]) -> Pa
     """A shard, and its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"run_{run}-{shard:05d}-of-00050"
-    records = [tfrecord(example(rlu_features(*one[::-1]))) for one in enumerate(episodes)]
+    records = [
+        tfrecord(example(rlu_features(episode, number))) for number, episode in enumerate(episodes)
+    ]
     path.write_bytes(gzip.compress(b"".join(records)))
     return path
 
