@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .dataset import Dataset, Description, Rows, Writer
+from .dataset import Dataset, Description, Rows
+from .writer import Writer
 
 logger = logging.getLogger(__name__)
 
