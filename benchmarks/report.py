@@ -295,7 +295,10 @@ def report(results: Path, into: Path) -> str:
         parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
     if "convert" in read:
         result = read["convert"]
-        parts += ["### Speed of conversion", conversion_table(result), _origin(result)]
+        of_what = (
+            "Games played at random, from files in the original formats to a finished data set."
+        )
+        parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]
     for name, result in read.items():
