@@ -193,6 +193,16 @@ def offline_speed_table(results: list[dict[str, Any]]) -> str:
     return _table(head, rows)
 
 
+def conversion_table(result: dict[str, Any]) -> str:
+    rows = []
+    for game, formats in result["games"].items():
+        for name, runs in formats.items():
+            each = runs["frames_per_second_each"]
+            speed = f"**{runs['frames_per_second']:,.0f}** ({min(each):,.0f}–{max(each):,.0f})"
+            rows.append([game, name, f"{runs['bytes_per_frame']:.0f} B", speed])
+    return _table(["game", "format", "a frame takes there", "frames/s on one core"], rows)
+
+
 def offline_table(result: dict[str, Any]) -> str:
     """What each learner came to at the end; and CQL's lead over DQN, with an interval."""
     rows = []
@@ -313,6 +323,12 @@ def report(results: Path, into: Path) -> str:
     speeds = [result for name, result in read.items() if name.startswith("offline_speed_")]
     if speeds:
         parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
+    if "convert" in read:
+        result = read["convert"]
+        of_what = (
+            "Games played at random, from files in the original formats to a finished data set."
+        )
+        parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]
     for name, result in read.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import envpool
 import hydra
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -82,6 +83,33 @@ def test_every_protocol_is_made_of_options_that_atari_has(protocol):
     assert all(other.pool.options[name] == value for name, value in config["protocol"].items())
     other.close()
     env.close()
+
+
+def starts(game, protocol):
+    """The first frames of lanes of two pools, and lives after a second without an action."""
+    config = composed("env=atari", f"env.name={game}-v5", f"protocol={protocol}")
+    env = make_env(config, 1)
+    frames, lives = [], []
+    for seed in (1, 2):
+        pool = env.replicate(2, seed=seed, **config["protocol"])
+        frames += list(pool.pool.envpool.reset()[0][:, -1])
+        for _ in range(60):
+            _, _, _, _, info = pool.pool.envpool.step(np.zeros(2, int))
+        lives += info["lives"].tolist()
+        pool.close()
+    env.close()
+    return frames, lives
+
+
+def test_games_begin_with_nothing_done_where_dopamines_do():
+    frames, _ = starts("Seaquest", "dopamine")
+    assert all(np.array_equal(one, frames[0]) for one in frames)  # no numbers of no-ops
+    frames, _ = starts("Seaquest", "sticky")
+    assert not all(np.array_equal(one, frames[0]) for one in frames)
+    _, lives = starts("Breakout", "dopamine")
+    assert lives == [5] * 4  # no FIRE: no ball to lose
+    _, lives = starts("Breakout", "sticky")
+    assert 4 in lives
 
 
 def test_tuned_values_follow_the_choice_and_yield_to_the_command_line():
