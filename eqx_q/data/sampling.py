@@ -75,7 +75,7 @@ class Blocks:
     All have the same shapes, so that one compiled program learns from each. Which block is the
     i-th depends on nothing but `i` and the seed.
 
-    **Arguments:** `num_blocks`: as many as before, in a run that goes on; without it they are as few
+    **Arguments:** `num_blocks`: as many as before, in a run that goes on; without it as few
     as fit into the memory that is free now.
 
     **Attributes:** `num_blocks`: in one pass, after which they are put together anew.
