@@ -3,7 +3,8 @@
 `search` runs scripts/tune.py, times the same trials one after another (each a process of
 scripts/train.py, start-up and compilation counted), and trains what was found and what ships
 with seeds that the search has not seen. `pbt` trains one population twice from the same start,
-with population-based training and without, which is random search at equal steps.
+with population-based training and without, which is random search at equal steps. What is done is
+not repeated, what was interrupted goes on.
 
   python benchmarks/search.py search env=cartpole
   python benchmarks/search.py search env=minatar total_steps=1_000_000 --sequential 8
@@ -21,30 +22,67 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from record import RESULTS, ROOT, compose, write
 
 _UNSEEN = 1000  # the first of the seeds that compare
 _ROUNDS = 20  # of population-based training
+_NEVER = 1_000_000_000
+_OF_SEARCH = ("search", "metric", "direction", "sampler", "halving")  # keys of scripts/tune.py
 
 
-def script(name: str, directory: Path, *arguments: str) -> float:
-    """Runs a script anew in a directory. Returns the seconds that it took."""
-    shutil.rmtree(directory, ignore_errors=True)
-    words = [f"scripts/{name}.py", *arguments, "tracker=jsonl", f"hydra.run.dir={directory}"]
+def run(name: str, directory: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
+    """Runs a script in a directory, unless that is done; goes on where it was interrupted.
+
+    **Returns:** the seconds that it took in all, and its summary. Of a part that was killed the
+    last seconds may be missing.
+    """
+    note, summary = directory.with_suffix(".json"), directory / "summary.json"
+    told = json.loads(note.read_text()) if note.exists() else {}
+    begun = (directory / "study.journal", *directory.glob("checkpoints/*.ckpt"))
+    if told.get("arguments") != list(arguments) or not any(path.exists() for path in begun):
+        shutil.rmtree(directory, ignore_errors=True)
+        told = {"arguments": arguments, "seconds": 0.0, "done": False}
+    words = [*arguments, f"hydra.run.dir={directory}"]
+    if directory.exists():
+        words = [f"resume={directory}"]
+    if not told["done"]:
+        told["seconds"] += _timed([f"scripts/{name}.py", *words, "tracker=jsonl"], note, told)
+        told["done"] = json.loads(summary.read_text())["status"] == "done"
+        note.write_text(json.dumps(told))
+    if not told["done"]:
+        sys.exit("stopped: the same command goes on")
+    return told["seconds"], json.loads(summary.read_text())
+
+
+def _timed(words: list[str], note: Path, told: dict[str, Any]) -> float:
+    """The seconds that a script takes; noted on the way, since either may be killed."""
     print("+", *words, flush=True)
+    note.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-        sys.exit(f"error: scripts/{name}.py failed with the message above")
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
+        while process.poll() is None:
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                seconds = told["seconds"] + time.perf_counter() - started
+                note.write_text(json.dumps({**told, "seconds": seconds}))
+    if process.returncode:
+        sys.exit(f"error: {words[0]} failed with the message above")
     return time.perf_counter() - started
 
 
 def train(directory: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
     """Runs a training that is evaluated at its end alone. Returns its seconds and summary."""
-    alone = ["eval.every=1_000_000_000", "checkpoint.every=1_000_000_000", "video.every=0"]
-    seconds = script("train", directory, *alone, *arguments)
-    return seconds, json.loads((directory / "summary.json").read_text())
+    return run("train", directory, *arguments, f"eval.every={_NEVER}", "video.every=0")
+
+
+def alone(directory: Path, *arguments: str) -> float:
+    """The seconds that a training takes; anew where it was interrupted."""
+    note = directory.with_suffix(".json")
+    if not (note.exists() and json.loads(note.read_text())["done"]):
+        note.unlink(missing_ok=True)
+    return train(directory, *arguments, f"checkpoint.every={_NEVER}")[0]
 
 
 def trials(directory: Path) -> list[dict[str, str]]:
@@ -58,15 +96,21 @@ def overrides_of(trial: dict[str, str]) -> list[str]:
     return [f"{k}={v}" for k, v in trial.items() if k == "num_envs" or "." in k]
 
 
+def of_training(overrides: list[str]) -> list[str]:
+    """Without what says how to search."""
+    return [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] not in _OF_SEARCH]
+
+
 def search(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
-    task = args.override
-    population = f"population={args.population}"
-    seconds = script("tune", runs / "search", *task, f"trials={args.trials}", population)
-    summary = json.loads((runs / "search" / "summary.json").read_text())
-    table = trials(runs / "search")
+    """Searches, times trials alone, and compares what was found with what ships."""
+    sizes = [f"trials={args.trials}", f"population={args.population}"]
+    seconds, summary = run("tune", runs / "search", *args.override, *sizes)
+    task, table = of_training(args.override), trials(runs / "search")
     measured = table[: args.sequential or len(table)]
-    alone = [train(runs / "alone", *task, *overrides_of(trial)) for trial in measured]
-    sequential = sum(taken for taken, _ in alone) * len(table) / len(measured)
+    each = [
+        alone(runs / f"alone_{trial['trial']}", *task, *overrides_of(trial)) for trial in measured
+    ]
+    sequential = sum(each) * len(table) / len(measured)
     best = next(trial for trial in table if int(trial["trial"]) == summary["best"]["trial"])
     unseen = [f"seed={_UNSEEN}", f"num_seeds={args.seeds}"]
     found = train(runs / "found", *task, *unseen, *overrides_of(best))[1]
@@ -79,7 +123,6 @@ def search(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
         "sequential_trials_measured": len(measured),
         "speedup": sequential / seconds,
         "best": summary["best"],
-        "values": [[int(t["trial"]), float(t["value"] or "nan"), t["state"]] for t in table],
         "unseen_seeds": args.seeds,
         "greedy_return_found": found["eval_return_per_seed"],
         "greedy_return_shipped": shipped["eval_return_per_seed"],
@@ -87,19 +130,21 @@ def search(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
 
 
 def pbt(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
+    """Trains a population twice: with population-based training, and without."""
     config = compose(args.override)
-    updates = config["total_steps"] // (config["num_envs"] * config["agent"]["rollout_length"])
-    per_round = max(1, updates // _ROUNDS)
-    every = per_round * config["num_envs"] * config["agent"]["rollout_length"]
+    steps_per_update = config["num_envs"] * config["agent"]["rollout_length"]
+    per_round = max(1, int(config["total_steps"]) // steps_per_update // _ROUNDS)
+    every = per_round * steps_per_update
     names = ",".join(args.hyperparameters)
     common = [*args.override, f"num_seeds={args.population}", f"log_every={per_round}"]
     common += [f"pbt.hyperparameters=[{names}]", f"pbt.spread={args.spread}"]
     result: dict[str, Any] = {"population": args.population, "spread": args.spread}
     result |= {"hyperparameters": args.hyperparameters, "steps_between_rounds": every}
-    for name, period in (("pbt", every), ("random", 1_000_000_000)):
+    for name, period in (("pbt", every), ("random", _NEVER)):
         seconds, summary = train(runs / name, *common, f"pbt.every={period}")
         result[name] = {
             "seconds": seconds,
+            "env_steps": summary["env_steps"],
             "greedy_return_per_member": summary["eval_return_per_seed"],
             **curves(runs / name / "metrics.jsonl"),
         }
@@ -109,33 +154,13 @@ def pbt(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
 def curves(path: Path) -> dict[str, list]:
     """Training returns of the best and of the median member, by steps."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "episode_return" in row]
     returns = np.array([row["episode_return"] for row in rows], float)
+    ended = ~np.isnan(returns).all(1)
     return {
-        "steps": [row["env_steps"] for row in rows],
-        "best": np.nanmax(returns, axis=1).tolist(),
-        "median": np.nanmedian(returns, axis=1).tolist(),
+        "steps": [row["env_steps"] for row, any_ended in zip(rows, ended, strict=True) if any_ended],
+        "best": np.nanmax(returns[ended], axis=1).tolist(),
+        "median": np.nanmedian(returns[ended], axis=1).tolist(),
     }
-
-
-def draw(path: Path, result: dict[str, Any]) -> None:
-    """Curves of populations, or values of trials beside what ships."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    if "pbt" in result:
-        for name, colour in (("pbt", "C0"), ("random", "C1")):
-            for member, style in (("best", "-"), ("median", "--")):
-                curve = result[name]
-                axes.plot(curve["steps"], curve[member], colour + style, label=f"{name}, {member}")
-        axes.set(xlabel="steps of each member", ylabel="training return")
-    else:
-        complete = [(n, value) for n, value, state in result["values"] if state == "complete"]
-        axes.plot(*zip(*complete, strict=True), "C0.", label="trials")
-        axes.axhline(np.mean(result["greedy_return_found"]), color="C0", label="best, unseen seeds")
-        axes.axhline(np.mean(result["greedy_return_shipped"]), color="C1", label="as shipped")
-        axes.set(xlabel="trial", ylabel="greedy return")
-    axes.legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -153,13 +178,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search", help="directory")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/WHAT_ENV.json")
     args = parser.parse_intermixed_args()
-    config = compose([word for word in args.override if not word.startswith("search")])
+    config = compose(of_training(args.override))
     name = re.sub(r"\W+", "_", f"{args.what}_{config['env']['name'].lower()}")
     result = {"search": search, "pbt": pbt}[args.what](args, args.runs.resolve() / name)
-    out = args.out or RESULTS / f"{name}.json"
     result = {"env": config["env"]["name"], "total_steps": config["total_steps"], **result}
-    write(out, {"overrides": args.override, **result})
-    draw(out.with_suffix(".png"), result)
+    write(args.out or RESULTS / f"{name}.json", {"overrides": args.override, **result})
 
 
 if __name__ == "__main__":

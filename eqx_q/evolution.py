@@ -34,7 +34,8 @@ class PopulationBasedTraining:
 
     - `hyperparameters`: names of traced ones.
     - `every`: lane-steps (per member) between rounds.
-    - `fitness`: a metric of each member, of the chunk that ends with a round.
+    - `fitness`: a metric of each member, of the chunk that ends with a round. Members of whom it
+        is not known (no episode ended) neither copy nor are copied.
     - `fraction`: of the members that copies, and as many are copied.
     - `factors`: of which each hyperparameter draws one.
 
@@ -53,6 +54,8 @@ class PopulationBasedTraining:
     ):
         if not 0 < fraction <= 0.5:
             raise UsageError(f"fraction={fraction}: give a number above 0, of at most 0.5")
+        if not factors or not all(factor > 0 for factor in factors):
+            raise UsageError(f"factors={list(factors)}: give positive numbers")
         self.every = every
         self._names, self._fitness = list(hyperparameters), fitness
         self._fraction, self._factors, self._seed = fraction, list(factors), seed
@@ -65,11 +68,12 @@ class PopulationBasedTraining:
             of_members = {n for n, x in metrics.items() if np.shape(x) == (population.num_members,)}
             raise UnknownNameError("metric", self._fitness, of_members)
         fitness = np.asarray(metrics[self._fitness], float)
-        fitness = np.where(np.isfinite(fitness), fitness, -np.inf)
-        if metrics["done"] or np.all(fitness == -np.inf):
+        known = np.flatnonzero(np.isfinite(fitness))
+        number = min(self._number(len(fitness)), len(known) // 2)
+        if metrics["done"] or not number:
             return None
         rng = np.random.default_rng([self._seed, int(run_state.num_updates)])
-        order, number = np.argsort(fitness, kind="stable"), self._number(len(fitness))
+        order = known[np.argsort(fitness[known], kind="stable")]
         parents = np.arange(len(fitness))
         parents[order[:number]] = rng.choice(order[-number:], number)
         copied = parents != np.arange(len(fitness))

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 from _app import (
@@ -76,5 +77,12 @@ def _resumed(config: DictConfig) -> DictConfig:
     return stored
 
 
+def _replacing(word: str) -> list[str]:
+    """An override of a space replaces what is there: Hydra would merge a list into a range."""
+    key, _, values = word.partition("=")
+    return [f"~{key}", f"+{word}"] if key.startswith("search.") and values else [word]
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = [new for word in sys.argv[1:] for new in _replacing(word)]
     launch(main)

@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import pkgutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from ..data import Dataset
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..files import write_whole
 from ..offline import train_offline
+from ..progress import Display
 from ..tracking import Tracker, Trackers
 from ..training import Metrics, train
 from ..wrappers import Env
@@ -38,10 +38,11 @@ from .settings import (
     learnt,
     make_agent,
     make_env,
+    steps_per_update,
     whole,
     whole_or_none,
 )
-from .space import Space, check_space, import_optuna, read_space
+from .space import VARIED, Space, check_space, import_optuna, read_space
 from .study import SharedStudy
 from .summary import provenance, write_json
 from .training import check_data, check_kind, kind_of, make_evaluation, make_sampling
@@ -49,7 +50,6 @@ from .training import check_data, check_kind, kind_of, make_evaluation, make_sam
 logger = logging.getLogger(__name__)
 
 _EVALUATED = ("eval/return", "eval/return_std", "eval/length")
-_BAR = "{l_bar}{bar}| {n:g}/{total} trials [{elapsed}<{remaining}]{postfix}"
 _RECENT = 0.1  # of the training: what was logged there is averaged
 
 
@@ -97,9 +97,8 @@ def search_run(
             finally:
                 for trial in batch:
                     study.give_up(trial)
-            if study.best is not None:
-                _write_best(config, defaults or {}, directory, search.space, study)
-            _write_table(directory / "trials.csv", search.space, study)
+            _write_results(config, defaults or {}, directory, search.space, study)
+        _write_results(config, defaults or {}, directory, search.space, study)  # of others, too
         progress.close()
         summary = {
             **_summary(config, search, study),
@@ -159,7 +158,7 @@ class _Search:
         except UsageError as error:  # of these static values: others may do
             self.failure = error
             logger.warning("trials %s failed: %s", [t.number for t in batch], error)
-            for trial in batch:
+            for trial in study.unfinished(batch):
                 study.tell(trial, None, error=str(error))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -178,11 +177,13 @@ class _Search:
         config = self.space.apply(self._config, self.space.static(batch[0].params))
         values = [self.space.leaves(trial.params) for trial in batch]
         key = jax.random.fold_in(jax.random.key(whole(config, "seed")), batch[0].number)
-        agent, done, alive = None, 0, np.arange(len(batch))
-        for rung, until in enumerate(self._rungs):
+        done, alive = 0, np.arange(len(batch))
+        agent = make_agent(config, self._arena(config, len(batch) * self.seeds).env, values)
+        steps = steps_per_update(config, agent)
+        rungs = sorted({-(-until // steps) * steps for until in self._rungs})
+        for rung, until in enumerate(rungs):
             arena = self._arena(config, len(alive) * self.seeds)
-            agent = make_agent(config, arena.env, values) if agent is None else agent
-            progress.begin(len(batch), done, until, self._rungs[-1])
+            progress.begin(len(batch), done, rungs[-1])
             check = _CheckMetric(self._metric, agent)
             agent, history = self._train(
                 arena, agent, until - done, jax.random.fold_in(key, rung), [*callbacks, check]
@@ -195,16 +196,16 @@ class _Search:
             if tracker is not None:
                 tracker.log(_per_trial(history[-1], alive, len(batch), self.seeds), done)
             order = np.argsort(np.where(np.isfinite(scores), scores * self._sign, -np.inf))[::-1]
-            num_kept = len(alive) if until == self._rungs[-1] else self._num_kept(len(alive))
+            is_last = until == rungs[-1]
+            num_kept = len(alive) if is_last else self._num_kept(len(alive))
             for place, index in enumerate(order):
                 trial, score = batch[alive[index]], float(scores[index])
                 told = {"per_seed": per_seed[index].tolist(), "steps": done}
                 told["seconds"] = time.perf_counter() - began
                 if math.isfinite(score):
                     trial.report(score, done)
-                if until == self._rungs[-1] or place >= num_kept:
-                    ended = until == self._rungs[-1] and math.isfinite(score)
-                    study.tell(trial, score if ended else None, **told)
+                if is_last or place >= num_kept:
+                    study.tell(trial, score if is_last and math.isfinite(score) else None, **told)
             kept = np.sort(order[:num_kept])
             alive = alive[kept]
             members = (kept[:, None] * self.seeds + np.arange(self.seeds)).reshape(-1)
@@ -235,7 +236,7 @@ class _Search:
 
     def _arena(self, config: Config, members: int) -> _Arena:
         """Kept while the static values are the same: compiled programs are bound to it."""
-        static = {"agent": config["agent"], "num_envs": config["num_envs"]}
+        static = {name: config[name] for name in VARIED}
         if static != self._static:
             self._stack.close()
             self._arenas, self._static = {}, static
@@ -249,6 +250,8 @@ class _Search:
 
     def _check(self, config: Config) -> None:
         """What can be known before anything is tried."""
+        if config["pbt"]["every"] is not None:
+            raise UsageError("a search trains without population-based training: leave out pbt")
         with closing(make_env(config, 1)) as env:
             check_kind(config, make_agent({**config, "num_seeds": 1}, env))
             check_space(config, self.space, env)
@@ -282,38 +285,26 @@ class _Progress:
 
     overlap = True
 
-    def __init__(self, study: SharedStudy, num_trials: int, seconds_between_lines: float = 30.0):
-        self._study, self._total, self._seconds = study, num_trials, seconds_between_lines
-        self._printed_at = -math.inf
-        self._bar: Any = None
+    def __init__(self, study: SharedStudy, num_trials: int):
+        self._study, self._total = study, num_trials
+        self._display = Display(seconds_between_lines=30.0)
 
-    def begin(self, size: int, done: int, until: int, end: int) -> None:
-        """A batch of so many trials learns `until` there, of the `end`."""
-        self._size, self._done, self._end, self._until = size, done, end, until
+    def begin(self, size: int, done: int, end: int) -> None:
+        """A batch of so many trials goes on learning, from `done` there, of the `end`."""
+        self._size, self._done, self._end = size, done, end
 
     def __call__(self, run_state: Any, metrics: Metrics) -> None:
         """Shows how far the search is, the batch in progress included."""
-        now, best = clock(metrics), self._study.best
-        finished = len(self._study.finished)
-        share = min(1.0, (self._done + now.done) / self._end)
+        best, finished = self._study.best, len(self._study.finished)
+        share = min(1.0, (self._done + clock(metrics).done) / self._end)
         state = "" if best is None else f"best {best.value:.4g} (trial {best.number})"
-        if sys.stderr.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=self._total, unit="trial", bar_format=_BAR)
-            self._bar.set_postfix_str(state, refresh=False)
-            self._bar.n = min(self._total, finished + round(share * self._size, 1))
-            self._bar.refresh()
-        elif time.perf_counter() - self._printed_at >= self._seconds:
-            self._printed_at = time.perf_counter()
-            line = f"{finished}/{self._total} trials, {share:.0%} of the next {self._size}  {state}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+        line = f"{finished}/{self._total} trials, {share:.0%} of the next {self._size}  {state}"
+        done = min(self._total, finished + int(share * self._size))
+        self._display(done, self._total, "trial", state, line)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        self._display.close()
 
 
 def _rungs(config: Config) -> list[int]:
@@ -370,6 +361,16 @@ def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
         [{**space.apply(config, t.params), "trial": t.number, **more} for t in batch]
     )
     return tracker
+
+
+def _write_results(
+    config: Config, defaults: Config, directory: Path, space: Space, study: SharedStudy
+) -> None:
+    """What all processes have found so far; alone, so that nobody writes over it what is older."""
+    with study.alone:
+        if study.best is not None:
+            _write_best(config, defaults, directory, space, study)
+        _write_table(directory / "trials.csv", space, study)
 
 
 def _write_best(

@@ -183,6 +183,12 @@ def learnt(agent: Any) -> dict[str, int]:
     return {unit: int(np.max(getattr(member, unit)))}
 
 
+def steps_per_update(config: Config, agent: Any) -> int:
+    """What an update of each member counts: its rollout's steps, or 1 from data."""
+    length = getattr(agent, "rollout_length", None)
+    return length * whole(config, "num_envs") if length else 1
+
+
 def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
     """The thing itself, which the stack will close."""
     stack.callback(thing.close)

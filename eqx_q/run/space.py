@@ -11,7 +11,7 @@ from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..wrappers import Env
 from .settings import Config, make_agent, traced
 
-_VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
+VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_space(config: Config) -> Space:
 
     **Raises:** `UsageError` for what is unknown or no set of values.
     """
-    known = {name for name, _ in _flat({key: config.get(key) for key in _VARIED})}
+    known = {name for name, _ in _flat({key: config.get(key) for key in VARIED})}
     leaves = {f"agent.{name}" for name in traced(config)}
     nodes = {name: node for name, node in _nodes(config["search"] or {}) if node is not None}
     for name in nodes:

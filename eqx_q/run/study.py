@@ -34,6 +34,8 @@ class SharedStudy:
     - `maximize`: the sign of what trials are told.
     - `seed`: of proposals, together with how many trials there have been.
 
+    **Attributes:** `alone`: a lock for what one process at a time may do.
+
     **Raises:** `UsageError` where the storage is locked or damaged.
     """
 
@@ -48,7 +50,7 @@ class SharedStudy:
         self._space, self._sampler, self._seed = space, sampler, seed
         self._workers = directory / "workers"
         self._workers.mkdir(parents=True, exist_ok=True)
-        self._asking = _Lock(directory / ".asking.lock")
+        self.alone = _Lock(directory / ".alone.lock")
         self._name = uuid.uuid4().hex
         self._alive = _Lock(self._workers / self._name)
         self._alive.acquire()
@@ -86,25 +88,22 @@ class SharedStudy:
         **Returns:** none where all are finished, or taken by others.
         """
         optuna = self._optuna
-        with self._asking:
-            taken = [*self.finished, *self._running()]
+        with self.alone:
+            # In this order: who finishes between the two is in both, not in neither.
+            taken = {t.number: t.params for t in [*self._running(), *self.finished]}
             left = num_trials - len(taken)
             if left <= 0:
                 return []
             size = -(-left // -(-left // at_most))  # batches of equal size compile once
             if self._grid is not None:
-                return self._ask_grid([t.params for t in taken], size)
+                return self._ask_grid(list(taken.values()), size)
             # Seeded anew, so that a search that goes on does not repeat what it proposed before.
             number = len(self.study.get_trials(deepcopy=False))
             (seed,) = np.random.SeedSequence([self._seed, number]).generate_state(1)
             kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
             sampler = kinds[self._sampler](seed=int(seed))
             first = self._ask_one(sampler)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                sampler = optuna.samplers.PartialFixedSampler(
-                    self._space.static(first.params), sampler
-                )
+            sampler = _fixed(self._space.static(first.params), sampler)
             return [first, *(self._ask_one(sampler) for _ in range(size - 1))]
 
     def tell(self, trial: Any, value: float | None, **attributes: Any) -> None:
@@ -115,6 +114,11 @@ class SharedStudy:
             self.study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, value)
+
+    def unfinished(self, trials: list[Any]) -> list[Any]:
+        """Those of them that have not ended."""
+        ended = {trial.number for trial in self.finished}
+        return [trial for trial in trials if trial.number not in ended]
 
     def give_up(self, trial: Any) -> None:
         """Ends a trial, unless it has ended: another one takes its place."""
@@ -131,11 +135,9 @@ class SharedStudy:
         assert self._grid is not None
         points = [point for point in self._grid if point not in taken]
         static = self._space.static
-        trials = []
-        for point in [p for p in points if static(p) == static(points[0])][:size]:
-            self.study.enqueue_trial(point)
-            trials.append(self._ask_one(self.study.sampler))
-        return trials
+        batch = [point for point in points if static(point) == static(points[0])][:size]
+        anyone = self._optuna.samplers.RandomSampler()
+        return [self._ask_one(_fixed(point, anyone)) for point in batch]
 
     def _running(self) -> list[Any]:
         """Trials that somebody is at; those of the dead are given up."""
@@ -165,6 +167,14 @@ class SharedStudy:
 
 def _worker(trial: Any) -> str:
     return trial.user_attrs.get("worker", "")
+
+
+def _fixed(params: dict[str, Any], sampler: Any) -> Any:
+    """Who proposes these parameters, and the others as `sampler` does."""
+    optuna = import_optuna()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler(params, sampler)
 
 
 def _grid(space: Space) -> list[dict[str, Any]]:

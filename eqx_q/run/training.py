@@ -6,7 +6,7 @@ import json
 import logging
 import pkgutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from .settings import (
     make_agent,
     make_env,
     number,
+    steps_per_update,
     traced,
     whole,
     whole_or_none,
@@ -49,6 +50,8 @@ from .settings import (
 from .summary import episode_means, provenance, write_json
 
 logger = logging.getLogger(__name__)
+
+_ROUNDS = {"eval": 20, "checkpoint": 10, "video": 4}  # of a run, by default
 
 
 def train_run(
@@ -74,8 +77,10 @@ def train_run(
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
         agent = make_agent(config, env)
         check_kind(config, agent)
-        evolution = _evolution(config)
-        if evolution is not None:
+        evolution = None
+        if _evolves(config):
+            config = _in_rounds(config, agent)
+            evolution = _evolution(config)
             evolution.check(agent)
             agent = _spread(config, agent)
         run_state = _restored(config, directory, env, agent) if resume else None
@@ -86,7 +91,7 @@ def train_run(
             "key": key,
             "callbacks": crew.callbacks,
             "run_state": run_state,
-            "log_every": _log_every(config, agent),
+            "log_every": whole_or_none(config, "log_every"),
         }
         if dataset is None:
             learn = functools.partial(train, agent, env, total_steps=total, **how)
@@ -117,10 +122,32 @@ def train_run(
     return summary
 
 
-def _evolution(config: Config) -> PopulationBasedTraining | None:
-    options: Mapping[str, Any] = config.get("pbt") or {"every": None}
-    if options["every"] is None:
-        return None
+def _evolves(config: Config) -> bool:
+    return (config.get("pbt") or {"every": None})["every"] is not None
+
+
+def _in_rounds(config: Config, agent: Any) -> dict[str, Any]:
+    """With whole rounds between all that cuts a training into chunks.
+
+    A chunk is what members are judged by: it must not depend on the machine's speed, nor be the
+    little that is left of a round after an evaluation.
+    """
+    steps = steps_per_update(config, agent)
+    updates = -(-whole(config, "pbt.every", least=1) // steps)
+    every = updates * steps
+    told = {**config, "pbt": {**config["pbt"], "every": every}}
+    told["log_every"] = config["log_every"] or updates
+    for section in ("eval", "video"):
+        if config[section]["every"] != 0:
+            rounds = -(-_every(config, section) // every)
+            told[section] = {**config[section], "every": rounds * every}
+    if str(config["pbt"]["fitness"]).startswith("eval/") and config["eval"]["every"] != 0:
+        told["eval"] |= {"every": every, "time_fraction": None}
+    return told
+
+
+def _evolution(config: Config) -> PopulationBasedTraining:
+    options = config["pbt"]
     return PopulationBasedTraining(
         options["hyperparameters"],
         every=whole(config, "pbt.every", least=1),
@@ -137,15 +164,6 @@ def _spread(config: Config, agent: Population) -> Population:
     if factor < 1:
         raise UsageError(f"pbt.spread={factor:g}: give a number of at least 1")
     return spread(agent, config["pbt"]["hyperparameters"], factor, whole(config, "seed"))
-
-
-def _log_every(config: Config, agent: Agent) -> int | None:
-    """Updates in a chunk. What members are judged by must not depend on the machine's speed."""
-    if _evolution(config) is None or config["log_every"] is not None:
-        return whole_or_none(config, "log_every")
-    steps = getattr(agent, "rollout_length", None)
-    steps_per_update = steps * whole(config, "num_envs") if steps else 1
-    return -(-whole(config, "pbt.every") // steps_per_update)
 
 
 class _Kind(NamedTuple):
@@ -239,7 +257,7 @@ def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
         raise UsageError(f"this run has made its {done:,} {unit}: give a larger {name} to go on")
     if done >= total:
         return run_state
-    evolving = config["pbt"]["hyperparameters"] if _evolution(config) else []
+    evolving = config["pbt"]["hyperparameters"] if _evolves(config) else []
     names = sorted(traced(config) - set(evolving))
 
     def values(agent):
@@ -400,7 +418,7 @@ def make_evaluation(
     )
     return Evaluation(
         stack.enter_context(closing(env)),
-        every=_every(config, "eval", parts=20),
+        every=_every(config, "eval"),
         num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
         seed=seed + 1,
         epsilon=fraction(config, "eval.epsilon"),
@@ -413,7 +431,7 @@ def make_evaluation(
 def _checkpoint(config, env, directory) -> Checkpoint:
     return Checkpoint(
         directory / "checkpoints",
-        every=_every(config, "checkpoint", parts=10),
+        every=_every(config, "checkpoint"),
         keep=whole_or_none(config, "checkpoint.keep"),
         with_env=kind_of(config) is _OFFLINE or not env.on_host,
     )
@@ -427,7 +445,7 @@ def _video(config, env, directory, tracker, budget, stack) -> Video | None:
     return Video(
         stack.enter_context(closing(env)),
         directory / "media",
-        every=_every(config, "video", parts=4),
+        every=_every(config, "video"),
         tracker=tracker,
         max_steps=whole(config, "video.max_steps", least=1),
         budget=budget,
@@ -450,11 +468,11 @@ def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
     return tracker
 
 
-def _every(config: Config, section: str, *, parts: int) -> int:
+def _every(config: Config, section: str) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
     if config[section]["every"] is not None:
         return whole(config, f"{section}.every", least=1)
-    return max(1, whole(config, kind_of(config).total) // parts)
+    return max(1, whole(config, kind_of(config).total) // _ROUNDS[section])
 
 
 def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
