@@ -231,6 +231,46 @@ def offline_table(result: dict[str, Any]) -> str:
     return _table([*head, "CQL − DQN"], rows)
 
 
+def search_table(results: list[dict[str, Any]]) -> str:
+    """What searches found, with seeds that they had not seen, and how long they took."""
+    rows = []
+    for result in results:
+        found, shipped = (
+            np.array(result[f"greedy_return_{which}"], float).reshape(-1, 1)
+            for which in ("found", "shipped")
+        )
+        took = [f"{result[f'{how}_seconds'] / 60:,.0f} min" for how in ("search", "sequential")]
+        if result["sequential_trials_measured"] < result["trials"]:
+            took[1] += f" (from {result['sequential_trials_measured']})"
+        rows.append(
+            [
+                result["env"],
+                f"{result['trials']} × {result['total_steps'] / 1e6:.3g} M steps",
+                f"{result['best']['value']:,.1f}",
+                *(estimate(returns) for returns in (found, shipped)),
+                _lead(found, shipped),
+                *took,
+                f"**{result['speedup']:.1f}×**",
+            ]
+        )
+    head = ["environment", "trials", "the best in the search", "with other seeds", "as shipped"]
+    return _table([*head, "difference", "search", "one after another", "speedup"], rows)
+
+
+def pbt_table(results: list[dict[str, Any]]) -> str:
+    """The best and the median member of populations, with and without their training."""
+    rows = []
+    for result in results:
+        for name, how in (("pbt", "population-based"), ("random", "random search")):
+            greedy = np.array(result[name]["greedy_return_per_member"], float)
+            members = f"{result['population']} × {result[name]['env_steps'] / 1e6:.3g} M"
+            values = [greedy.max(), np.median(greedy)]
+            values += [result[name][member][-1] for member in ("best", "median")]
+            rows.append([result["env"], how, members, *(f"{value:,.1f}" for value in values)])
+    head = ["environment", "", "members × steps", "best, greedy", "median, greedy"]
+    return _table([*head, "best, training", "median, training"], rows)
+
+
 def _lead(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> str:
     """The difference of two means over seeds, with a 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
@@ -312,6 +352,22 @@ def draw_offline(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_pbt(result: dict[str, Any], path: Path) -> None:
+    """Training returns of the best and of the median member, against random search."""
+    figure, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
+    for name, color in (("pbt", "tab:blue"), ("random", "tab:orange")):
+        for member, style in (("best", "-"), ("median", "--")):
+            curve, label = result[name], f"{name}, {member}"
+            axes.plot(curve["steps"], curve[member], style, color=color, label=label)
+    axes.set_title(result["env"], fontsize=9)
+    axes.set_xlabel("environment steps of each member", fontsize=8)
+    axes.set_ylabel("return", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def report(results: Path, into: Path) -> str:
     """The whole report as markdown, and the pictures beside the results."""
     references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
@@ -348,6 +404,16 @@ def report(results: Path, into: Path) -> str:
             of_one = "One teacher and one data set each: intervals are over learners' seeds alone."
             parts += [f"### Learning from data: {result['suite']}", offline_table(result), of_one]
             parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
+    searches = [result for name, result in read.items() if name.startswith("search_")]
+    if searches:
+        parts += ["### Search", search_table(searches), *(f"- {_origin(x)}" for x in searches)]
+    trained = {name: result for name, result in read.items() if name.startswith("pbt_")}
+    if trained:
+        parts += ["### Population-based training", pbt_table(list(trained.values()))]
+    for name, result in trained.items():
+        picture = results / f"{name}.png"
+        draw_pbt(result, picture)
+        parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
     parts.append(f"Interquartile means with 95 % bootstrap intervals over seeds. Peers: {sources}.")
     return "\n\n".join(parts)

@@ -37,22 +37,26 @@ def run(name: str, directory: Path, *arguments: str) -> tuple[float, dict[str, A
     **Returns:** the seconds that it took in all, and its summary. Of a part that was killed the
     last seconds may be missing.
     """
-    note, summary = directory.with_suffix(".json"), directory / "summary.json"
+    note = directory.with_suffix(".json")
     told = json.loads(note.read_text()) if note.exists() else {}
     begun = (directory / "study.journal", *directory.glob("checkpoints/*.ckpt"))
-    if told.get("arguments") != list(arguments) or not any(path.exists() for path in begun):
+    goes_on = any(path.exists() for path in begun) or _is_done(directory)
+    if told.get("arguments") != list(arguments) or not goes_on:
         shutil.rmtree(directory, ignore_errors=True)
-        told = {"arguments": arguments, "seconds": 0.0, "done": False}
-    words = [*arguments, f"hydra.run.dir={directory}"]
-    if directory.exists():
-        words = [f"resume={directory}"]
-    if not told["done"]:
+        told = {"arguments": arguments, "seconds": 0.0}
+    if not _is_done(directory):
+        fresh = [*arguments, f"hydra.run.dir={directory}"]
+        words = [f"resume={directory}"] if directory.exists() else fresh
         told["seconds"] += _timed([f"scripts/{name}.py", *words, "tracker=jsonl"], note, told)
-        told["done"] = json.loads(summary.read_text())["status"] == "done"
         note.write_text(json.dumps(told))
-    if not told["done"]:
+    if not _is_done(directory):
         sys.exit("stopped: the same command goes on")
-    return told["seconds"], json.loads(summary.read_text())
+    return told["seconds"], json.loads((directory / "summary.json").read_text())
+
+
+def _is_done(directory: Path) -> bool:
+    path = directory / "summary.json"
+    return path.exists() and json.loads(path.read_text())["status"] == "done"
 
 
 def _timed(words: list[str], note: Path, told: dict[str, Any]) -> float:
@@ -79,9 +83,8 @@ def train(directory: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
 
 def alone(directory: Path, *arguments: str) -> float:
     """The seconds that a training takes; anew where it was interrupted."""
-    note = directory.with_suffix(".json")
-    if not (note.exists() and json.loads(note.read_text())["done"]):
-        note.unlink(missing_ok=True)
+    if not _is_done(directory):
+        shutil.rmtree(directory, ignore_errors=True)
     return train(directory, *arguments, f"checkpoint.every={_NEVER}")[0]
 
 
@@ -157,7 +160,9 @@ def curves(path: Path) -> dict[str, list]:
     returns = np.array([row["episode_return"] for row in rows], float)
     ended = ~np.isnan(returns).all(1)
     return {
-        "steps": [row["env_steps"] for row, any_ended in zip(rows, ended, strict=True) if any_ended],
+        "steps": [
+            row["env_steps"] for row, any_ended in zip(rows, ended, strict=True) if any_ended
+        ],
         "best": np.nanmax(returns[ended], axis=1).tolist(),
         "median": np.nanmedian(returns[ended], axis=1).tolist(),
     }

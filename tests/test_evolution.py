@@ -1,18 +1,24 @@
 """Population-based training: who copies whom, what is copied and perturbed, and that it resumes."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
+import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 import eqx_q
 from eqx_q.callbacks import Checkpoint, restore
 from eqx_q.errors import UnknownNameError, UsageError
 from eqx_q.evolution import PopulationBasedTraining, scale, spread
+from eqx_q.run import training
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["learning_rate", "lambda_"]
 
 
@@ -52,7 +58,7 @@ def without(agent):
 def test_the_worst_copy_the_best_whole_and_perturb_what_they_copied(env, population):
     state = eqx_q.start(population, env, key=jax.random.key(1))
     state, _ = eqx.filter_jit(eqx_q.advance)(state, env, 2)
-    fitness = np.array([5.0, 1.0, 9.0, 4.0, np.nan, 7.0, 8.0, 6.0])
+    fitness = np.array([5.0, 1.0, 9.0, 4.0, 3.0, np.nan, 8.0, 6.0])  # of one nothing is known
     parents = set()
     for seed in range(8):
         callback = PopulationBasedTraining(NAMES, every=1, seed=seed)
@@ -73,7 +79,8 @@ def test_the_worst_copy_the_best_whole_and_perturb_what_they_copied(env, populat
         assert_same(new.env_state, state.env_state)
         assert_same(callback(state, {"episode_return": fitness, "done": False}), new)
         assert callback(state, {"episode_return": fitness, "done": True}) is None
-        assert callback(state, {"episode_return": fitness * np.nan, "done": False}) is None
+        alone = np.where(np.arange(8) == 3, 1.0, np.nan)
+        assert callback(state, {"episode_return": alone, "done": False}) is None
     assert {p[1] for p in parents} == {2, 6} and len({p[2:] for p in parents}) == 4
 
 
@@ -96,6 +103,9 @@ def test_bad_input(env, population):
         PopulationBasedTraining(NAMES, every=1, fitness="episode_retrun")(state, metrics)
     with pytest.raises(UsageError, match=r"8 members, of which 0.1 copy others, replaces none"):
         PopulationBasedTraining(NAMES, every=1, fraction=0.1)(state, metrics)
+    for factors in ([], [0.8, -1.2]):
+        with pytest.raises(UsageError, match=r"factors=\[.*give positive numbers"):
+            PopulationBasedTraining(NAMES, every=1, factors=factors)
     with pytest.raises(UsageError, match=r"of at most 0.5"):
         PopulationBasedTraining(NAMES, every=1, fraction=0.6)
 
@@ -121,6 +131,23 @@ def test_a_resumed_run_is_the_same(env, population, tmp_path):
     assert_same(again, whole)
     ours, theirs = whole.members.learning_rate, population.members.learning_rate
     assert not np.array_equal(ours, theirs)
+
+
+def test_nothing_cuts_a_round_of_which_members_are_judged():
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["pbt.every=100", "num_envs=4", "total_steps=10_000"]
+        told = hydra.compose("config", [*overrides, "eval.every=300", "video.every=0"])
+        config = OmegaConf.to_container(told, resolve=True)
+    agent = SimpleNamespace(rollout_length=16)
+    told = training._in_rounds(config, agent)
+    assert (told["pbt"]["every"], told["log_every"]) == (128, 2)  # updates make 64 steps
+    assert (told["eval"]["every"], told["video"]["every"]) == (384, 0)
+    assert told["eval"]["time_fraction"] == 0.1
+    config["pbt"]["fitness"], config["log_every"] = "eval/return", 1
+    told = training._in_rounds(config, agent)
+    assert (told["eval"]["every"], told["eval"]["time_fraction"]) == (128, None)
+    assert told["log_every"] == 1
+    assert training._in_rounds(config, object())["pbt"]["every"] == 100  # from data
 
 
 def test_from_the_command_line(script, tmp_path):

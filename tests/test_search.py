@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import equinox as eqx
+import gymnasium
 import hydra
 import jax
 import numpy as np
@@ -20,8 +21,9 @@ from omegaconf import OmegaConf
 
 import eqx_q
 from eqx_q import training as loop
-from eqx_q.errors import CorruptFileError, UsageError
-from eqx_q.run import make_agent, make_env, study as studies
+from eqx_q.data import Description, Rows, Writer
+from eqx_q.errors import CorruptFileError, DivergedError, UsageError
+from eqx_q.run import make_agent, make_env, search as searches, study as studies
 from eqx_q.run.space import check_space, read_space
 from eqx_q.run.study import SharedStudy
 
@@ -47,6 +49,7 @@ def space_of(search, **config):
     return read_space({**composed(), **config, "search": search})
 
 
+SPACES = gymnasium.spaces.Box(-1, 1, (4,)), gymnasium.spaces.Discrete(2)
 LEARNING_RATE = {"low": 1e-5, "high": 1e-2, "log": True}
 MIXED = {
     "num_envs": [8, 16],
@@ -143,6 +146,23 @@ def test_a_batch_shares_what_is_static(tmp_path, sampler):
     study.close()
 
 
+def test_who_finishes_while_another_asks_is_counted_once(tmp_path, monkeypatch):
+    one, other = open_study(tmp_path), open_study(tmp_path)
+    (trial,) = other.ask(2, 1)
+    is_alive = one._is_alive
+
+    def finishes(name):
+        if name == other._name:
+            other.tell(trial, 1.0)
+            other.close()
+        return is_alive(name)
+
+    monkeypatch.setattr(one, "_is_alive", finishes)
+    assert len(one.ask(2, 9)) == 1
+    assert [t.state.name for t in one.study.get_trials()] == ["COMPLETE", "RUNNING"]
+    one.close()
+
+
 def test_batches_are_of_equal_size_and_end_with_the_search(tmp_path):
     study = open_study(tmp_path)
     sizes = []
@@ -186,9 +206,9 @@ def test_a_grid_is_every_combination_once(tmp_path):
     space = space_of({"agent": {"lambda_": [0.1, 0.2, 0.3], "num_epochs": {"low": 1, "high": 2}}})
     study = open_study(tmp_path, space, sampler="grid")
     seen = []
-    given_up = study.ask(99, 2)
-    for trial in given_up:
-        study.give_up(trial)
+    for trial in study.ask(99, 2):
+        study.give_up(trial)  # and they are proposed again
+    assert study.study.get_trials(states=[optuna.trial.TrialState.WAITING]) == []
     while trials := study.ask(99, 2):
         assert len({t.params["agent.num_epochs"] for t in trials}) == 1
         seen += [tuple(t.params[name] for name in sorted(space.distributions)) for t in trials]
@@ -235,7 +255,28 @@ def rows_of(directory):
 
 
 TINY = [*SMALL, "total_steps=640", "trials=4", "population=2", "num_seeds=2"]
-NARROW = "search={agent: {learning_rate: {low: 1e-4, high: 1e-2}, lambda_: [0.5, 0.9]}}"
+QUICK = [*SMALL, "eval.every=0", "metric=loss"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Training that learns nothing: the loss is 1 - lambda. Tells who learnt, and how long."""
+    trained = []
+
+    def train(agent, env, *, total_steps, key, callbacks, log_every):
+        steps = agent.rollout_length * env.num_envs // agent.num_members
+        done = -(-total_steps // steps) * steps
+        trained.append((np.asarray(agent.members.lambda_), done))
+        metrics = {"env_steps": done, "total_steps": done, "loss": 1 - trained[-1][0]}
+        metrics |= {"done": True, "compile_seconds": 0.0, "train_seconds": 0.0}
+        for callback in callbacks:
+            callback(None, metrics)
+        learnt = agent.members.env_steps + np.uint32(done)
+        members = eqx.tree_at(lambda members: members.env_steps, agent.members, learnt)
+        return eqx_q.Population(members), [metrics]
+
+    monkeypatch.setattr(searches, "train", train)
+    return trained
 
 
 def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, monkeypatch):
@@ -313,39 +354,128 @@ def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, 
     assert status == 1 and "already holds a run: continue it with resume=" in err
 
 
-def test_a_population_shrinks_from_rung_to_rung(script, tmp_path):
-    options = ["total_steps=1600", "trials=4", "population=4", "halving.rungs=1", "halving.eta=2"]
-    options += ["metric=episode_length", "eval.every=0", "direction=minimize"]
-    status, _, err = script("tune", *SMALL, *options)
+def test_a_population_shrinks_from_rung_to_rung(script, tmp_path, quick):
+    options = ["total_steps=1600", "trials=4", "population=4", "num_seeds=2"]
+    options += ["halving.rungs=1", "halving.eta=2", "direction=minimize"]
+    status, _, err = script("tune", *QUICK, *options)
     assert status == 0, err
     rows = rows_of(tmp_path / "search")
-    steps = {(row["state"], int(row["steps"])) for row in rows}
-    assert steps == {("complete", 1600), ("pruned", 832)}  # whole updates, of 64 steps
-    study = open_study(tmp_path / "search", read_space(composed()))
-    at_rung = [t.intermediate_values[832] for t in study.study.get_trials()]
-    pruned = [int(row["trial"]) for row in rows if row["state"] == "pruned"]
-    assert sorted(pruned) == sorted(np.argsort(at_rung)[2:])
+    rates = np.array([float(row["agent.lambda_"]) for row in rows], np.float32)
+    best = np.sort(np.argsort(rates)[2:])  # the smallest loss
+    (all_, before), (kept, after) = quick
+    np.testing.assert_array_equal(all_, np.repeat(rates, 2))  # two seeds each
+    np.testing.assert_array_equal(kept, np.repeat(rates[best], 2))
+    assert (before, before + after) == (832, 1600)  # whole updates, of 64 steps
+    for number, row in enumerate(rows):
+        ended = ("complete", "1600") if number in best else ("pruned", "832")
+        assert (row["state"], row["steps"]) == ended
+        assert float(row["value"]) == pytest.approx(1 - rates[number], rel=1e-5)
     summary = json.loads((tmp_path / "search/summary.json").read_text())
-    assert summary["pruned"] == 2 and summary["best"]["trial"] not in pruned
-    study.close()
+    assert (summary["pruned"], summary["best"]["trial"]) == (2, np.argmax(rates))
 
 
-def test_static_values_that_cannot_work_cost_their_batch_alone(script, tmp_path):
-    options = ["total_steps=64", "trials=2", "population=1", "sampler=grid", "eval.every=0"]
-    options += ["~search.agent", "+search.agent.num_minibatches=[7,4]", "metric=loss"]
-    status, out, err = script("tune", *SMALL, *options)
+def test_rungs_are_whole_updates(script, tmp_path, quick):
+    options = ["total_steps=640", "trials=8", "population=8", "halving.rungs=5", "halving.eta=2"]
+    status, out, err = script("tune", *QUICK, *options)
+    assert status == 0 and "failed" not in out, err
+    # 20, 40, 80, 160, 320 and 640 steps, of which an update makes 64
+    assert [done for _, done in quick] == [64, 64, 64, 128, 320]
+    assert [len(members) for members, _ in quick] == [8, 4, 2, 1, 1]
+
+
+def test_a_batch_that_fails_on_its_way_fails_with_those_that_are_left(
+    script, tmp_path, monkeypatch, quick
+):
+    learn = searches.train
+
+    def diverge(agent, *arguments, **options):
+        if len(quick) == 1:
+            quick.append(None)
+            raise DivergedError("the loss is not finite")
+        return learn(agent, *arguments, **options)
+
+    monkeypatch.setattr(searches, "train", diverge)
+    options = ["total_steps=640", "trials=8", "population=4", "halving.rungs=1"]
+    status, out, err = script("tune", *QUICK, *options)
+    assert status == 0, err
+    assert "failed: the loss is not finite" in out
+    states = [row["state"] for row in rows_of(tmp_path / "search")]
+    assert states[:4] == ["pruned"] * 4 and states[4:].count("complete") == 1
+
+
+def test_static_values_that_cannot_work_cost_their_batch_alone(
+    script, tmp_path, monkeypatch, quick
+):
+    learn = searches.train
+
+    def trace(agent, env, **options):
+        state = eqx_q.start(agent, env, key=options["key"])
+        eqx.filter_eval_shape(eqx_q.advance, state, env, 1)
+        return learn(agent, env, **options)
+
+    monkeypatch.setattr(searches, "train", trace)
+    options = ["total_steps=64", "trials=2", "population=1", "sampler=grid"]
+    options += ["~search.agent", "+search.agent.num_minibatches=[7,4]"]
+    status, out, err = script("tune", *QUICK, *options)
     assert status == 0, err
     assert "trials [0] failed: num_minibatches=7 does not divide the 64 transitions" in out
     first, second = rows_of(tmp_path / "search")
     assert (first["state"], first["value"], second["state"]) == ("pruned", "", "complete")
-    options[-2] = "+search.agent.num_minibatches=[7]"
-    status, _, err = script("tune", *SMALL, *options, "hydra.run.dir=other")
+    options[-1] = "+search.agent.num_minibatches=[7]"
+    status, _, err = script("tune", *QUICK, *options, "hydra.run.dir=other")
     assert status == 1 and "every trial failed, the last one with: num_minibatches=7" in err
+
+
+def test_an_override_replaces_what_a_space_says(script, tmp_path, quick):
+    options = ["total_steps=64", "trials=4", "search.agent.lambda_=[0.5,0.75]"]
+    status, _, err = script("tune", *QUICK, *options, "search.agent.learning_rate=null")
+    assert status == 0, err
+    rows = rows_of(tmp_path / "search")
+    assert {row["agent.lambda_"] for row in rows} == {"0.5", "0.75"}
+    assert "agent.learning_rate" not in rows[0] and "agent.discount" in rows[0]
+
+
+def test_results_are_written_though_who_found_them_died_before(script, tmp_path, quick):
+    options = ["total_steps=64", "trials=2", "search=purejaxql"]
+    assert script("tune", *QUICK, *options)[0] == 0
+    found = {}
+    for name in ("best.yaml", "trials.csv", "summary.json"):
+        found[name] = (tmp_path / "search" / name).read_text()
+        (tmp_path / "search" / name).unlink()
+    status, _, err = script("tune", "resume=search")
+    assert status == 0 and len(quick) == 1, err
+    for name in ("best.yaml", "trials.csv"):
+        assert (tmp_path / "search" / name).read_text() == found[name]
+    best = [json.loads(text)["best"] for text in (found.pop("summary.json"),)]
+    assert best == [json.loads((tmp_path / "search/summary.json").read_text())["best"]]
+
+
+def test_what_varies_in_sampling_is_what_is_sampled(script, tmp_path, monkeypatch):
+    with Writer(tmp_path / "data", Description("gymnax/CartPole-v1", *SPACES)) as writer:
+        obs = np.zeros((3, 4), np.float32)
+        writer.append(Rows.of_episode(obs, np.zeros(3, int), np.ones(3), terminated=True))
+        writer.commit("all")
+        writer.finish()
+    exponents = []
+
+    def train(agent, dataset, *, num_updates, key, callbacks, log_every, sampling):
+        exponents.append(sampling.priority_exponent)
+        metrics = {"num_updates": num_updates, "loss": np.zeros(agent.num_members)}
+        times = {"compile_seconds": 0.0, "train_seconds": 0.0}
+        return agent, [metrics | times]
+
+    monkeypatch.setattr(searches, "train_offline", train)
+    options = ["agent=dqn", "data=data", "num_updates=3", "tracker=jsonl", "eval.every=0"]
+    options += ["~search.agent", "+search.sampling.priority_exponent=[0.25,0.5]", "metric=loss"]
+    options += ["sampler=grid", "population=1", "trials=2", "hydra.run.dir=search"]
+    status, _, err = script("tune", *options)
+    assert status == 0, err
+    assert exponents == [0.25, 0.5]
 
 
 BAD_INPUT = {
     "metric=eval/retrun": "unknown metric 'eval/retrun': the nearest are eval/return",
-    "metric=los eval.every=0 agent.num_minibatches=4": "metric 'los': the nearest are loss",
+    "metric=los eval.every=0": "metric 'los': the nearest are loss",
     "search=pqm": "unknown search 'pqm': the nearest are pqn",
     "+search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
     "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
@@ -353,6 +483,7 @@ BAD_INPUT = {
     "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
     "trials=0": "trials=0: give a whole number of at least 1",
     "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
+    "pbt.every=64": "leave out pbt",
     "agent=cql": "this agent learns from recorded data",
     "resume=nowhere": "'nowhere' is not a run directory",
     "resume=damaged": "study.journal' is damaged",
@@ -360,7 +491,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT)
-def test_bad_input_gets_one_line(script, tmp_path, arguments):
+def test_bad_input_gets_one_line(script, tmp_path, quick, arguments):
     (tmp_path / "damaged").mkdir()
     stored = {**composed(*TINY[:-1]), "chosen": {"agent": "pqn", "env": "cartpole"}}
     (tmp_path / "damaged/config.yaml").write_text(yaml.safe_dump(stored))
@@ -392,9 +523,9 @@ def test_trials_share_one_pool_of_emulators(script, tmp_path, monkeypatch):
     assert pools.count(8) == 1  # 4 trials, 2 lanes each, and both batches
 
 
-def test_a_killed_search_goes_on_without_repeating_a_trial(script, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "tune.py"), *SMALL, "total_steps=640"]
-    command += ["trials=200", "population=2", "metric=episode_return", "eval.every=0"]
+def test_a_killed_search_goes_on_without_repeating_a_trial(script, tmp_path, quick):
+    command = [sys.executable, str(ROOT / "scripts" / "tune.py"), *QUICK, "total_steps=640"]
+    command += ["trials=200", "population=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, **pipes)
