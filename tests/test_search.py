@@ -23,6 +23,7 @@ import eqx_q
 from eqx_q import training as loop
 from eqx_q.data import Description, Rows, Writer
 from eqx_q.errors import CorruptFileError, DivergedError, UsageError
+from eqx_q.offline import OfflineState
 from eqx_q.run import make_agent, make_env, search as searches, study as studies
 from eqx_q.run.space import check_space, read_space
 from eqx_q.run.study import SharedStudy
@@ -269,8 +270,9 @@ def quick(monkeypatch):
         trained.append((np.asarray(agent.members.lambda_), done))
         metrics = {"env_steps": done, "total_steps": done, "loss": 1 - trained[-1][0]}
         metrics |= {"done": True, "compile_seconds": 0.0, "train_seconds": 0.0}
+        state = OfflineState(agent, key, jax.numpy.int32(0))  # which is not looked into
         for callback in callbacks:
-            callback(None, metrics)
+            callback(state, metrics)
         learnt = agent.members.env_steps + np.uint32(done)
         members = eqx.tree_at(lambda members: members.env_steps, agent.members, learnt)
         return eqx_q.Population(members), [metrics]
@@ -452,7 +454,7 @@ def test_results_are_written_though_who_found_them_died_before(script, tmp_path,
 
 def test_what_varies_in_sampling_is_what_is_sampled(script, tmp_path, monkeypatch):
     with Writer(tmp_path / "data", Description("gymnax/CartPole-v1", *SPACES)) as writer:
-        obs = np.zeros((3, 4), np.float32)
+        obs = np.zeros((4, 4), np.float32)
         writer.append(Rows.of_episode(obs, np.zeros(3, int), np.ones(3), terminated=True))
         writer.commit("all")
         writer.finish()
