@@ -278,6 +278,7 @@ def quick(monkeypatch):
         return eqx_q.Population(members), [metrics]
 
     monkeypatch.setattr(searches, "train", train)
+    monkeypatch.setattr(searches, "_draw", lambda *_: None)
     return trained
 
 
