@@ -160,9 +160,7 @@ def curves(path: Path) -> dict[str, list]:
     returns = np.array([row["episode_return"] for row in rows], float)
     ended = ~np.isnan(returns).all(1)
     return {
-        "steps": [
-            row["env_steps"] for row, any_ended in zip(rows, ended, strict=True) if any_ended
-        ],
+        "steps": np.array([row["env_steps"] for row in rows])[ended].tolist(),
         "best": np.nanmax(returns[ended], axis=1).tolist(),
         "median": np.nanmedian(returns[ended], axis=1).tolist(),
     }

@@ -186,7 +186,7 @@ class _Search:
             progress.begin(len(batch), done, rungs[-1])
             check = _CheckMetric(self._metric, agent)
             agent, history = self._train(
-                arena, agent, until - done, jax.random.fold_in(key, rung), [*callbacks, check]
+                arena, agent, until - done, jax.random.fold_in(key, rung), [check, *callbacks]
             )
             if interrupt.received:
                 return
