@@ -84,6 +84,8 @@ def test_results_are_read_per_seed(tmp_path):
 def test_every_learner_is_configured(learner):
     from record import compose
 
-    for env in offline.GAMES.values():
-        config = compose([f"agent={learner}", *env, "data=x"])
-        assert config["num_updates"] and config["agent"]["batch_size"] == 128
+    for name, batch_size in {"minatar": 128, "pong": 32}.items():
+        suite = offline.SUITES[name]
+        for env in suite.games.values():
+            config = compose([f"agent={learner}", *env, "data=x", *suite.learners])
+            assert config["num_updates"] < 50_000 and config["agent"]["batch_size"] == batch_size
