@@ -85,6 +85,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _origin(result: dict[str, Any]) -> str:
     machine = result["machine"]
     runs = [seed for part in result.get("environments", {}).values() for seed in part["seeds"]]
+    for game in result.get("games", {}).values():
+        runs += [run for data in game.get("data", {}).values() for run in data["learners"].values()]
     commits = sorted({run.get("commit") or result["commit"] for run in runs}) or [result["commit"]]
     return (
         f"`{result['command']}`, commit {', '.join(commits)}, {result['date']}, {machine['cores']} "
@@ -306,6 +308,8 @@ def draw_offline(result: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("updates", fontsize=8)
         axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     axes[0, 0].set_ylabel("return", fontsize=8)
     axes[0, 0].legend(fontsize=6)
     figure.savefig(path, dpi=80)
@@ -328,6 +332,8 @@ def report(results: Path, into: Path) -> str:
         of_what = (
             "Games played at random, from files in the original formats to a finished data set."
         )
+        load = f"The machine's load was {result['machine']['load']:.1f}."
+        of_what += f" {load}" if result["machine"]["load"] > 0.5 else ""
         parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]

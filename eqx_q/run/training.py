@@ -18,9 +18,9 @@ from ..agents import Agent, OfflineAgent
 from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from ..checkpoint import save
 from ..clock import clock
-from ..data import Blocks, Dataset, Sampling
+from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
-from ..offline import start_offline, train_offline
+from ..offline import blocks_of, start_offline, train_offline
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..training import Metrics, train
 from ..wrappers import Env
@@ -88,7 +88,7 @@ def train_run(
             how["sampling"] = _sampling(config)
             _check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # both refuse what does not fit
-            Blocks(dataset, how["sampling"])
+            blocks_of(run_state, dataset, how["sampling"])
             dataset.verify()  # reads it all
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
         on_start()
