@@ -7,6 +7,7 @@ A configuration is a nested dictionary with the keys of `conf/config.yaml`. The 
 
 from .collecting import collect_run as collect_run
 from .evaluation import evaluate_run as evaluate_run
+from .exporting import export_run as export_run
 from .settings import (
     Config as Config,
     changeable as changeable,
