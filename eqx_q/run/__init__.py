@@ -18,5 +18,6 @@ from .settings import (
     whole as whole,
     whole_or_none as whole_or_none,
 )
-from .summary import provenance as provenance, write_json as write_json
+from .summary import finished as finished, provenance as provenance, write_json as write_json
+from .sweeps import as_markdown as as_markdown, summarize_sweep as summarize_sweep
 from .training import train_run as train_run

@@ -25,6 +25,16 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, [text.encode()])
 
 
+def finished(directory: Path) -> dict[str, Any] | None:
+    """The summary of a run that came to its end and whose agent is there, else `None`."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_done = isinstance(summary, dict) and summary.get("status") == "done"
+    return summary if is_done and (directory / "agent.eqx").exists() else None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(part) for name, part in value.items()}

@@ -1,0 +1,215 @@
+"""Sweeps: skipped, gone on with, started by launchers, and summarized."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import jax
+import numpy as np
+import pytest
+import submitit
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from omegaconf import OmegaConf
+from PIL import Image
+
+from eqx_q.checkpoint import checkpoints, load
+from eqx_q.run import summarize_sweep
+from eqx_q.run.statistics import human_normalised, interval, iqm
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "tracker=jsonl",
+    "tuned=none",
+    "num_envs=4",
+    "agent.rollout_length=8",
+    "agent.num_minibatches=4",
+    "agent.num_epochs=1",
+    "agent.network_options.hidden_sizes=[8]",
+    "eval.every=0",
+    "video.every=0",
+    "total_steps=640",
+    "log_every=4",
+    "checkpoint.every=128",
+    "hydra.sweep.dir=sweep",
+]
+
+
+def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, tmp_path):
+    command = ["-m", *SMALL, "seed=0,1,2"]
+    status, _, err = script("train", *command)
+    assert status == 0, err
+    runs = [tmp_path / "sweep" / str(i) for i in range(3)]
+    whole = [load(run / "agent.eqx") for run in runs]
+    # The first is done. The second was killed after a checkpoint, the third before its first.
+    first = (runs[0] / "agent.eqx").stat().st_mtime_ns
+    for run in runs[1:]:
+        (run / "summary.json").unlink()
+        (run / "agent.eqx").unlink()
+    checkpoints(runs[1] / "checkpoints")[0].unlink()
+    begun = int(checkpoints(runs[1] / "checkpoints")[0].stem)
+    assert 0 < begun < 640
+    shutil.rmtree(runs[2] / "checkpoints")
+    status, out, err = script("train", *command)
+    assert status == 0, err
+    assert out.count("done already: ") == 1 and f"done already: {runs[0]}" in out
+    assert (runs[0] / "agent.eqx").stat().st_mtime_ns == first
+    for run, before in zip(runs, whole, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), before)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["env_steps"] for line in lines]
+        assert steps == sorted(set(steps)) and steps[-1] == 640
+    # What was cut was not trained again from its start.
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    trained = summary["steps_per_second"] * summary["train_seconds"]
+    assert trained == pytest.approx(640 - begun)
+
+    status, _, err = script("train", *command[:-1], "seed=0", "agent.lambda_=0.5")
+    assert status == 1
+    assert f"there is a run with agent.lambda_=0.65, not 0.5, in '{runs[0]}': choose" in err
+
+
+def start(*arguments, cwd, **environment):
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *SMALL, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_joblib_runs_them_side_by_side(tmp_path):
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "agent.discount=5,0.5"]
+    run = start(*options, cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
+    assert run.stderr.endswith(
+        "error: some of the sweep's runs failed, with the messages above\n"
+    ), run.stderr
+    assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
+
+
+def test_submitit_runs_here_what_slurm_would_get(tmp_path, monkeypatch):
+    launchers = {}
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for name in ("slurm", "slurm_local"):
+            choice = [f"hydra/launcher={name}", "hydra.launcher.mem_gb=7"]
+            config = hydra.compose("config", choice, return_hydra_config=True).hydra.launcher
+            OmegaConf.set_struct(config, False)
+            for key in ("_target_", "submitit_folder", "name"):
+                config.pop(key)
+            launchers[name] = OmegaConf.to_container(config)
+    shared = set(OmegaConf.structured(BaseQueueConf)) - {"submitit_folder", "name"}
+    assert {key: launchers["slurm"][key] for key in shared} == launchers["slurm_local"]
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for program in ("srun", "sbatch"):
+        (tmp_path / program).touch(0o755)
+    timeouts = launchers["slurm"].pop("max_num_timeout")
+    executor = submitit.AutoExecutor(tmp_path, cluster="slurm", slurm_max_num_timeout=timeouts)
+    executor.update_parameters(
+        **{k if k in shared else f"slurm_{k}": v for k, v in launchers["slurm"].items()}
+    )
+    text = executor._executor._make_submission_file_text("python", "1")
+    for line in ("time=1440", "cpus-per-task=8", "gpus-per-node=1", "mem=7GB", "nodes=1"):
+        assert f"#SBATCH --{line}\n" in text
+    assert executor._executor.max_num_timeout == 100
+
+    run = start("hydra/launcher=slurm_local", "seed=3", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["seed"] == 3
+
+
+def made_up(directory, name, seed, returns, suite="envpool", status="done", **agent):
+    directory.mkdir(parents=True)
+    (directory / "agent.eqx").touch()
+    summary = {"status": status, "eval_return_per_seed": returns}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    rows = [{"env_steps": t, "eval/return": [t * r for r in returns]} for t in (1, 2)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(text)
+    config = {"env": {"suite": suite, "name": name}, "seed": seed, "agent": agent}
+    return config, directory
+
+
+def test_a_summary_of_games_seeds_and_settings(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {
+        ("Pong-v5", 0.5): rng.uniform(-21, 21, 5),
+        ("Breakout-v5", 0.5): rng.uniform(0, 400, 5),
+        ("Pong-v5", 0.9): rng.uniform(-21, 21, 5),
+        ("Breakout-v5", 0.9): rng.uniform(0, 400, 5),
+    }
+    runs = [
+        made_up(tmp_path / f"{name}{lambda_}{seed}", name, seed, list(part), lambda_=lambda_)
+        for (name, lambda_), returns in values.items()
+        for seed, part in ((3, returns[:2]), (5, returns[2:]))  # two seeds in a run, and three
+    ]
+    runs.append(made_up(tmp_path / "own", "Mine-v0", 0, [1.0], suite="gymnasium", lambda_=0.5))
+    runs.append(made_up(tmp_path / "cut", "Pong-v5", 9, [0.0], status="stopped", lambda_=0.5))
+    told = summarize_sweep(runs, tmp_path / "out")
+
+    rows = {(row["env"], row["setting"]): row for row in told["environments"]}
+    assert len(rows) == 5
+    for (name, lambda_), returns in values.items():
+        row = rows["envpool/" + name, f"agent.lambda_={lambda_}"]
+        assert row["seeds"] == [3, 4, 5, 6, 7] and row["returns"] == returns.tolist()
+        assert row["mean"] == pytest.approx(returns.mean())
+        assert row["iqm"] == pytest.approx(np.sort(returns)[1:4].mean())
+        assert row["interval"] == interval(returns[:, None])
+    assert rows["gymnasium/Mine-v0", "agent.lambda_=0.5"]["normalised"] is None
+    pong = (values["Pong-v5", 0.5] + 20.7) / (14.6 + 20.7)
+    breakout = (values["Breakout-v5", 0.5] - 1.7) / (30.5 - 1.7)
+    row = rows["envpool/Pong-v5", "agent.lambda_=0.5"]
+    assert row["normalised"] == pytest.approx(pong.mean())
+    overall, _ = told["overall"]
+    assert overall["setting"] == "agent.lambda_=0.5" and overall["games"] == 2
+    both = np.stack([breakout, pong], axis=1)
+    assert overall["median"] == pytest.approx(np.median(both.mean(0)))
+    assert overall["iqm"] == pytest.approx(iqm(both))
+    assert overall["interval"] == pytest.approx(interval(both))
+    assert told["unfinished"] == [str(tmp_path / "cut")]
+
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == 10
+    with (tmp_path / "out" / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 21
+    assert {(r["environment"], r["seed"]) for r in lines} >= {("envpool/Pong-v5", "7")}
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    assert f"over 2 games at agent.lambda_=0.5: median **{overall['median']:.3f}**" in text
+    assert f"Not finished: {tmp_path / 'cut'}." in text
+    with Image.open(tmp_path / "out" / "sweep.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+
+
+def test_human_normalised_scores_of_57_games():
+    np.testing.assert_allclose(human_normalised("Pong", np.array([-20.7, 14.6])), [0, 1])
+    assert human_normalised("Adventure", np.zeros(1)) is None
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = hydra.compose("config", ["experiment=atari57"], return_hydra_config=True)
+    games = [game.strip() for game in config.hydra.sweeper.params["env.name"].split(",")]
+    assert len(set(games)) == 57 and config.env.suite == "envpool"
+    for game in games:
+        assert human_normalised(game.removesuffix("-v5"), np.zeros(1)) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no sweep to summarize: give sweep=DIR"),
+        (["sweep=nowhere"], "there is no run below 'nowhere'"),
+        (["sweep=."], "none of the 1 runs is finished and has eval_return"),
+        (["sweep=.", "metric=return"], "unknown metric 'return': the nearest are"),
+    ],
+)
+def test_bad_input_of_a_summary(script, tmp_path, arguments, message):
+    config, run = made_up(tmp_path / "run", "Pong-v5", 0, [1.0], status="stopped")
+    OmegaConf.save(config, run / "config.yaml")
+    status, _, err = script("summarize", *arguments)
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err
