@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqx_q import spaces
+from eqx_q import PQN, Population, spaces, wrappers
 from eqx_q.agents.agent import Agent
 from eqx_q.errors import MissingExtraError, UsageError
 from eqx_q.media import record_episode, write_gif
 from eqx_q.types import Decision, Episode, TimeStep
 from eqx_q.wrappers import Env
+from eqx_q.wrappers.host import closing
 
 
 class Corridor(Env):
@@ -146,6 +147,50 @@ def test_gif_shows_the_frames(tmp_path):
     shown, info = read(tmp_path / "media" / "a.gif")
     np.testing.assert_allclose(np.stack(shown).astype(int), np.stack(frames), atol=8)
     assert info["duration"] == 100 and info["loop"] == 0
+
+
+SCENES = {  # of other games, and of Craftax, which takes long to compile, see tests/wrappers
+    "gymnax/FourRooms-misc": (234, 234),
+    "gymnax/FrozenLake-misc": (240, 240),
+    "jaxmarl/coin_game": (240, 240),
+    "jaxmarl/overcooked_v2": (128, 160),
+    "envpool/Pong-v5": (210, 160),
+    "gymnasium/CartPole-v1": (400, 600),
+    "pettingzoo/mpe2.simple_spread_v3": (700, 700),
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_what_suites_draw_is_recorded(tmp_path, name):
+    with closing(wrappers.make(name, 2)) as env:
+
+        def random(key):  # of two teams or agents, the first lane's is recorded
+            return PQN.create(
+                env.observation_space,
+                env.action_space,
+                key=key,
+                num_agents=env.num_agents,
+                network="mlp",
+                network_options={"hidden_sizes": []},
+            )
+
+        agent = Population(eqx.filter_vmap(random)(jax.random.split(jax.random.key(0))))
+        frames, _ = record_episode(agent, env, key=jax.random.key(0), max_steps=12)
+    assert 2 <= len(frames) <= 13
+    assert {frame.shape for frame in frames} == {(*SCENES[name], 3)}
+    assert all(frame.dtype == np.uint8 and frame.min() < frame.max() for frame in frames)
+    assert any((frame != frames[0]).any() for frame in frames[1:])
+    write_gif(tmp_path / "a.gif", frames)
+    shown, _ = read(tmp_path / "a.gif")
+    scale = min(1, 320 / max(SCENES[name]))
+    assert shown[0].shape == (*(round(scale * side) for side in SCENES[name]), 3)
+    np.testing.assert_allclose(shown[0].mean(), frames[0].mean(), atol=4)
+
+
+@pytest.mark.parametrize("name", ["gymnax/MemoryChain-bsuite", "jaxmarl/switch_riddle"])
+def test_where_there_is_nothing_to_see(name):
+    with closing(wrappers.make(name, 1)) as env:
+        assert env.render(env.reset(jax.random.key(0))[0]) is None
 
 
 def test_large_frames_are_scaled_down(tmp_path):
