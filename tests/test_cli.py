@@ -56,9 +56,12 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
     assert rows[-1]["env_steps"] == 2048
     np.testing.assert_allclose(rows[-1]["eval/return"], summary["eval_return_per_seed"])
 
-    status, out, _ = script("evaluate", "run=run", "episodes=6", "seed=3")
+    status, out, _ = script("evaluate", "run=run", "episodes=6", "seed=3", "video=true")
     assert status == 0
     result = json.loads((run / "evaluation_as_trained.json").read_text())
+    best = int(np.argmax(result["return_per_seed"]))
+    assert f"written to run/media/evaluation_as_trained.gif (member {best})" in out
+    assert (run / "media" / "evaluation_as_trained.gif").read_bytes().startswith(b"GIF89a")
     agent = load(run / "agent.eqx")
     env = eqx_q.make("gymnax/CartPole-v1", num_envs=12)
     expected = eqx_q.evaluate(agent, env, num_episodes=6, key=jax.random.key(3))
