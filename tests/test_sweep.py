@@ -141,6 +141,7 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     values = {
         ("Pong-v5", 0.5): rng.uniform(-21, 21, 5),
         ("Breakout-v5", 0.5): rng.uniform(0, 400, 5),
+        ("Boxing-v5", 0.5): rng.uniform(0, 900, 5),
         ("Pong-v5", 0.9): rng.uniform(-21, 21, 5),
         ("Breakout-v5", 0.9): rng.uniform(0, 400, 5),
     }
@@ -154,7 +155,7 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     told = summarize_sweep(runs, tmp_path / "out")
 
     rows = {(row["env"], row["setting"]): row for row in told["environments"]}
-    assert len(rows) == 5
+    assert len(rows) == 6
     for (name, lambda_), returns in values.items():
         row = rows["envpool/" + name, f"agent.lambda_={lambda_}"]
         assert row["seeds"] == [3, 4, 5, 6, 7] and row["returns"] == returns.tolist()
@@ -164,23 +165,25 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     assert rows["gymnasium/Mine-v0", "agent.lambda_=0.5"]["normalised"] is None
     pong = (values["Pong-v5", 0.5] + 20.7) / (14.6 + 20.7)
     breakout = (values["Breakout-v5", 0.5] - 1.7) / (30.5 - 1.7)
+    boxing = (values["Boxing-v5", 0.5] - 0.1) / (12.1 - 0.1)
     row = rows["envpool/Pong-v5", "agent.lambda_=0.5"]
     assert row["normalised"] == pytest.approx(pong.mean())
     overall, _ = told["overall"]
-    assert overall["setting"] == "agent.lambda_=0.5" and overall["games"] == 2
-    both = np.stack([breakout, pong], axis=1)
-    assert overall["median"] == pytest.approx(np.median(both.mean(0)))
-    assert overall["iqm"] == pytest.approx(iqm(both))
-    assert overall["interval"] == pytest.approx(interval(both))
+    assert overall["setting"] == "agent.lambda_=0.5" and overall["games"] == 3
+    games = np.stack([boxing, breakout, pong], axis=1)
+    assert overall["median"] == pytest.approx(np.median(games.mean(0)))
+    assert overall["mean"] == pytest.approx(games.mean())
+    assert overall["iqm"] == pytest.approx(iqm(games))
+    assert overall["interval"] == pytest.approx(interval(games))
     assert told["unfinished"] == [str(tmp_path / "cut")]
 
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == 10
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == 12
     with (tmp_path / "out" / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 21
+    assert len(lines) == 26
     assert {(r["environment"], r["seed"]) for r in lines} >= {("envpool/Pong-v5", "7")}
     text = (tmp_path / "out" / "sweep.md").read_text()
-    assert f"over 2 games at agent.lambda_=0.5: median **{overall['median']:.3f}**" in text
+    assert f"over 3 games at agent.lambda_=0.5: median **{overall['median']:.3f}**" in text
     assert f"Not finished: {tmp_path / 'cut'}." in text
     with Image.open(tmp_path / "out" / "sweep.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
