@@ -30,8 +30,8 @@ def export(
 
     In `directory` are then `agent.jaxexport`, which is what `jax.export` serialises (StableHLO with
     the parameters in it) and takes any number of lanes; `policy.py`, whose `Policy` calls it with
-    the arguments of `Agent.act`; and `flatbuffers.zip`, without which JAX cannot read it. JAX reads
-    what is at most six months older than itself.
+    the arguments of `Agent.act`, greedily unless it is told an ε; and `flatbuffers.zip`, without
+    which JAX cannot read it. JAX reads what is at most six months older than itself.
 
     **Arguments:** `platforms`: of JAX; one file serves them all.
 
@@ -125,7 +125,7 @@ def _unchecked() -> Iterator[None]:
 
 
 def _packed(package: str) -> bytes:
-    """An installed package of Python files, with its licence, as a zip that can be imported."""
+    """An installed package of Python files as a zip that can be imported, with who made it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in importlib.metadata.files(package) or []:

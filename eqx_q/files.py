@@ -37,10 +37,15 @@ def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) ->
 def alone_in(directory: Path) -> Iterator[None]:
     """Makes a directory, and keeps other processes that ask for it out until they or this one end.
 
-    **Raises:** `UsageError` where another process has it.
+    **Raises:** `UsageError` where another process has it, or it cannot be written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
+    path = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

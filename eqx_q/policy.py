@@ -69,8 +69,8 @@ class Policy:
             `memory` it starts in all of them.
         - `action_mask`: legal actions; by default all.
         - `reward`: that came with `obs`, for networks that look at it.
-        - `epsilon`: probability of a random legal action, given a key; of a population one for
-            all, or one each.
+        - `epsilon`: probability of a random legal action, given a key; by default 0, since there
+            is no schedule any more. Of a population one for all, or one each.
         - `key`: randomness. Without it the choice is greedy.
 
         **Raises:** `ValueError` where shapes are not those of `inputs`.

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eqx_q.errors import UnknownNameError, UsageError
+from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.run import changeable
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -55,7 +55,7 @@ def launch(main: Callable[[], Any]) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [here, *paths])))
-    # Its end is then theirs too.
+    # As Ctrl-C, with which joblib ends those runs too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -183,6 +183,8 @@ def resumed(config: DictConfig) -> DictConfig:
     free = changeable(settings(stored))
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+~")
+        if key == "resume":  # it is no part of the run, which a sweep may come back to
+            continue
         group, _, name = key.partition(".")
         if group == "agent" and name:
             if name not in free:
@@ -259,6 +261,9 @@ def _explain(error: Exception) -> str:
     """What Hydra and OmegaConf say, with the nearest names where one is unknown."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        plugin = name.partition("_")[0]
+        if group == "hydra/launcher" and plugin in ("joblib", "submitit"):
+            return str(MissingExtraError(f"hydra-{plugin}-launcher", "sweep"))
         return str(UnknownNameError(group, name, error.options or []))
     cause = error.__cause__ or error.__context__
     if isinstance(cause, UsageError):

@@ -66,13 +66,12 @@ def site(tmp_path_factory):
     return site
 
 
-def alone(script, *arguments, cwd=None):
+def alone(script, *arguments):
     run = subprocess.run(
         [sys.executable, "-I", "-S", "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=cwd,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -161,11 +160,11 @@ def test_one_file_takes_any_number_of_lanes_on_several_platforms(tmp_path):
     forgetful = policy.act(obs[2], one.memory, first=True)
     np.testing.assert_array_equal(forgetful.value, one.value)  # unless it is to forget
     # A key without epsilon changes nothing; with it any legal action may come.
-    key, mask = jax.random.key(0), np.array([False, True, True, False])
-    np.testing.assert_array_equal(policy.act(obs, key=key).action, whole.action)
-    masks = np.tile(mask, (400, 1))
-    random = policy.act(np.zeros((400, 3)), epsilon=1.0, key=key, action_mask=masks).action
-    assert set(np.asarray(random).tolist()) == {1, 2}
+    keys, mask = jax.random.split(jax.random.key(0), 20), np.array([False, True, True, False])
+    np.testing.assert_array_equal(policy.act(obs, key=keys[0]).action, whole.action)
+    mask = np.tile(mask, (5, 1))
+    random = [policy.act(obs, epsilon=1.0, key=key, action_mask=mask).action for key in keys]
+    assert set(np.ravel(random)) == {1, 2}
     with pytest.raises(ValueError, match="shape"):
         policy.act(np.zeros((5, 7)))
 
@@ -208,36 +207,40 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
         eqx_q.export(tmp_path, agent)
 
 
-def test_a_run_is_exported_with_its_card(script, site, tmp_path):
+def test_a_run_is_exported_with_its_card(script, tmp_path, monkeypatch, capsys):
     config = {"agent": {"_target_": "eqx_q.PQN", "network_options": SMALL, "learning_rate": 1e-4}}
     config |= {"env": {"suite": "gymnax", "name": "CartPole-v1"}, "seed": 5, "num_seeds": 2}
+    config |= {"eval": {"epsilon": 0.25}}
     run = tmp_path / "run"
     with closing(make_env(config, 2)) as env:
         eqx_q.save(run / "agent.eqx", make_agent(config, env))
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "summary.json").write_text(
-        json.dumps({"eval_return_per_seed": [31.5, 47.25], "versions": {"jax": "0.0.7"}})
-    )
-    (run / "evaluation_whole.json").write_text(
-        json.dumps(
-            {"protocol": "whole", "episodes": 9, "epsilon": 0.5, "return_per_seed": [8.5, 6.75]}
-        )
-    )
+    summary = {"eval_return_per_seed": [31.5, 47.25], "train_return_per_seed": [None, 20.5]}
+    summary |= {"env_steps": 0, "status": "stopped", "versions": {"jax": "0.0.7"}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    evaluation = {"protocol": "whole", "episodes": 9, "epsilon": 0.5, "env_steps": 0}
+    evaluation |= {"return_per_seed": [8.5, 6.75]}
+    (run / "evaluation_whole.json").write_text(json.dumps(evaluation))
+    evaluation |= {"protocol": "before", "env_steps": 64}  # of another agent: the run went on
+    (run / "evaluation_before.json").write_text(json.dumps(evaluation))
     status, out, err = script("export", "run=run", "member=1")
     assert status == 0, err
     assert "run/export/agent.jaxexport" in out
-    obs = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    obs = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
     member = eqx_q.load(tmp_path / "run" / "agent.eqx").member(1)
+    expected = eqx.filter_jit(member.act)(obs)
     exported = Policy(tmp_path / "run" / "export" / "agent.jaxexport").act(obs)
-    np.testing.assert_array_equal(exported.action, member.act(obs).action)
-    np.testing.assert_allclose(exported.value, member.act(obs).value, rtol=1e-5)
+    np.testing.assert_array_equal(exported.action, expected.action)
+    np.testing.assert_allclose(exported.value, expected.value, rtol=1e-5)
 
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     for told in (
         "gymnax/CartPole-v1",
         "member 1 of 2",
         "| seed | 6 |",
-        "end of training | 47.25 | 47.25 |",
+        "| 0 env steps, where training was stopped |",
+        "end of training, with ε = 0.25 | 47.25 | 47.25 |",
+        "with exploration | 20.5 | 20.5 |",
         "whole: 9 episodes, ε = 0.5 | 6.75 | 6.75 |",
         "trained with | jax 0.0.7 |",
         f"exported with | jax {jax.__version__}, for cpu, cuda |",
@@ -245,16 +248,22 @@ def test_a_run_is_exported_with_its_card(script, site, tmp_path):
         "| `obs` | `[n, 4]` | float32 |",
     ):
         assert told in card
+    assert "before: " not in card and "None" not in card
     example = card.split("```python\n")[1].split("```")[0]
-    run = f"import sys; sys.path[:0] = [{str(site)!r}, '.']\n{example}"
-    assert "[" in alone(run, cwd=tmp_path / "run" / "export")
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path / "run" / "export")
+        here.syspath_prepend(".")
+        exec(example, {})
+        del sys.modules["policy"]
+    assert capsys.readouterr().out.startswith("[")
 
     assert script("export", "run=run", "out=all")[0] == 0
     both = Policy(tmp_path / "all" / "agent.jaxexport")
     assert str(both.inputs["obs"].shape) == "(2*n, 4)"
     card = (tmp_path / "all" / "README.md").read_text()
-    assert "2 seeds as one" in card and "| 39.38 | 31.5, 47.25 |" in card
-    np.testing.assert_array_equal(both.act(np.tile(obs, (2, 1))).action[7:], exported.action)
+    assert "2 seeds as one" in card and "| seed | 5, 6 |" in card
+    assert "| 39.38 | 31.5, 47.25 |" in card and "| 20.5 | –, 20.5 |" in card
+    np.testing.assert_array_equal(both.act(np.tile(obs, (2, 1))).action[2:], exported.action)
 
 
 @pytest.mark.parametrize(

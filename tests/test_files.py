@@ -63,3 +63,6 @@ def test_nobody_else_comes_in_while_one_is_there(tmp_path):
         raise AssertionError
     with alone_in(tmp_path / "run"):  # it is free again
         pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"), alone_in(tmp_path / "file" / "run"):
+        raise AssertionError

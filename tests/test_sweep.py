@@ -1,6 +1,7 @@
 """Sweeps: skipped, gone on with, started by launchers, and summarized."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import submitit
+from hydra.errors import MissingConfigException
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 from PIL import Image
@@ -40,24 +42,22 @@ SMALL = [
 
 
 def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, tmp_path):
-    command = ["-m", *SMALL, "seed=0,1,2"]
+    command = ["-m", *SMALL, "seed=0,1"]
     status, _, err = script("train", *command)
     assert status == 0, err
-    runs = [tmp_path / "sweep" / str(i) for i in range(3)]
+    runs = [tmp_path / "sweep" / str(i) for i in range(2)]
     whole = [load(run / "agent.eqx") for run in runs]
-    # The first is done. The second was killed after a checkpoint, the third before its first.
-    first = (runs[0] / "agent.eqx").stat().st_mtime_ns
-    for run in runs[1:]:
+    # The first was killed before its first checkpoint, the second after it.
+    for run in runs:
         (run / "summary.json").unlink()
         (run / "agent.eqx").unlink()
+    shutil.rmtree(runs[0] / "checkpoints")
     checkpoints(runs[1] / "checkpoints")[0].unlink()
     begun = int(checkpoints(runs[1] / "checkpoints")[0].stem)
     assert 0 < begun < 640
-    shutil.rmtree(runs[2] / "checkpoints")
     status, out, err = script("train", *command)
     assert status == 0, err
-    assert out.count("done already: ") == 1 and f"done already: {runs[0]}" in out
-    assert (runs[0] / "agent.eqx").stat().st_mtime_ns == first
+    assert "done already: " not in out
     for run, before in zip(runs, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), before)
         lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -68,22 +68,31 @@ def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, t
     trained = summary["steps_per_second"] * summary["train_seconds"]
     assert trained == pytest.approx(640 - begun)
 
+    # Now both are done, one of them as the message to somebody who stops it says.
+    (runs[1] / "agent.eqx").unlink()
+    status, _, err = script("train", f"resume={runs[1]}")
+    assert status == 0, err
+    times = [(run / "agent.eqx").stat().st_mtime_ns for run in runs]
+    status, out, err = script("train", *command)
+    assert status == 0, err
+    assert all(f"done already: {run}\n" in out for run in runs)
+    assert [(run / "agent.eqx").stat().st_mtime_ns for run in runs] == times
+
     status, _, err = script("train", *command[:-1], "seed=0", "agent.lambda_=0.5")
     assert status == 1
     assert f"there is a run with agent.lambda_=0.65, not 0.5, in '{runs[0]}': choose" in err
 
 
-def start(*arguments, cwd, **environment):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *SMALL, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_joblib_runs_them_side_by_side(tmp_path):
     options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "agent.discount=5,0.5"]
-    run = start(*options, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *SMALL, *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 1, run.stderr
     assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
     assert run.stderr.endswith(
@@ -92,7 +101,18 @@ def test_joblib_runs_them_side_by_side(tmp_path):
     assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
-def test_submitit_runs_here_what_slurm_would_get(tmp_path, monkeypatch):
+def test_without_a_launcher_the_extra_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    app = importlib.import_module("_app")
+    for name, package in {"joblib": "joblib", "submitit_slurm": "submitit"}.items():
+        error = MissingConfigException("", f"hydra/launcher/{name}", ["basic"])
+        told = app._explain(error)
+        assert f"'hydra-{package}-launcher'" in told and "eqx_q[sweep]" in told
+    error = MissingConfigException("", "hydra/launcher/jobli", ["basic", "joblib"])
+    assert app._explain(error) == "unknown hydra/launcher 'jobli': the nearest are joblib"
+
+
+def test_submitit_runs_here_what_slurm_would_get(script, tmp_path, monkeypatch):
     launchers = {}
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for name in ("slurm", "slurm_local"):
@@ -118,8 +138,9 @@ def test_submitit_runs_here_what_slurm_would_get(tmp_path, monkeypatch):
         assert f"#SBATCH --{line}\n" in text
     assert executor._executor.max_num_timeout == 100
 
-    run = start("hydra/launcher=slurm_local", "seed=3", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    status, _, err = script("train", "-m", *SMALL, "hydra/launcher=slurm_local", "seed=3")
+    assert status == 0, err
     summary = json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())
     assert summary["status"] == "done" and summary["seed"] == 3
 
@@ -129,7 +150,7 @@ def made_up(directory, name, seed, returns, suite="envpool", status="done", **ag
     (directory / "agent.eqx").touch()
     summary = {"status": status, "eval_return_per_seed": returns}
     (directory / "summary.json").write_text(json.dumps(summary))
-    rows = [{"env_steps": t, "eval/return": [t * r for r in returns]} for t in (1, 2)]
+    rows = [{"env_steps": t, "eval/return": [r and t * r for r in returns]} for t in (1, 2)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (directory / "metrics.jsonl").write_text(text)
     config = {"env": {"suite": suite, "name": name}, "seed": seed, "agent": agent}
@@ -152,6 +173,9 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     ]
     runs.append(made_up(tmp_path / "own", "Mine-v0", 0, [1.0], suite="gymnasium", lambda_=0.5))
     runs.append(made_up(tmp_path / "cut", "Pong-v5", 9, [0.0], status="stopped", lambda_=0.5))
+    runs.append(made_up(tmp_path / "blind", "Pong-v5", 8, [None], lambda_=0.5))
+    for i, (config, _) in enumerate(runs):
+        config["num_seeds"] = i  # is no setting
     told = summarize_sweep(runs, tmp_path / "out")
 
     rows = {(row["env"], row["setting"]): row for row in told["environments"]}
@@ -175,16 +199,17 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     assert overall["mean"] == pytest.approx(games.mean())
     assert overall["iqm"] == pytest.approx(iqm(games))
     assert overall["interval"] == pytest.approx(interval(games))
-    assert told["unfinished"] == [str(tmp_path / "cut")]
+    assert told["left_out"] == [str(tmp_path / "cut"), str(tmp_path / "blind")]
 
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == 12
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == 13
     with (tmp_path / "out" / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 26
     assert {(r["environment"], r["seed"]) for r in lines} >= {("envpool/Pong-v5", "7")}
     text = (tmp_path / "out" / "sweep.md").read_text()
     assert f"over 3 games at agent.lambda_=0.5: median **{overall['median']:.3f}**" in text
-    assert f"Not finished: {tmp_path / 'cut'}." in text
+    assert "`eval_return` of 11 finished runs." in text
+    assert f"without eval_return: {tmp_path / 'cut'}, {tmp_path / 'blind'}." in text
     with Image.open(tmp_path / "out" / "sweep.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 

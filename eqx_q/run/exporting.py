@@ -8,19 +8,13 @@ from typing import Any
 import jax
 
 from ..agents import Agent, Population
-from ..errors import UsageError
+from ..errors import CorruptFileError, UsageError
 from ..exporting import export
 from ..files import write_whole
 from ..policy import Policy
 from ..wrappers.registry import SUITES
 from .evaluation import trained_agent
 from .settings import Config, env_name, given, learnt
-
-_SCORES = {
-    "eval_return_per_seed": "greedy return at the end of training",
-    "best_eval_return_per_seed": "best greedy return during training",
-    "train_return_per_seed": "return in training, with exploration",
-}
 
 
 def export_run(
@@ -55,6 +49,8 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
     """Scores, what goes in and out, how to use it, configuration and versions."""
     summary = _read(directory / "summary.json")
     ((unit, amount),) = learnt(agent).items()
+    stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
+    first = config["seed"] + (member or 0)
     of_all = f", member {member} of {config['num_seeds']}" if member is not None else ""
     if agent.num_members:
         of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
@@ -62,8 +58,8 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
         "agent": f"`{config['agent']['_target_']}`{of_all}",
         "environment": f"`{env_name(config)}`",
         "options of the environment": f"`{json.dumps(given(config['env']))}`",
-        "learnt from": f"{amount:,} {unit.replace('_', ' ')}",
-        "seed": config["seed"] + (member or 0),
+        "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
+        "seed": ", ".join(str(first + i) for i in range(agent.num_members or 1)),
         "trained on": summary.get("device"),
         "trained with": _versions(config, summary),
         "commit": summary.get("commit"),
@@ -75,10 +71,10 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
 
 An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.
 
-{_table(("", ""), facts.items())}
+{_table(("", ""), [(name, fact) for name, fact in facts.items() if fact not in (None, "")])}
 ## Scores
 
-{_table(("return", "mean", "each seed"), _scores(directory, summary, member))}
+{_table(("return", "mean", "each seed"), _scores(config, directory, learnt(agent), member))}
 ## Use
 
 In this directory, or with it in `sys.path`:
@@ -121,21 +117,31 @@ obs = np.zeros(({shape}), np.{obs.dtype})  # of {lanes} lanes
 
 
 def _scores(
-    directory: Path, summary: Mapping[str, Any], member: int | None
+    config: Config, directory: Path, amount: Mapping[str, int], member: int | None
 ) -> list[tuple[str, str, str]]:
-    """What training and evaluations afterwards came to."""
-    scores = {name: summary.get(key) for key, name in _SCORES.items()}
+    """What training and evaluations afterwards came to, of an agent that has learnt so much."""
+    epsilon = given(config.get("eval", {})).get("epsilon", 0.0)
+    how = f"with ε = {epsilon}" if epsilon else "greedy"
+    names = {
+        "eval_return_per_seed": f"at the end of training, {how}",
+        "best_eval_return_per_seed": f"the best during training, {how}",
+        "train_return_per_seed": "in training, with exploration",
+    }
+    summary = _read(directory / "summary.json")
+    results = [(name, summary, key) for key, name in names.items()]
     for path in sorted(directory.glob("evaluation_*.json")):
         result = _read(path)
-        told = f"{result['episodes']} episodes, ε = {result['epsilon']}"
-        scores[f"{result['protocol']}: {told}"] = result["return_per_seed"]
+        name = f"{result['protocol']}: {result['episodes']} episodes, ε = {result['epsilon']}"
+        results.append((name, result, "return_per_seed"))
     rows = []
-    for name, values in scores.items():
-        known = [x for x in values or [] if x is not None]
+    for name, result, key in results:
+        values = result.get(key) or []
         if member is not None:
-            known = known[member : member + 1]
-        if known:
-            each = ", ".join(f"{x:.4g}" for x in known)
+            values = values[member : member + 1]
+        known = [x for x in values if x is not None]
+        # A run may have gone on since, and been evaluated before.
+        if known and amount.items() <= result.items():
+            each = ", ".join("–" if x is None else f"{x:.4g}" for x in values)
             rows.append((name, f"{sum(known) / len(known):.4g}", each))
     return rows
 
@@ -160,4 +166,9 @@ def _versions(config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise CorruptFileError(f"'{path}' is damaged: delete it") from None

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 
 def iqm(scores: Float[np.ndarray, "..."]) -> float:
     """Mean of the middle half of all scores."""
-    return float(stats.trim_mean(scores.ravel(), 0.25))
+    return float(_middle(scores.reshape(1, -1))[0])
 
 
 def interval(
@@ -29,9 +28,15 @@ def interval(
     """
     seeds, tasks = scores.shape
     draws = np.random.default_rng(0).integers(seeds, size=(resamples, seeds, tasks))
-    means = stats.trim_mean(scores[draws, np.arange(tasks)].reshape(resamples, -1), 0.25, axis=1)
+    means = _middle(scores[draws, np.arange(tasks)].reshape(resamples, -1))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _middle(scores: Float[np.ndarray, "rows scores"]) -> Float[np.ndarray, " rows"]:
+    from scipy import stats  # here: every script would wait for it
+
+    return stats.trim_mean(scores, 0.25, axis=1)
 
 
 def human_normalised(

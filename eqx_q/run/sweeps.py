@@ -43,7 +43,7 @@ class Result(NamedTuple):
 def summarize_sweep(
     runs: Sequence[tuple[Config, Path]], out: Path, *, metric: str = "eval_return"
 ) -> dict[str, Any]:
-    """Compares the runs of a sweep; those that have not come to their end are left out, and named.
+    """Compares the runs of a sweep; those without results so far are left out, and named.
 
     In `out` are then `sweep.json`, `sweep.csv` (a row for each seed), `sweep.md` and `sweep.png`.
 
@@ -62,10 +62,11 @@ def summarize_sweep(
             f"none of the {len(runs)} runs is finished and has {metric}: go on with the sweep, or "
             f"choose another metric ({', '.join(METRICS)})"
         )
+    counted = {result.directory for result in results}
     told = {
         "metric": metric,
         "runs": len(runs),
-        "unfinished": [str(directory) for _, directory in runs if finished(directory) is None],
+        "left_out": [str(directory) for _, directory in runs if directory not in counted],
         "overall": [_overall(*group) for group in _groups(results, ("setting",))],
         "environments": [_of_one(*group) for group in _groups(results, ("setting", "env"))],
     }
@@ -102,14 +103,15 @@ def as_markdown(told: Mapping[str, Any]) -> str:
                 f"**{row['median']:.3f}**, mean {row['mean']:.3f}, IQM "
                 f"{_estimate(row['iqm'], row['interval'])}.",
             ]
-    lines += ["", f"`{told['metric']}` of {told['runs'] - len(told['unfinished'])} finished runs."]
-    if told["unfinished"]:
-        lines += [f"Not finished: {', '.join(told['unfinished'])}."]
+    metric, left_out = told["metric"], told["left_out"]
+    lines += ["", f"`{metric}` of {told['runs'] - len(left_out)} finished runs."]
+    if left_out:
+        lines += [f"Not finished, or without {metric}: {', '.join(left_out)}."]
     return "\n".join(lines) + "\n"
 
 
 def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, str]]:
-    """Each run with what tells it from others in the same environment, but for its seed."""
+    """Each run with what tells it from others in the same environment, but for its seeds."""
     flat = [dict(_leaves(config)) for config, _ in runs]
     of_env = defaultdict(list)
     for (config, _), values in zip(runs, flat, strict=True):
@@ -121,7 +123,7 @@ def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, 
         if any(values.get(name) != alike[0].get(name) for values in alike)
     }
     for (config, directory), values in zip(runs, flat, strict=True):
-        names = sorted(name for name in differing if name != "seed" and name in values)
+        names = sorted(differing & values.keys() - {"seed", "num_seeds"})
         yield config, directory, " ".join(f"{name}={values[name]}" for name in names)
 
 
@@ -234,6 +236,7 @@ def _curves(results: Sequence[Result], name: str) -> bytes:
     """A picture with an axis for each environment: seeds thin, their mean thick, as a PNG."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise MissingExtraError("matplotlib", "sweep") from None
     settings = sorted({result.setting for result in results})
@@ -251,7 +254,7 @@ def _curves(results: Sequence[Result], name: str) -> bytes:
             if curves:
                 steps = max(curves, key=len)[:, 0]
                 mean = np.mean([np.interp(steps, *curve.T) for curve in curves], axis=0)
-                axis.plot(steps, mean, color=color, linewidth=1.8, label=setting)
+                axis.plot(steps, mean, color=color, linewidth=1.8)
         axis.set_title(env.partition("/")[2], fontsize=8)
         axis.tick_params(labelsize=6)
         axis.xaxis.get_offset_text().set_fontsize(6)
@@ -259,7 +262,8 @@ def _curves(results: Sequence[Result], name: str) -> bytes:
         axis.set_axis_off()
     figure.supylabel(name, fontsize=8)
     if len(settings) > 1:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+        lines = [Line2D([], [], color=f"C{i}", label=one) for i, one in enumerate(settings)]
+        figure.legend(handles=lines, loc="outside lower center", fontsize=7)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=80)
     return picture.getvalue()

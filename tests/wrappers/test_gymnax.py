@@ -190,6 +190,11 @@ def test_mazes_are_drawn_from_above(name):
     assert (cells == target).all(-1).sum() == 1 and (cells == player).all(-1).sum() == 1
 
 
+def test_of_a_chain_there_is_nothing_to_see():
+    env = wrappers.make("gymnax/MemoryChain-bsuite", 1)
+    assert env.render(env.reset(jax.random.key(0))[0]) is None
+
+
 def test_cartpole_is_drawn_where_it_stands():
     env = wrappers.make("gymnax/CartPole-v1", 1)
     state, _ = env.reset(jax.random.key(0))
