@@ -41,13 +41,27 @@ SMALL = [
 ]
 
 
-def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, tmp_path):
-    command = ["-m", *SMALL, "seed=0,1"]
-    status, _, err = script("train", *command)
-    assert status == 0, err
-    runs = [tmp_path / "sweep" / str(i) for i in range(2)]
+def test_joblib_runs_them_side_by_side_and_the_same_command_goes_on(script, tmp_path):
+    command = ["-m", *SMALL, "agent.discount=5,0.9,0.5"]
+    side_by_side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *command, *side_by_side],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
+    assert run.stderr.endswith(
+        "error: some of the sweep's runs failed, with the messages above\n"
+    ), run.stderr
+    runs = [tmp_path / "sweep" / str(i) for i in (1, 2)]
     whole = [load(run / "agent.eqx") for run in runs]
-    # The first was killed before its first checkpoint, the second after it.
+    assert [agent.discount for agent in whole] == [np.float32(0.9), 0.5]
+
+    # One was killed before its first checkpoint, the other after it.
     for run in runs:
         (run / "summary.json").unlink()
         (run / "agent.eqx").unlink()
@@ -56,7 +70,7 @@ def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, t
     begun = int(checkpoints(runs[1] / "checkpoints")[0].stem)
     assert 0 < begun < 640
     status, out, err = script("train", *command)
-    assert status == 0, err
+    assert status == 1 and err.count("error: ") == 2 and "error: run 0: discount=5" in err
     assert "done already: " not in out
     for run, before in zip(runs, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), before)
@@ -73,32 +87,14 @@ def test_the_same_command_skips_what_is_done_and_goes_on_with_the_rest(script, t
     status, _, err = script("train", f"resume={runs[1]}")
     assert status == 0, err
     times = [(run / "agent.eqx").stat().st_mtime_ns for run in runs]
-    status, out, err = script("train", *command)
-    assert status == 0, err
+    _, out, _ = script("train", *command)
     assert all(f"done already: {run}\n" in out for run in runs)
     assert [(run / "agent.eqx").stat().st_mtime_ns for run in runs] == times
 
-    status, _, err = script("train", *command[:-1], "seed=0", "agent.lambda_=0.5")
+    other = ["hydra.sweep.subdir=1", "agent.discount=0.9", "agent.lambda_=0.5"]
+    status, _, err = script("train", *command[:-1], *other)
     assert status == 1
     assert f"there is a run with agent.lambda_=0.65, not 0.5, in '{runs[0]}': choose" in err
-
-
-def test_joblib_runs_them_side_by_side(tmp_path):
-    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "agent.discount=5,0.5"]
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *SMALL, *options],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 1, run.stderr
-    assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
-    assert run.stderr.endswith(
-        "error: some of the sweep's runs failed, with the messages above\n"
-    ), run.stderr
-    assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
 def test_without_a_launcher_the_extra_is_named(monkeypatch):
