@@ -20,6 +20,7 @@ from ..checkpoint import save
 from ..clock import clock
 from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
+from ..files import alone_in
 from ..offline import blocks_of, start_offline, train_offline
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..training import Metrics, train
@@ -67,6 +68,7 @@ def train_run(
     if config["devices"] != 1:
         raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone_in(directory))
         dataset = None if config.get("data") is None else Dataset(config["data"])
         lanes = 1 if dataset else whole(config, "num_envs")
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
