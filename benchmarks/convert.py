@@ -26,12 +26,15 @@ from eqx_q.data import Source, convert, from_dqn_replay, from_rlu
 _FORMATS: dict[str, Callable[..., Source]] = {"rlu": from_rlu, "dqn_replay": from_dqn_replay}
 
 
-def write_originals(directory: Path, game: str, num_frames: int) -> None:
-    """`directory/<format>/<game>`, where they are not there yet."""
-    rlu, dqn_replay = (directory / name / game for name in _FORMATS)
-    if rlu.exists() and dqn_replay.exists():
-        return
-    with tempfile.TemporaryDirectory() as temporary:
+def write_originals(directory: Path, game: str, num_frames: int) -> Path:
+    """A directory in `directory` with `<format>/<game>`, unless it is there; which one."""
+    home = directory / f"{game}-{num_frames}"
+    if home.exists():
+        return home
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        whole = Path(temporary) / "whole"
+        rlu, dqn_replay = (whole / name / game for name in _FORMATS)
         games = [
             Raw(rows.obs, rows.action[:-1], rows.reward[:-1], bool(rows.terminated.any()))
             for rows in play(game, Path(temporary) / "data", num_frames).episodes()
@@ -40,6 +43,8 @@ def write_originals(directory: Path, game: str, num_frames: int) -> None:
         clipped = [one._replace(reward=np.sign(one.reward)) for one in games]
         capacity = sum(len(one.frames) + 3 for one in games) + 1  # one file, which it does not fill
         Ring(dqn_replay / "1" / "replay_logs", capacity, games[0].frames.shape[1:]).play(clipped)
+        whole.rename(home)
+    return home
 
 
 def time_conversion(read: Callable[[], Source]) -> dict[str, float]:
@@ -70,13 +75,12 @@ def main() -> None:
     games: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         originals = args.originals or Path(temporary)
-        for game in args.games:
-            write_originals(originals, game, args.frames)
+        homes = {game: write_originals(originals, game, args.frames) for game in args.games}
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         for game in args.games:
             games[game] = {}
             for name, reader in _FORMATS.items():
-                folder = originals / name / game
+                folder = homes[game] / name / game
                 read = functools.partial(reader, folder)
                 runs = [time_conversion(read) for _ in range(args.repetitions)]
                 speeds = [run["frames_per_second"] for run in runs]

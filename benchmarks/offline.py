@@ -20,7 +20,7 @@ import numpy as np
 from learning import run, script
 from record import RESULTS, ROOT, write
 
-from eqx_q.data import Dataset, Shard
+from eqx_q.data import Dataset
 
 
 class Suite(NamedTuple):
@@ -63,34 +63,32 @@ SUITES = {
 LEARNERS = ("bc", "dqn", "cql")
 
 
-def record(teacher: Path, out: Path, options: list[str]) -> dict[str, Any]:
+def record(out: Path, options: list[str]) -> dict[str, Any]:
     """Records a data set, unless that is done; what it is of."""
     if not out.exists():
-        script("collect", f"run={teacher}", f"out={out}", *options)
+        script("collect", *options, f"out={out}")
     dataset = Dataset(out)
     asked = dict(option.split("=") for option in options)
     there = dataset.description.source
-    for name, value in {"steps": there.get("steps"), "epsilon": there.get("epsilons")}.items():
-        if name in asked and _numbers(value) != _numbers(asked[name]):
+    there = {
+        "run": there.get("runs"),
+        "steps": there.get("steps"),
+        "epsilon": there.get("epsilons"),
+    }
+    for name, value in there.items():
+        if name in asked and _plain(value) != _plain(asked[name]):
             sys.exit(f"error: {out} has {name}={value}, not {asked[name]}: move it away")
-    returns = np.concatenate([_returns(dataset, shard) for shard in dataset.shards])
+    whole = [shard.source for shard in dataset.shards if shard.source["episodes"]]
+    returns = [source["return_mean"] for source in whole]
     return {
         "transitions": dataset.num_transitions,
         "episodes": dataset.num_episodes,
-        "return_mean": float(np.mean(returns)),
+        "return_mean": float(np.average(returns, weights=[x["episodes"] for x in whole])),
     }
 
 
-def _numbers(value: Any) -> str:
-    return str(value).strip("[]").replace(" ", "")
-
-
-def _returns(dataset: Dataset, shard: Shard) -> np.ndarray:
-    """Of a shard's episodes, without the last ones, which were cut by the recording's end."""
-    rows = slice(shard.start, shard.start + shard.rows)
-    starts = np.flatnonzero(dataset.rows.first[rows])
-    returns = np.add.reduceat(np.asarray(dataset.rows.reward[rows]), starts)
-    return returns[: len(returns) - shard.source.get("cut", 0)]
+def _plain(value: Any) -> str:
+    return str(value).strip("[]").replace(" ", "").replace("'", "")
 
 
 def results_of(directory: Path) -> dict[str, Any]:
@@ -136,16 +134,16 @@ def main() -> None:
         parser.error("a --teacher is of one game: choose that with --only")
     for name, env in chosen.items():
         home = args.runs.resolve() / name
-        teacher = args.teacher or home / "teacher"
+        teacher = (args.teacher or home / "teacher").resolve()
         if args.teacher is None:
             run(teacher, [*env, f"total_steps={teacher_steps}", "checkpoint.keep=null"])
         summary = json.loads((teacher / "summary.json").read_text())
         of_teacher = {"teacher": summary["eval_return_mean"], "teacher_steps": summary["env_steps"]}
         games[name] = {**of_teacher, "data": {}}
         for kind, options in {"narrow": ["epsilon=0.1"], "mixed": suite.mixed}.items():
-            options = [*options, f"steps={transitions}"]
+            options = [f"run={teacher}", *options, f"steps={transitions}"]
             results = games[name]["data"][kind] = {
-                "data": record(teacher, home / f"{kind}_data", options),
+                "data": record(home / f"{kind}_data", options),
                 "learners": {},
             }
             for agent in LEARNERS:

@@ -6,12 +6,10 @@
 Tables give the interquartile mean over seeds with 95 % intervals from a stratified bootstrap
 (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", arXiv 2108.13264:
 rliable's method), each seed's return, and the peers' values from references.json. Atari is also
-given human-normalised, from the no-op scores of atari_scores.csv (Wang et al. 2016, arXiv
-1511.06581, as tabulated by Badia et al. 2020, arXiv 2003.13350, Appendix H).
+given human-normalised, from the no-op scores of `eqx_q.run.statistics`.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -21,7 +19,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from record import RESULTS, ROOT
-from scipy import stats
+
+from eqx_q.run.statistics import human_normalised, interval, iqm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,23 +33,6 @@ _PROTOCOLS = {
 }
 
 
-def iqm(scores: np.ndarray) -> float:
-    """Mean of the middle half of all scores."""
-    return float(stats.trim_mean(scores.ravel(), 0.25))
-
-
-def interval(scores: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the interquartile mean of `[seeds, tasks]`.
-
-    Stratified: seeds are drawn anew for every task by itself.
-    """
-    seeds, tasks = scores.shape
-    draws = np.random.default_rng(0).integers(seeds, size=(resamples, seeds, tasks))
-    means = stats.trim_mean(scores[draws, np.arange(tasks)].reshape(resamples, -1), 0.25, axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def estimate(scores: np.ndarray, digits: int = 1) -> str:
     """Interquartile mean and interval of `[seeds, tasks]`, as text."""
     if not scores.size:
@@ -59,14 +41,6 @@ def estimate(scores: np.ndarray, digits: int = 1) -> str:
         return f"{iqm(scores):,.{digits}f}"
     low, high = interval(scores)
     return f"**{iqm(scores):,.{digits}f}** [{low:,.{digits}f}, {high:,.{digits}f}]"
-
-
-def human_normalised(game: str, returns: np.ndarray) -> np.ndarray:
-    """0 is a random player, 1 a human one."""
-    with (ROOT / "benchmarks" / "atari_scores.csv").open() as file:
-        (row,) = (row for row in csv.DictReader(file) if row["game"] == game)
-    random, human = float(row["random"]), float(row["human"])
-    return (returns - random) / (human - random)
 
 
 def _column(seeds: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -85,6 +59,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _origin(result: dict[str, Any]) -> str:
     machine = result["machine"]
     runs = [seed for part in result.get("environments", {}).values() for seed in part["seeds"]]
+    for game in result.get("games", {}).values():
+        runs += [run for data in game.get("data", {}).values() for run in data["learners"].values()]
     commits = sorted({run.get("commit") or result["commit"] for run in runs}) or [result["commit"]]
     return (
         f"`{result['command']}`, commit {', '.join(commits)}, {result['date']}, {machine['cores']} "
@@ -346,6 +322,8 @@ def draw_offline(result: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("updates", fontsize=8)
         axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     axes[0, 0].set_ylabel("return", fontsize=8)
     axes[0, 0].legend(fontsize=6)
     figure.savefig(path, dpi=80)
@@ -384,6 +362,8 @@ def report(results: Path, into: Path) -> str:
         of_what = (
             "Games played at random, from files in the original formats to a finished data set."
         )
+        load = f"The machine's load was {result['machine']['load']:.1f}."
+        of_what += f" {load}" if result["machine"]["load"] > 0.5 else ""
         parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]

@@ -4,6 +4,7 @@ from . import (
     agents as agents,
     data as data,
     nets as nets,
+    policy as policy,
     returns as returns,
     wrappers as wrappers,
 )
@@ -17,6 +18,7 @@ from .agents import (
 )
 from .checkpoint import load as load, save as save
 from .evaluation import evaluate as evaluate
+from .exporting import export as export
 from .offline import (
     OfflineState as OfflineState,
     advance_offline as advance_offline,

@@ -1,7 +1,9 @@
 """Writing files so that they are there whole or not at all."""
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UsageError
@@ -29,6 +31,30 @@ def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) ->
             raise
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Makes a directory, and keeps other processes that ask for it out until they or this one end.
+
+    **Raises:** `UsageError` where another process has it, or it cannot be written to.
+    """
+    path = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is at work in '{directory}': wait for it, or end it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:

@@ -96,6 +96,18 @@ def _update(run_state: OfflineState, replay: Replay) -> tuple[OfflineState, dict
     return run_state, metrics
 
 
+def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampling) -> Blocks:
+    """The blocks that a run learns from: of one that goes on those that it had.
+
+    Which transitions are drawn must not depend on the memory that is free at a resume.
+
+    **Raises:** `UsageError` as `Blocks` does.
+    """
+    by_memory = sampling.memory_gb is None and sampling.shards_per_block is None
+    before = int(run_state.num_blocks) if run_state is not None and by_memory else 0
+    return Blocks(dataset, sampling, num_blocks=before or None)
+
+
 @eqx.filter_jit(donate="all-except-first")
 def _advance_chunk(replay, run_state, num_updates):
     return advance_offline(run_state, replay, num_updates)
@@ -201,9 +213,7 @@ def train_offline(
     _check_fit(state.agent, dataset)
     if not sampling.priority_exponent:  # whatever the run did before
         state = dataclasses.replace(state, priorities=None)
-    # Which transitions are drawn must not depend on the memory that is free at a resume.
-    before = int(state.num_blocks) if sampling.memory_gb is None else 0
-    blocks = Blocks(dataset, sampling, num_blocks=before or None)
+    blocks = blocks_of(state, dataset, sampling)
     state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
     single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)

@@ -2,12 +2,13 @@
 
 import functools
 import logging
-import math
 import os
 import re
+import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -24,16 +25,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eqx_q.errors import UnknownNameError, UsageError
+from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.run import changeable
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
-_failed: list[str] = []  # of a sweep's runs, what they ended with
 
 # A run in progress cannot change these.
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
+
+_INTERRUPTED = (
+    "interrupted; what was saved is kept: a run goes on with resume=DIR, a sweep by the same "
+    "command with hydra.sweep.dir=DIR"
+)
 
 _KINDS: list[tuple[Any, str]] = [
     (bool, "true or false"),
@@ -46,12 +51,16 @@ def launch(main: Callable[[], Any]) -> None:
     """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
-    OmegaConf.register_new_resolver(
-        "run_directory", _new_run_directory, use_cache=True, replace=True
-    )
-    _failed.clear()
+    # Where a launcher starts the runs of a sweep, they import this file by its name.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [here, *paths])))
+    # As Ctrl-C, with which joblib ends those runs too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+    except _RunFailed:
+        _fail("some of the sweep's runs failed, with the messages above")
     except _TaskError as failure:
         raise failure.args[0] from None  # a defect of ours: it keeps its traceback
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -59,15 +68,15 @@ def launch(main: Callable[[], Any]) -> None:
     except OSError as error:
         _fail(_unwritable(error.filename, error))
     except KeyboardInterrupt as interruption:
-        _fail(str(interruption) or "interrupted before there was anything to save")
-    if _failed:
-        _fail(f"{len(_failed)} of the sweep's runs failed, with the messages above")
+        _fail(str(interruption) or _INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorates what `hydra.main` calls: a `UsageError` ends the process with its one line.
 
-    Of a sweep it ends one run, and the others go on.
+    Of a sweep whatever goes wrong ends one run, and the others go on.
     """
 
     @functools.wraps(function)
@@ -76,21 +85,26 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             _check_kinds(config)
             return function(config)
         except UsageError as error:
-            if not _is_sweep():
+            if not is_sweep():
                 _fail(str(error))
-            _failed.append(str(error))
-            _say(str(error))
-            return math.nan
+            _say(f"run {HydraConfig.get().job.num}: {error}")
+            raise _RunFailed from None
         except Exception as error:
-            raise _TaskError(error) from error
+            if not is_sweep():
+                raise _TaskError(error) from error
+            traceback.print_exc()  # it does not cross from one process to another
+            raise _RunFailed from None
 
     return wrapped
 
 
 def end_sweep() -> None:
     """Where a run of a sweep was stopped by hand, the others are not begun."""
-    if _is_sweep():
-        raise KeyboardInterrupt("the sweep was stopped: go on with the runs that are missing")
+    if is_sweep():
+        raise KeyboardInterrupt(
+            "the sweep was stopped: the same command with hydra.sweep.dir="
+            f"{HydraConfig.get().sweep.dir} goes on"
+        )
 
 
 def chosen() -> dict[str, Any]:
@@ -107,6 +121,8 @@ def overridden() -> list[str]:
 def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
     """The directory that Hydra made for this run, checked to be writable and not in use.
 
+    A sweep may find its own run there, and go on with it.
+
     **Arguments:** `record`: the file that tells a directory in use.
 
     **Raises:** `UsageError` where it cannot be written to, or holds another run.
@@ -118,6 +134,8 @@ def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
+    if is_sweep() and (directory / "config.yaml").exists():
+        return directory
     file = directory / record
     if not config.resume and file.exists() and file.stat().st_size:
         begun = record != "metrics.jsonl" or any((directory / "checkpoints").glob("*.ckpt"))
@@ -172,6 +190,8 @@ def resumed(config: DictConfig) -> DictConfig:
     free = changeable(settings(stored))
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+~")
+        if key == "resume":  # it is no part of the run, which a sweep may come back to
+            continue
         group, _, name = key.partition(".")
         if group == "agent" and name:
             if name not in free:
@@ -185,6 +205,18 @@ def resumed(config: DictConfig) -> DictConfig:
     return stored
 
 
+def check_same(config: DictConfig, directory: Path) -> None:
+    """Raises `UsageError` where the run in a directory was made with another configuration."""
+    now, then = (dict(_leaves(settings(each), "")) for each in (config, stored_config(directory)))
+    other = sorted(key for key in now | then if now.get(key) != then.get(key))
+    if other:
+        key = other[0]
+        raise UsageError(
+            f"there is a run with {key}={then.get(key)}, not {now.get(key)}, in '{directory}': "
+            "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
+        )
+
+
 def settings(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dictionaries, which is all that the library knows of it."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -192,6 +224,10 @@ def settings(config: DictConfig) -> dict[str, Any]:
 
 class _TaskError(Exception):
     """Tells what went wrong inside the task from what went wrong before it."""
+
+
+class _RunFailed(Exception):
+    """One of a sweep's runs failed, and has said why."""
 
 
 def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> str:
@@ -202,7 +238,12 @@ def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> s
     return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
-def _is_sweep() -> bool:
+# Here, since a launcher's processes import this file, and do not call `launch`.
+OmegaConf.register_new_resolver("run_directory", _new_run_directory, use_cache=True, replace=True)
+
+
+def is_sweep() -> bool:
+    """Whether this is one of several runs that one command starts."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
@@ -227,6 +268,9 @@ def _explain(error: Exception) -> str:
     """What Hydra and OmegaConf say, with the nearest names where one is unknown."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        plugin = name.partition("_")[0]
+        if group == "hydra/launcher" and plugin in ("joblib", "submitit"):
+            return str(MissingExtraError(f"hydra-{plugin}-launcher", "sweep"))
         return str(UnknownNameError(group, name, error.options or []))
     cause = error.__cause__ or error.__context__
     if isinstance(cause, UsageError):
@@ -258,7 +302,7 @@ def _known_keys() -> set[str]:
         config = hydra.compose(
             Path(sys.argv[0]).stem.replace("train", "config"), _choices(sys.argv[1:])
         )
-    return set(_leaves(OmegaConf.to_container(config), ""))
+    return set(dict(_leaves(OmegaConf.to_container(config), "")))
 
 
 def _choices(overrides: Iterable[str]) -> list[str]:
@@ -270,8 +314,9 @@ def _is_choice(override: str) -> bool:
     return (CONF / override.lstrip("+~").split("=")[0]).is_dir()
 
 
-def _leaves(node: Any, prefix: str):
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        yield prefix + name
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

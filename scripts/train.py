@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 from _app import (
+    check_same,
     chosen,
     end_sweep,
     hydra,
+    is_sweep,
     launch,
     log_tuned_values,
     resumed,
@@ -17,8 +19,9 @@ from _app import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from eqx_q.checkpoint import newest_checkpoint
 from eqx_q.files import write_whole
-from eqx_q.run import train_run
+from eqx_q.run import finished, train_run
 
 logger = logging.getLogger("eqx_q")
 
@@ -36,6 +39,13 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
+    if is_sweep() and (directory / "config.yaml").exists():
+        check_same(config, directory)
+        summary = finished(directory)
+        if summary is not None:
+            logger.info("done already: %s", directory)
+            return summary["eval_return_mean"]
+        resume = newest_checkpoint(directory / "checkpoints") is not None
     if config.deterministic:  # read when JAX first touches a device, which is later
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"

@@ -56,9 +56,12 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
     assert rows[-1]["env_steps"] == 2048
     np.testing.assert_allclose(rows[-1]["eval/return"], summary["eval_return_per_seed"])
 
-    status, out, _ = script("evaluate", "run=run", "episodes=6", "seed=3")
+    status, out, _ = script("evaluate", "run=run", "episodes=6", "seed=3", "video=true")
     assert status == 0
     result = json.loads((run / "evaluation_as_trained.json").read_text())
+    best = int(np.argmax(result["return_per_seed"]))
+    assert f"written to run/media/evaluation_as_trained.gif (member {best})" in out
+    assert (run / "media" / "evaluation_as_trained.gif").read_bytes().startswith(b"GIF89a")
     agent = load(run / "agent.eqx")
     env = eqx_q.make("gymnax/CartPole-v1", num_envs=12)
     expected = eqx_q.evaluate(agent, env, num_episodes=6, key=jax.random.key(3))
@@ -113,7 +116,8 @@ def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
     options = [*SMALL, *QUIET, "total_steps=128", "hydra.sweep.dir=sweep"]
     status, _, err = script("train", "-m", *options, "agent.discount=5,0.5")
     assert status == 1
-    assert "error: discount=5" in err and "error: 1 of the sweep's runs failed" in err
+    assert "error: run 0: discount=5" in err
+    assert "error: some of the sweep's runs failed, with the messages above" in err
     assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
@@ -124,7 +128,8 @@ def test_a_sweep_ends_where_one_of_its_runs_is_stopped(script, monkeypatch):
     train_run = lambda *arguments, **options: runs.append(arguments) or summary  # noqa: E731
     monkeypatch.setattr("eqx_q.run.train_run", train_run)
     status, _, err = script("train", "-m", *SMALL, *QUIET, "seed=0,1", "hydra.sweep.dir=sweep")
-    assert status == 1 and "error: the sweep was stopped" in err
+    assert status == 1 and "error: the sweep was stopped: the same command with " in err
+    assert "hydra.sweep.dir=sweep goes on" in err
     assert len(runs) == 1
 
 
@@ -254,7 +259,7 @@ def test_bad_input_of_an_evaluation(script, arguments, message):
 def test_without_hydra_the_extra_is_named(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.delitem(sys.modules, "_app", raising=False)
-    for name in ("train", "evaluate", "collect", "convert", "tune"):
+    for name in ("train", "evaluate", "collect", "convert", "export", "summarize", "tune"):
         with pytest.raises(SystemExit, match=r"run `pip install 'eqx_q\[train\]'`"):
             runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 
@@ -352,6 +357,6 @@ def test_the_versions_of_all_suites_are_told():
 def test_help_names_every_choice(script):
     status, out, _ = script("train", "--help")
     assert status == 0
-    for group in ("agent", "env", "tuned", "tracker", "protocol"):
+    for group in ("agent", "env", "tuned", "tracker", "protocol", "experiment"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert path.stem in out

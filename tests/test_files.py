@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from eqx_q.errors import UsageError
-from eqx_q.files import write_whole
+from eqx_q.files import alone_in, write_whole
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
@@ -55,3 +55,14 @@ def test_places_that_cannot_be_written(tmp_path):
 def test_makes_the_directory(tmp_path):
     write_whole(tmp_path / "b" / "c" / "a", [b"new"])
     assert (tmp_path / "b" / "c" / "a").read_bytes() == b"new"
+
+
+def test_nobody_else_comes_in_while_one_is_there(tmp_path):
+    expected = pytest.raises(UsageError, match="another process is at work")
+    with alone_in(tmp_path / "run"), expected, alone_in(tmp_path / "run"):
+        raise AssertionError
+    with alone_in(tmp_path / "run"):  # it is free again
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"), alone_in(tmp_path / "file" / "run"):
+        raise AssertionError

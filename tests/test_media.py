@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqx_q import spaces
+from eqx_q import spaces, wrappers
 from eqx_q.agents.agent import Agent
 from eqx_q.errors import MissingExtraError, UsageError
 from eqx_q.media import record_episode, write_gif
 from eqx_q.types import Decision, Episode, TimeStep
 from eqx_q.wrappers import Env
+from eqx_q.wrappers.host import closing
 
 
 class Corridor(Env):
@@ -67,7 +68,7 @@ class Corridor(Env):
 
 
 class Counter(Agent):
-    """Plays 1 at every second step, which it knows from its memory; 0 unless it is greedy."""
+    """Plays 1, 2, ... and 0 after the last, as its memory counts; it is never asked to explore."""
 
     observation_space: Any = eqx.field(static=True)
     action_space: Any = eqx.field(static=True)
@@ -75,7 +76,7 @@ class Counter(Agent):
     schedule_steps: jax.Array
     rollout_length: int = 1
     burn_in: int = 0
-    num_agents: None = None
+    num_agents: int | None = None
     num_members: None = None
 
     def initial_memory(self, num_envs):
@@ -85,7 +86,10 @@ class Counter(Agent):
             key=None):  # fmt: skip
         assert key is None
         memory = jnp.where(first, 0, memory) + 1
-        return Decision(memory % 2, jnp.zeros(memory.shape), memory)
+        action = memory % self.action_space.n
+        if self.num_agents is not None:
+            action = jnp.repeat(action[:, None], self.num_agents, 1)
+        return Decision(action, jnp.zeros(action.shape), memory)
 
     def update(self, rollout, *, key):
         return self, {}
@@ -146,6 +150,37 @@ def test_gif_shows_the_frames(tmp_path):
     shown, info = read(tmp_path / "media" / "a.gif")
     np.testing.assert_allclose(np.stack(shown).astype(int), np.stack(frames), atol=8)
     assert info["duration"] == 100 and info["loop"] == 0
+
+
+SCENES = {  # of other games, and of Craftax, which takes long to compile, see tests/wrappers
+    "gymnax/FourRooms-misc": (234, 234),
+    "jaxmarl/coin_game": (240, 240),
+    "envpool/Pong-v5": (210, 160),
+    "gymnasium/CartPole-v1": (400, 600),
+    "pettingzoo/mpe2.simple_spread_v3": (700, 700),
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_what_suites_draw_is_recorded(tmp_path, name):
+    with closing(wrappers.make(name, 1)) as env:
+        agent = Counter(
+            env.observation_space,
+            env.action_space,
+            jnp.zeros((), int),
+            jnp.asarray(jnp.inf),
+            num_agents=env.num_agents,
+        )
+        frames, _ = record_episode(agent, env, key=jax.random.key(0), max_steps=12)
+    assert 2 <= len(frames) <= 13
+    assert {frame.shape for frame in frames} == {(*SCENES[name], 3)}
+    assert all(frame.dtype == np.uint8 and frame.min() < frame.max() for frame in frames)
+    assert any((frame != frames[0]).any() for frame in frames[1:])
+    write_gif(tmp_path / "a.gif", frames)
+    shown, _ = read(tmp_path / "a.gif")
+    scale = min(1, 320 / max(SCENES[name]))
+    assert shown[0].shape == (*(round(scale * side) for side in SCENES[name]), 3)
+    np.testing.assert_allclose(shown[0].mean(), frames[0].mean(), atol=4)
 
 
 def test_large_frames_are_scaled_down(tmp_path):

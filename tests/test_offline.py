@@ -1,5 +1,6 @@
 """The offline loop: what it learns, that it can be cut and taken up anywhere, what it refuses."""
 
+import dataclasses
 import inspect
 import io
 import json
@@ -113,6 +114,14 @@ def test_memory_that_is_free_at_a_resume_changes_nothing(dataset, tmp_path, monk
     taken_up, _ = load_latest(tmp_path)
     assert int(taken_up.num_blocks) > 1
     assert_same(train_with_free(2.0, run_state=taken_up), whole)
+    # Nothing is left out where another mix is asked for, nor taken where it does not fit.
+    some = Sampling(shards_per_block=1, updates_per_block=5)
+    in_memory, _ = load_latest(tmp_path)
+    for num_blocks in (1, 1000):
+        known = dataclasses.replace(in_memory, num_blocks=jnp.asarray(num_blocks))
+        assert eqx_q.offline.blocks_of(known, dataset, some).num_blocks == 3
+    with pytest.raises(UsageError, match=r"in 1000 blocks, but .* give memory_gb"):
+        eqx_q.offline.blocks_of(known, dataset, Sampling())
     # Who says how much memory may be taken, decides.
     said = Sampling(updates_per_block=7, memory_gb=2 * len(dataset) * ROW / 2**30)
     assert differ(train_with_free(0.5, run_state=load_latest(tmp_path)[0], sampling=said), whole)

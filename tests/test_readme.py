@@ -37,6 +37,8 @@ def test_python_runs_and_every_metric_is_explained(tmp_path, monkeypatch):
 def test_commands_compose(command: str):
     """Every group, key and choice that a command names exists."""
     _, script, *overrides = shlex.split(command, comments=True)
+    if overrides[:1] == ["-m"]:  # of what is swept over, the first
+        overrides = [override.split(",")[0] for override in overrides[1:]]
     name = {"scripts/train.py": "config"}.get(script, Path(script).stem)
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         hydra.compose(name, overrides)

@@ -101,7 +101,11 @@ def _ahead(parts: Sequence[Part], num_workers: int) -> Iterator[tuple[Part, Rows
     remaining = blocks()
     with ThreadPoolExecutor(num_workers) as decoders, ThreadPoolExecutor(1) as reader:
         waiting = collections.deque(reader.submit(read) for _ in range(2 * num_workers))
-        while (found := waiting.popleft().result()) is not None:
-            waiting.append(reader.submit(read))
-            part, rows = found
-            yield part, rows.result()
+        try:
+            while (found := waiting.popleft().result()) is not None:
+                waiting.append(reader.submit(read))
+                part, rows = found
+                yield part, rows.result()
+        finally:  # who leaves early does not wait for what nobody will see
+            reader.shutdown(cancel_futures=True)
+            decoders.shutdown(cancel_futures=True)

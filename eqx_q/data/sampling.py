@@ -103,6 +103,8 @@ class Blocks:
         self._groups = self._shards_of_episodes()
         self.num_blocks = self._count_blocks() if num_blocks is None else num_blocks
         self._num_rows, self._num_drawable = self._largest()
+        if num_blocks is not None:
+            self._check_known()
 
     def load(self, index: int) -> Replay:
         """The `index`-th block, in the memory of the device."""
@@ -192,9 +194,9 @@ class Blocks:
             size = self._largest()[0] * self._row_bytes * min(2, num_blocks)
             if size > free:
                 raise UsageError(
-                    f"{sampling.shards_per_block} shards, and as many that come next, take "
-                    f"{size / 2**30:.2g} GB, and data may take {free / 2**30:.2g} GB: lower "
-                    "shards_per_block, or raise memory_gb"
+                    f"shards_per_block={sampling.shards_per_block} takes {size / 2**30:.2g} GB, "
+                    f"the block that comes next included, and data may take {free / 2**30:.2g} GB: "
+                    "lower shards_per_block, or raise memory_gb"
                 )
             return num_blocks
         size = int(self._lengths.sum()) * self._row_bytes
@@ -209,6 +211,16 @@ class Blocks:
                 f"data may take {free / 2**30:.2g} GB: raise memory_gb"
             )
         return int(np.ceil(size / (free / 2 - longest)))
+
+    def _check_known(self) -> None:
+        """Whether as many blocks as before are possible still."""
+        size, free = self._num_rows * self._row_bytes * min(2, self.num_blocks), _free_memory()
+        if self.num_blocks > len(self._episodes) or size > free:
+            raise UsageError(
+                f"the run had its data in {self.num_blocks} blocks, but '{self._dataset.path}' has "
+                f"{len(self._episodes)} episodes of {size / 2**30:.2g} GB, and {free / 2**30:.2g} "
+                "GB are free: give memory_gb, by which it is cut anew"
+            )
 
     def _members(self, index: int) -> Int[np.ndarray, " episodes"]:
         """Which of the episodes make up a block."""

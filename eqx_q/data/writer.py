@@ -172,24 +172,28 @@ class Writer:
                 file.write(self._array_header(name))
                 file.flush()
                 os.fsync(file.fileno())
-            self.close()
+            self._close_files()
             write_whole(self._partial / HEADER, [seal(header)])
             os.replace(self._partial, self.path)
         except OSError as error:
-            self.close()
             raise cannot_write(self.path, error) from error
+        finally:
+            self.close()  # not before: who gets the lock must find the data set at its place
         (self.path / _LOCK).unlink()
         (self.path / _PROGRESS).unlink()  # not before: a crash in between must lose nothing
         return Dataset(self.path)
 
     def close(self) -> None:
         """Closes the files, if they are open."""
+        self._close_files()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a full disk: what was committed is there
                 file.close()
         self._files = {}
-        if self._lock is not None:
-            self._lock.close()
 
     def discard(self) -> None:
         """Throws away what is not finished."""
@@ -206,6 +210,9 @@ class Writer:
             raise UsageError(
                 f"another process is writing '{self.path}': wait for it, or choose another place"
             ) from None
+        if self.path.exists():  # another writer has finished it meanwhile
+            self._lock.close()
+            raise UsageError(f"there is something at '{self.path}' already: choose another place")
         (self._partial / _WIDER).unlink(missing_ok=True)
         progress = self._partial / _PROGRESS
         if progress.exists():

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..errors import UnknownNameError
@@ -260,6 +261,8 @@ class Linear(AbstractLayer):
 def _as_words(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Bytes four at a time where that divides the last axis: a quarter of the elements to move."""
     if x.dtype != jnp.uint8 or x.shape[-1] % 4:
+        return x
+    if any(map(is_symbolic_dim, x.shape)):  # XLA cannot cast what it does not know the size of
         return x
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 4), jnp.uint32)
 

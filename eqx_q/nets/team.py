@@ -27,8 +27,9 @@ class AgentId(AbstractLayer):
         self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         """Raises `UsageError` where the rows are not those of whole teams."""
-        ids = jnp.tile(jnp.eye(self.num_agents), (_num_teams(x.shape[0], self.num_agents), 1))
-        ids = ids.reshape(len(ids), *[1] * (x.ndim - 2), self.num_agents)
+        num_teams = _num_teams(x.shape[0], self.num_agents)
+        ids = jnp.broadcast_to(jnp.eye(self.num_agents), (num_teams, *[self.num_agents] * 2))
+        ids = ids.reshape(x.shape[0], *[1] * (x.ndim - 2), self.num_agents)
         ids = jnp.broadcast_to(ids, (*x.shape[:-1], self.num_agents))
         return jnp.concatenate([x, ids], axis=-1), None
 

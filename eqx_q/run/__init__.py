@@ -7,6 +7,7 @@ A configuration is a nested dictionary with the keys of `conf/config.yaml`. The 
 
 from .collecting import collect_run as collect_run
 from .evaluation import evaluate_run as evaluate_run
+from .exporting import export_run as export_run
 from .search import search_run as search_run
 from .settings import (
     Config as Config,
@@ -18,5 +19,6 @@ from .settings import (
     whole as whole,
     whole_or_none as whole_or_none,
 )
-from .summary import provenance as provenance, write_json as write_json
+from .summary import finished as finished, provenance as provenance, write_json as write_json
+from .sweeps import as_markdown as as_markdown, summarize_sweep as summarize_sweep
 from .training import train_run as train_run

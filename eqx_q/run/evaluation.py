@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..agents import Agent
+from ..agents import Agent, Population
 from ..checkpoint import load, newest_checkpoint
 from ..errors import UsageError
 from ..evaluation import play_episodes
@@ -49,7 +49,7 @@ def evaluate_run(
     **Arguments:** `episodes`, `num_envs`: per member. `min_steps`: another round of as many
     episodes follows until so many steps were played. `protocol`: options of the environment that
     differ from training; by default those of the run's own evaluations. `video`: a file for the GIF
-    of an episode.
+    of a greedy episode, of the best member.
 
     **Returns:** returns per member with their statistics, and how they were come by.
     """
@@ -75,13 +75,14 @@ def evaluate_run(
             min_steps=min_steps,
         )
         if video:
-            scene = stack.enter_context(
-                closing(one.replicate(members, seed=emulator_seed, **options))
-            )
-            frames, _ = record_episode(agent, scene, key=key)
+            scene = stack.enter_context(closing(one.replicate(1, seed=emulator_seed, **options)))
+            best = int(np.atleast_2d(played.returns).mean(1).argmax())
+            player = agent.member(best) if isinstance(agent, Population) else agent
+            frames, _ = record_episode(player, scene, key=key)
             if frames:
                 write_gif(video, frames)
-                logger.info("written to %s", video)
+                of_whom = f" (member {best})" if members > 1 else ""
+                logger.info("written to %s%s", video, of_whom)
             else:
                 logger.warning("no video: %s cannot be drawn", env_name(config))
     returns = np.atleast_2d(played.returns)

@@ -25,13 +25,23 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, [text.encode()])
 
 
+def finished(directory: Path) -> dict[str, Any] | None:
+    """The summary of a run that came to its end and whose agent is there, else `None`."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_done = isinstance(summary, dict) and summary.get("status") == "done"
+    return summary if is_done and (directory / "agent.eqx").exists() else None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

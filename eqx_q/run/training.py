@@ -18,10 +18,11 @@ from ..agents import Agent, OfflineAgent, Population
 from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
 from ..checkpoint import save
 from ..clock import clock
-from ..data import Blocks, Dataset, Sampling
+from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
 from ..evolution import PopulationBasedTraining, spread
-from ..offline import start_offline, train_offline
+from ..files import alone_in
+from ..offline import blocks_of, start_offline, train_offline
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..training import Metrics, train
 from ..wrappers import Env
@@ -72,6 +73,7 @@ def train_run(
     if config["devices"] != 1:
         raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone_in(directory))
         dataset = None if config.get("data") is None else Dataset(config["data"])
         lanes = 1 if dataset else whole(config, "num_envs")
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
@@ -99,7 +101,7 @@ def train_run(
             how["sampling"] = make_sampling(config)
             check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # both refuse what does not fit
-            Blocks(dataset, how["sampling"])
+            blocks_of(run_state, dataset, how["sampling"])
             dataset.verify()  # reads it all
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
         on_start()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
+from gymnax.environments.misc import frozen_lake
 from gymnax.registration import registered_envs
 from gymnax.visualize import vis_gym
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
@@ -86,7 +87,10 @@ class Game:
         return state, Report(self._observe(obs), reward, terminated, truncated)
 
     def render(self, state: PyTree) -> UInt8[np.ndarray, "height width 3"] | None:
-        """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here."""
+        """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here.
+
+        Of bandits and chains there is nothing to be seen.
+        """
         name, state = self.env.name, jax.tree.map(np.asarray, state)
         if name in vis_gym.SUPPORTED_GYM_ENVS:
             renderer = _classic_renderer(name)
@@ -95,7 +99,8 @@ class Game:
             return renderer.render()
         if len(self.observation_space.shape) in (2, 3):
             return draw_grid(np.asarray(_look(self, state)))
-        return None
+        plan = _plan(self.env, state)
+        return None if plan is None else draw_grid(plan)
 
     def replace(self, options: dict[str, Any]) -> "Game":
         """The same with other options."""
@@ -109,6 +114,21 @@ class Game:
         if isinstance(space, spaces.Discrete):
             return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
         return obs.astype(jnp.float32)
+
+
+def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None:
+    """What stands in the way, the goal and the agent, of mazes that are seen from inside."""
+    if hasattr(env, "occupied_map"):
+        blocked, goal, place = env.occupied_map, state.goal, state.pos
+    elif hasattr(env, "desc"):  # a frozen lake: its holes
+        blocked, place = env.desc == frozen_lake.HOLE, divmod(int(state.position), env.ncol)
+        goal = np.argwhere(np.asarray(env.desc) == frozen_lake.GOAL)[0]
+    else:
+        return None
+    plan = np.zeros((*blocked.shape, 3), np.float32)
+    plan[..., 0] = blocked
+    plan[*goal, 1] = plan[*place, 2] = 1
+    return plan
 
 
 def ids() -> list[str]:

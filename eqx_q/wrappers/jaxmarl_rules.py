@@ -1,6 +1,7 @@
 """What JaxMARL's interface does not tell of its environments, by kind: `RULES`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxmarl.environments.smax.heuristic_enemy_smax_env import EnemySMAX
 from jaxtyping import Array, Bool, Int, UInt8
 
 from ..types import AnyArray
-from .drawing import draw_discs
+from .drawing import draw_discs, draw_grid
 from .options import TeamReward
 
 
@@ -27,7 +28,7 @@ class Rules:
     - `agent_mask`: which agents live.
     - `action_masks`: by agent, the actions that are legal.
     - `metrics`: what else to say of an episode.
-    - `draw`: a picture.
+    - `draw`: a picture. (Of Hanabi's cards and of the riddle there is none, of JaxNav not yet.)
     - `team_reward`: how the agents' rewards make the team's, where the caller does not say.
     - `shaped`: whether there are shaped rewards beside the game's own.
     """
@@ -106,6 +107,26 @@ def _draw_kitchen(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
     )
 
 
+def _draw_kitchen_v2(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
+    return np.asarray(_kitchen_v2()._render_state(state), np.uint8)
+
+
+@functools.cache
+def _kitchen_v2() -> Any:
+    """One for all: what it compiles is its own."""
+    from jaxmarl.viz.overcooked_v2_visualizer import OvercookedV2Visualizer
+
+    return OvercookedV2Visualizer()
+
+
+def _draw_coins(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
+    places = (state.red_coin_pos, state.blue_coin_pos, state.red_pos, state.blue_pos)
+    grid = np.zeros((3, 3, 4), np.float32)
+    for thing, place in enumerate(places):
+        grid[*place, thing] = 1
+    return draw_grid(grid)
+
+
 _ALLY, _ENEMY = np.array([(80, 140, 255), (90, 200, 90)], np.uint8)
 
 _BATTLE = Rules(
@@ -122,7 +143,7 @@ RULES: list[tuple[type, Rules]] = [
     (environments.SMAX, _BATTLE),
     (EnemySMAX, dataclasses.replace(_BATTLE, team_reward="shared")),
     (environments.Overcooked, dataclasses.replace(_KITCHEN, draw=_draw_kitchen)),
-    (environments.OvercookedV2, _KITCHEN),
+    (environments.OvercookedV2, dataclasses.replace(_KITCHEN, draw=_draw_kitchen_v2)),
     (
         environments.SimpleMPE,
         Rules(terminated=_never, longest=_steps_and_one, draw=_draw_particles),
@@ -137,7 +158,11 @@ RULES: list[tuple[type, Rules]] = [
     (environments.SwitchRiddle, Rules(terminated=_told, longest=_steps, team_reward="shared")),
     (
         environments.CoinGame,
-        Rules(terminated=_never, longest=lambda env: env.num_inner_steps * env.num_outer_steps),
+        Rules(
+            terminated=_never,
+            longest=lambda env: env.num_inner_steps * env.num_outer_steps,
+            draw=_draw_coins,
+        ),
     ),
     (
         environments.JaxNav,

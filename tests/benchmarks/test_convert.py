@@ -32,11 +32,12 @@ def test_end_to_end_on_games_that_were_played(tmp_path, monkeypatch):
     assert len(result["rlu"]["frames_per_second_each"]) == 2
 
     (expected,) = played
-    folder = tmp_path / "originals" / "rlu" / "Pong"
+    home = tmp_path / "originals" / "Pong-90"
+    folder = home / "rlu" / "Pong"
     rlu = eqx_q.data.convert(eqx_q.data.from_rlu(folder), tmp_path / "rlu")
     for ours, theirs in zip(rlu.rows, expected.rows, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    folder = tmp_path / "originals" / "dqn_replay" / "Pong"
+    folder = home / "dqn_replay" / "Pong"
     replay = eqx_q.data.convert(eqx_q.data.from_dqn_replay(folder), tmp_path / "replay")
     # There every last row is terminal, and what it led to is not known.
     assert len(stored_transitions(replay)) == 90 and replay.rows.terminated[-2]

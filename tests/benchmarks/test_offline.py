@@ -7,7 +7,7 @@ import offline
 import pytest
 import report
 
-from eqx_q.data import Dataset, Description, Rows, Writer
+from eqx_q.data import Description, Rows, Writer
 
 
 def _learner(final, best):
@@ -45,18 +45,24 @@ def test_speeds_are_told_with_their_ratio_pair_by_pair():
 
 
 def test_what_a_data_set_is_of_counts_whole_episodes_alone(tmp_path, monkeypatch):
-    env = Description("x/y", *_spaces())
-    with Writer(tmp_path / "data", env) as writer:
-        for rewards, terminated in (([1, 2], True), ([4], True), ([100], False)):
-            obs = np.zeros((len(rewards) + 1, 2), np.float32)
-            steps = obs, np.zeros(len(rewards), int), np.array(rewards)
-            writer.append(Rows.of_episode(*steps, terminated=terminated))
-        writer.commit("all", source={"cut": 1})
+    """Wherever those that were cut stand."""
+    source = {"runs": ["/a"], "steps": 7, "epsilons": [0.1]}
+    with Writer(tmp_path / "data", Description("x/y", *_spaces(), source=source)) as writer:
+        for name, episodes in {"a": ([100], [1, 2], [4]), "b": ([9],), "c": ([100],)}.items():
+            for rewards in episodes:
+                obs = np.zeros((len(rewards) + 1, 2), np.float32)
+                steps = obs, np.zeros(len(rewards), int), np.array(rewards)
+                writer.append(Rows.of_episode(*steps, terminated=rewards[0] != 100))
+            returns = [sum(rewards) for rewards in episodes if rewards[0] != 100]
+            mean = float(np.mean(returns)) if returns else None
+            writer.commit(name, source={"episodes": len(returns), "return_mean": mean})
         writer.finish()
     monkeypatch.setattr(offline, "script", None)  # nothing is recorded anew
-    told = offline.record(tmp_path, tmp_path / "data", [])
-    assert told == {"transitions": 4, "episodes": 3, "return_mean": 3.5}
-    assert len(Dataset(tmp_path / "data")) == 7
+    told = offline.record(tmp_path / "data", ["run=/a", "steps=7", "epsilon=0.1"])
+    assert told == {"transitions": 6, "episodes": 5, "return_mean": 16 / 3}
+    for other in ("run=/b", "steps=8", "epsilon=[0.1,1.0]"):
+        with pytest.raises(SystemExit, match="move it away"):
+            offline.record(tmp_path / "data", [other])
 
 
 def _spaces():
@@ -84,6 +90,8 @@ def test_results_are_read_per_seed(tmp_path):
 def test_every_learner_is_configured(learner):
     from record import compose
 
-    for env in offline.GAMES.values():
-        config = compose([f"agent={learner}", *env, "data=x"])
-        assert config["num_updates"] and config["agent"]["batch_size"] == 128
+    for name, batch_size in {"minatar": 128, "pong": 32}.items():
+        suite = offline.SUITES[name]
+        for env in suite.games.values():
+            config = compose([f"agent={learner}", *env, "data=x", *suite.learners])
+            assert config["num_updates"] < 50_000 and config["agent"]["batch_size"] == batch_size

@@ -31,7 +31,7 @@ def test_the_bootstrap_is_stratified_by_task():
 def test_human_normalised_scores():
     returns = np.array([-20.7, 14.6, 20.0])
     np.testing.assert_allclose(report.human_normalised("Pong", returns), [0, 1, 40.7 / 35.3])
-    with (report.ROOT / "benchmarks" / "atari_scores.csv").open() as file:
+    with (report.ROOT / "eqx_q" / "run" / "atari_scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len({row["game"] for row in rows}) == 57
     assert all(float(row["random"]) < float(row["human"]) for row in rows)

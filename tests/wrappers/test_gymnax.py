@@ -168,6 +168,33 @@ def test_breakout_is_drawn_cell_by_cell():
     assert (bricks == bricks[0]).all() and (bricks[0] != cells[9, 3]).any()
 
 
+@pytest.mark.parametrize("name", ["FourRooms-misc", "MetaMaze-misc", "FrozenLake-misc"])
+def test_mazes_are_drawn_from_above(name):
+    env = wrappers.make(f"gymnax/{name}", 1)
+    state, _ = env.reset(jax.random.key(1))
+    picture, inner = env.render(state), jax.tree.map(lambda x: np.asarray(x[0]), state.inner)
+    game = env.game.env
+    height, width = game.desc.shape if hasattr(game, "desc") else game.occupied_map.shape
+    cell = 240 // max(height, width)
+    cells = picture[cell // 2 :: cell, cell // 2 :: cell]
+    assert cells.shape == (height, width, 3)
+    if hasattr(game, "desc"):
+        blocked, place = np.asarray(game.desc) == 2, divmod(int(inner.position), width)
+        goal = (height - 1, width - 1)
+    else:
+        blocked, place, goal = np.asarray(game.occupied_map) == 1, inner.pos, inner.goal
+    colours = {tuple(colour) for colour in cells.reshape(-1, 3)}
+    assert len(colours) == 4
+    wall, target, player = cells[blocked][0], cells[*goal], cells[*place]
+    assert (cells[blocked] == wall).all() and (cells == wall).all(-1).sum() == blocked.sum()
+    assert (cells == target).all(-1).sum() == 1 and (cells == player).all(-1).sum() == 1
+
+
+def test_of_a_chain_there_is_nothing_to_see():
+    env = wrappers.make("gymnax/MemoryChain-bsuite", 1)
+    assert env.render(env.reset(jax.random.key(0))[0]) is None
+
+
 def test_cartpole_is_drawn_where_it_stands():
     env = wrappers.make("gymnax/CartPole-v1", 1)
     state, _ = env.reset(jax.random.key(0))

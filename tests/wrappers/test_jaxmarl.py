@@ -470,5 +470,21 @@ def test_pictures_show_what_is_there():
     for x, y in np.asarray(state.inner.game.agent_pos[0]):
         assert tiles[y, x] > tiles[2, 2]  # the middle of this kitchen is a bare counter
 
+    env = make("overcooked_v2")
+    state, _ = env.reset(jax.random.key(0))
+    picture, grid = env.render(state, 0), state.inner.game.grid[0]
+    tiles = picture.reshape(grid.shape[0], 32, grid.shape[1], 32, 3).std(axis=(1, 3)).sum(-1)
+    floor = tiles[np.asarray(grid[..., 0]) == 0]
+    agents = jax.tree.map(np.asarray, state.inner.game.agents.pos)
+    assert sorted(floor)[-2:] == sorted(tiles[agents.y[0], agents.x[0]])
+
+    env = make("coin_game")
+    state, _ = env.reset(jax.random.key(0))
+    cells = env.render(state, 0)[40::80, 40::80]
+    game = jax.tree.map(lambda x: np.asarray(x[0]), state.inner.game)
+    players = {tuple(cells[*place]) for place in (game.red_pos, game.blue_pos)}
+    assert (0, 0, 0) not in players
+    assert len({tuple(cell) for cell in cells.reshape(-1, 3)}) > len(players)
+
     env = make("switch_riddle")
     assert env.render(env.reset(jax.random.key(0))[0]) is None

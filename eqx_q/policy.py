@@ -1,0 +1,112 @@
+"""An exported agent, at work. This file needs JAX and NumPy alone: `eqx_q.export` leaves a copy.
+
+policy = Policy("agent.jaxexport")
+decision = policy.act(obs)
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+FILE, READER = "agent.jaxexport", "flatbuffers.zip"
+
+
+class Decision(NamedTuple):
+    """What the agent does: the action, the greedy value max_a Q (legal actions only), its memory.
+
+    `memory` is a list of arrays with a leading axis of lanes, and is empty where there is none.
+    """
+
+    action: jax.Array
+    value: jax.Array
+    memory: list[jax.Array]
+
+
+class Policy:
+    """An agent that acts, and cannot learn any more.
+
+    **Arguments:** `path`: of a file that `eqx_q.export` wrote.
+
+    **Attributes:** `inputs`: shape and type of all that `act` takes, by name; `n` stands for any
+    number of lanes. `platforms`: those it was exported for.
+
+    **Raises:** `ImportError` where neither the package `flatbuffers` nor the copy of it is there.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        reader = str(path.with_name(READER))
+        if reader not in sys.path:
+            sys.path.append(reader)  # last: one that is installed goes first
+        exported = export.deserialize(bytearray(path.read_bytes()))
+        (self.inputs,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        self.platforms = exported.platforms
+        self._call = jax.jit(exported.call)
+
+    def act(
+        self,
+        obs: Any,
+        memory: list[jax.Array] | None = None,
+        *,
+        first: Any = None,
+        action_mask: Any = None,
+        reward: Any = None,
+        epsilon: Any = 0.0,
+        key: jax.Array | None = None,
+    ) -> Decision:
+        """Chooses an action for one observation, or for one per lane.
+
+        **Arguments:**
+
+        - `obs`: with or without a lane axis. A population's lanes are member by member.
+        - `memory`: from the decision before; by default that of an episode's start.
+        - `first`: where an episode starts, so that memory is reset; by default in no lane. Without
+            `memory` it starts in all of them.
+        - `action_mask`: legal actions; by default all.
+        - `reward`: that came with `obs`, for networks that look at it.
+        - `epsilon`: probability of a random legal action, given a key; by default 0, since there
+            is no schedule any more. Of a population one for all, or one each.
+        - `key`: randomness. Without it the choice is greedy.
+
+        **Raises:** `ValueError` where shapes are not those of `inputs`.
+        """
+        alone = jnp.ndim(obs) == len(self.inputs["obs"].shape) - 1
+        lanes = 1 if alone else len(obs)
+
+        def constant(value: Any, kind: Any) -> jax.Array:
+            return jnp.full((lanes, *kind.shape[1:]), value, kind.dtype)
+
+        def of_lanes(name: str, value: Any, default: Any) -> jax.Array:
+            kind = self.inputs[name]
+            if value is None:
+                return constant(default, kind)
+            value = jnp.asarray(value, kind.dtype)
+            return value[None] if alone else value
+
+        if key is None:
+            epsilon, key = 0.0, jax.random.key(0)
+        kinds = self.inputs
+        told = self._call(
+            {
+                "obs": of_lanes("obs", obs, None),
+                # A reset in all lanes makes of any memory that of an episode's start.
+                "memory": [constant(0, kind) for kind in kinds["memory"]]
+                if memory is None
+                else memory,
+                "first": constant(True, kinds["first"])
+                if memory is None
+                else of_lanes("first", first, False),
+                "action_mask": of_lanes("action_mask", action_mask, True),
+                "reward": of_lanes("reward", reward, 0.0),
+                "epsilon": jnp.broadcast_to(jnp.float32(epsilon), kinds["epsilon"].shape),
+                "key": jax.random.key_data(key),
+            }
+        )
+        if alone:
+            return Decision(told["action"][0], told["value"][0], told["memory"])
+        return Decision(**told)

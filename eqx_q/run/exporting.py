@@ -1,0 +1,174 @@
+"""Exporting what a run left behind, with a card that says what it is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..agents import Agent, Population
+from ..errors import CorruptFileError, UsageError
+from ..exporting import export
+from ..files import write_whole
+from ..policy import Policy
+from ..wrappers.registry import SUITES
+from .evaluation import trained_agent
+from .settings import Config, env_name, given, learnt
+
+
+def export_run(
+    config: Config,
+    directory: Path,
+    out: Path,
+    *,
+    member: int | None = None,
+    platforms: Sequence[str] = ("cpu", "cuda"),
+) -> Path:
+    """Exports the agent that a run left behind, with a model card, `README.md`, beside it.
+
+    **Arguments:** `out`: a directory. `member`: of several seeds the one to export, by default all
+    as one population.
+
+    **Returns:** the path of the artefact; see `eqx_q.export`, which says what else is there.
+    **Raises:** `UsageError` where the run is not finished, or has no such member.
+    """
+    agent = trained_agent(directory)
+    members = agent.num_members or 1
+    if member is not None and not 0 <= member < members:
+        raise UsageError(f"member={member}: this run has the members 0 to {members - 1}")
+    if isinstance(agent, Population) and member is not None:
+        agent = agent.member(member)
+    path = export(out, agent, platforms=platforms)
+    card = _card(config, directory, agent, Policy(path), member)
+    write_whole(out / "README.md", [card.encode()])
+    return path
+
+
+def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member: int | None) -> str:
+    """Scores, what goes in and out, how to use it, configuration and versions."""
+    summary = _read(directory / "summary.json")
+    ((unit, amount),) = learnt(agent).items()
+    stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
+    first = config["seed"] + (member or 0)
+    of_all = f", member {member} of {config['num_seeds']}" if member is not None else ""
+    if agent.num_members:
+        of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
+    facts = {
+        "agent": f"`{config['agent']['_target_']}`{of_all}",
+        "environment": f"`{env_name(config)}`",
+        "options of the environment": f"`{json.dumps(given(config['env']))}`",
+        "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
+        "seed": ", ".join(str(first + i) for i in range(agent.num_members or 1)),
+        "trained on": summary.get("device"),
+        "trained with": _versions(config, summary),
+        "commit": summary.get("commit"),
+        "exported with": f"jax {jax.__version__}, for {', '.join(policy.platforms)}",
+    }
+    inputs = {name: kind for name, kind in policy.inputs.items() if name != "memory"}
+    inputs |= {f"memory[{i}]": kind for i, kind in enumerate(policy.inputs["memory"])}
+    return f"""# {config["agent"]["_target_"].split(".")[-1]} in {env_name(config)}
+
+An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.
+
+{_table(("", ""), [(name, fact) for name, fact in facts.items() if fact not in (None, "")])}
+## Scores
+
+{_table(("return", "mean", "each seed"), _scores(config, directory, learnt(agent), member))}
+## Use
+
+In this directory, or with it in `sys.path`:
+
+```python
+{_example(agent, policy)}```
+
+`policy.py` documents all arguments. `n` is any number of lanes.
+
+{_table(("input", "shape", "type"), _kinds(inputs))}
+## Configuration
+
+```json
+{json.dumps(given(config), indent=1)}
+```
+"""
+
+
+def _example(agent: Agent, policy: Policy) -> str:
+    """Lines of Python that act a few times."""
+    obs = policy.inputs["obs"]
+    lanes = 2 * (agent.num_members or 1)
+    shape = ", ".join(map(str, (lanes, *obs.shape[1:])))
+    act = """decision = policy.act(obs)  # greedy
+decision = policy.act(obs, epsilon=0.05, key=jax.random.key(0))
+"""
+    if policy.inputs["memory"]:
+        act = f"""decision = policy.act(obs)  # greedy, at the start of an episode in every lane
+first = np.zeros({lanes}, bool)  # where one starts
+decision = policy.act(obs, decision.memory, first=first)
+"""
+    return f"""import jax
+import numpy as np
+from policy import Policy
+
+policy = Policy("agent.jaxexport")
+obs = np.zeros(({shape}), np.{obs.dtype})  # of {lanes} lanes
+{act}print(decision.action, decision.value)
+"""
+
+
+def _scores(
+    config: Config, directory: Path, amount: Mapping[str, int], member: int | None
+) -> list[tuple[str, str, str]]:
+    """What training and evaluations afterwards came to, of an agent that has learnt so much."""
+    epsilon = given(config.get("eval", {})).get("epsilon", 0.0)
+    how = f"with ε = {epsilon}" if epsilon else "greedy"
+    names = {
+        "eval_return_per_seed": f"at the end of training, {how}",
+        "best_eval_return_per_seed": f"the best during training, {how}",
+        "train_return_per_seed": "in training, with exploration",
+    }
+    summary = _read(directory / "summary.json")
+    results = [(name, summary, key) for key, name in names.items()]
+    for path in sorted(directory.glob("evaluation_*.json")):
+        result = _read(path)
+        name = f"{result['protocol']}: {result['episodes']} episodes, ε = {result['epsilon']}"
+        results.append((name, result, "return_per_seed"))
+    rows = []
+    for name, result, key in results:
+        values = result.get(key) or []
+        if member is not None:
+            values = values[member : member + 1]
+        known = [x for x in values if x is not None]
+        # A run may have gone on since, and been evaluated before.
+        if known and amount.items() <= result.items():
+            each = ", ".join("–" if x is None else f"{x:.4g}" for x in values)
+            rows.append((name, f"{sum(known) / len(known):.4g}", each))
+    return rows
+
+
+def _kinds(inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (f"`{name}`", f"`[{', '.join(map(str, kind.shape))}]`", str(kind.dtype))
+        for name, kind in inputs.items()
+    ]
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _versions(config: Config, summary: Mapping[str, Any]) -> str:
+    """Of what the agent and its environment are made of."""
+    packages = ("eqx_q", "python", "jax", "equinox", SUITES[config["env"]["suite"]].package)
+    versions = summary.get("versions", {})
+    return ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise CorruptFileError(f"'{path}' is damaged: delete it") from None

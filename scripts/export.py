@@ -1,0 +1,33 @@
+"""Exports a trained agent: `python scripts/export.py --help`."""
+
+import logging
+from pathlib import Path
+
+from _app import hydra, launch, settings, stored_config, task
+from omegaconf import DictConfig, OmegaConf
+
+from eqx_q.errors import UsageError
+from eqx_q.run import export_run, whole
+
+logger = logging.getLogger("eqx_q")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
+@task
+def main(config: DictConfig) -> None:
+    """Exports."""
+    if OmegaConf.is_missing(config, "run"):
+        raise UsageError("there is no run to export: give run=DIR")
+    directory, given = Path(str(config.run)), settings(config)
+    path = export_run(
+        settings(stored_config(directory)),
+        directory,
+        directory / "export" if given["out"] is None else Path(str(given["out"])),
+        member=None if given["member"] is None else whole(given, "member"),
+        platforms=given["platforms"],
+    )
+    logger.info("written to %s: what it is and how to use it says README.md there", path)
+
+
+if __name__ == "__main__":
+    launch(main)
