@@ -148,6 +148,14 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
         )
 
 
+def check_shares(mesh: Mesh | None, agent: OfflineAgent) -> None:
+    """Raises `UsageError` where the devices cannot share the agent's work."""
+    if agent.num_members is None:
+        check_divides(mesh, agent.batch_size, "batch_size")
+    else:
+        check_divides(mesh, agent.num_members, "num_members")
+
+
 class _Feed:
     """The block that is learnt from, and in the background the next one."""
 
@@ -220,10 +228,7 @@ def train_offline(
     state = start_offline(agent, dataset, key=key) if run_state is None else run_state
     _check_fit(state.agent, dataset)
     mesh = make_mesh(devices)
-    if state.agent.num_members is None:
-        check_divides(mesh, state.agent.batch_size, "batch_size")
-    else:
-        check_divides(mesh, state.agent.num_members, "num_members")
+    check_shares(mesh, state.agent)
     if not sampling.priority_exponent:  # whatever the run did before
         state = OfflineState(state.agent, state.key, state.num_updates)
     blocks = Blocks(dataset, sampling)

@@ -10,7 +10,7 @@ they must not differ, in what the clock says for example, the first one decides.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -26,6 +26,7 @@ AXIS = "devices"
 Lay = Callable[[Any, int | None], Any]
 
 
+@runtime_checkable
 class Spreadable(Protocol):
     """A state that knows which of its parts devices share."""
 

@@ -139,6 +139,19 @@ def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
     )
 
 
+def check_shares(mesh: Mesh | None, agent: OnlineAgent, env: Env) -> None:
+    """Raises `UsageError` where the devices cannot share the agent's work, or the environment."""
+    if agent.num_members is None:
+        check_divides(mesh, agent.lane_groups, "lane_groups")
+    else:
+        check_divides(mesh, agent.num_members, "num_members")
+    if mesh is not None and env.on_host and getattr(env, "mesh", None) != mesh:
+        raise UsageError(
+            f"this environment lives outside JAX, and {mesh.size} devices need one each: make it "
+            "with eqx_q.wrappers.make_for"
+        )
+
+
 def _empty_burn_in(agent: OnlineAgent, timestep: TimeStep, memory: Memory) -> Rollout | None:
     """Steps that never happened: each starts an episode, so that memory stays as at a start."""
     if not agent.burn_in:
@@ -335,10 +348,7 @@ def train(
     mesh = make_mesh(devices)
     state = start(agent, env, key=key) if run_state is None else run_state
     agent = state.agent
-    if agent.num_members is None:
-        check_divides(mesh, agent.lane_groups, "lane_groups")
-    else:
-        check_divides(mesh, agent.num_members, "num_members")
+    check_shares(mesh, agent, env)
     members = agent.num_members or 1
     steps_per_update = agent.rollout_length * (env.num_envs // members)
     done = int(state.num_updates)
