@@ -41,6 +41,34 @@ class Spreadable(Protocol):
 State = TypeVar("State", bound=Spreadable)
 
 
+def join_processes(
+    coordinator: str | None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Makes this process one of several. To be called before JAX touches a device.
+
+    **Arguments:**
+
+    - `coordinator`: `"host:port"` of the first process; `"auto"`: what started the processes
+        (Slurm, MPI, Kubernetes) has told JAX; `None`: this process is alone.
+    - `num_processes`, `process_id`: of the first kind: how many, and which one from 0 this is.
+
+    **Raises:** `UsageError` where the processes do not find each other.
+    """
+    if coordinator is None:
+        return
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"the processes do not find each other ({error}): give every one the same "
+            "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
+            "distributed.process_id of its own"
+        ) from error
+
+
 def make_mesh(devices: int | None) -> Mesh | None:
     """So many devices, over all processes; `None`: all there are. Of a single one, no mesh.
 

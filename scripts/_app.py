@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import UnknownNameError, UsageError
 from eqx_q.run import changeable
+from eqx_q.sharding import is_first_process
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
@@ -112,7 +113,8 @@ def run_directory(config: DictConfig) -> Path:
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
     metrics = directory / "metrics.jsonl"
-    if not config.resume and metrics.exists() and metrics.stat().st_size:
+    begun_here = is_first_process() and not config.resume
+    if begun_here and metrics.exists() and metrics.stat().st_size:
         begun = any((directory / "checkpoints").glob("*.ckpt"))
         mend = f"continue it with resume={directory}" if begun else "delete it"
         raise UsageError(

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.files import write_whole
 from eqx_q.run import train_run
+from eqx_q.sharding import join_processes
 
 logger = logging.getLogger("eqx_q")
 
@@ -27,7 +28,7 @@ logger = logging.getLogger("eqx_q")
 @task
 def main(config: DictConfig) -> float | None:
     """Trains; returns the mean return of the last evaluation, for sweepers."""
-    directory = run_directory(config)
+    join_processes(**config.distributed)
     resume = bool(config.resume)
     if resume:
         config = resumed(config)
@@ -39,6 +40,7 @@ def main(config: DictConfig) -> float | None:
     if config.deterministic:  # read when JAX first touches a device, which is later
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    directory = run_directory(config)
     logger.info("run directory: %s", directory)
     summary = train_run(
         settings(config),
@@ -48,6 +50,8 @@ def main(config: DictConfig) -> float | None:
             directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
         ),
     )
+    if summary is None:  # another process has the results
+        return None
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)

@@ -31,7 +31,7 @@ def make_for(
     """
     if mesh is None:
         return make(num_envs, seed)
-    check_divides(mesh, num_envs, "num_envs")
+    check_divides(mesh, num_envs, "lanes (num_envs)")
     each = num_envs // mesh.size
     places = [i for i, d in enumerate(mesh.devices) if d.process_index == jax.process_index()]
     first, *rest = places
