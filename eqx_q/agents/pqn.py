@@ -467,15 +467,25 @@ class PQN(OnlineAgent):
     def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
         """The loss of whole lanes; their targets come from the same pass over them."""
         network = eqx.combine(parameters, rest)
-        rollout = self._warmed_up(network, statistics, rollout)
-        acting = _acting(rollout)
-        ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
-        q_values, _, statistics = self._unroll(
-            network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
-        )
-        values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
-        targets = self._targets_of(values, rollout.timesteps)
-        loss, *told = self._loss(q_values[:-1], rollout.actions, targets, acting)
+
+        def unroll(rollout: Rollout):
+            rollout = self._warmed_up(network, statistics, rollout)
+            acting = _acting(rollout)
+            ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
+            q_values, _, after = self._unroll(
+                network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
+            )
+            values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
+            targets = self._targets_of(values, rollout.timesteps)
+            return (q_values[:-1], rollout.actions, targets, acting), after
+
+        if self.lane_groups == 1 or jax.tree.leaves(statistics):
+            learnt_from, statistics = unroll(rollout)
+        else:
+            # The same, and no step makes one axis of the time and the lanes of several groups:
+            # devices that share the groups would have to exchange all that is on it.
+            learnt_from, _ = jax.vmap(unroll)(_apart(rollout, self.lane_groups))
+        loss, *told = self._loss(*learnt_from)
         return loss, (statistics, *told)
 
     def _loss(
@@ -654,3 +664,15 @@ def _lanes_of(rollout: Rollout, index: Int[Array, "G B"]) -> Rollout:
         return _take(x.reshape(num_lanes, -1, *x.shape[1:]), index).reshape(-1, *x.shape[1:])
 
     return Rollout(timesteps, actions, jax.tree.map(rows, rollout.memory))
+
+
+def _apart(rollout: Rollout, num_groups: int) -> Rollout:
+    """A rollout of each lane group, on a leading axis."""
+
+    def lanes(x, axis):
+        x = x.reshape(*x.shape[:axis], num_groups, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    over_time = partial(lanes, axis=1)
+    timesteps, actions = jax.tree.map(over_time, (rollout.timesteps, rollout.actions))
+    return Rollout(timesteps, actions, jax.tree.map(partial(lanes, axis=0), rollout.memory))
