@@ -1,5 +1,6 @@
 """Run by `test_sharding.py` in a process that sees eight devices; prints what it found as JSON."""
 
+import contextlib
 import json
 import re
 import sys
@@ -14,7 +15,6 @@ install_import_hook("eqx_q", "typechecker.typechecked")
 import equinox as eqx  # noqa: E402
 import gymnasium  # noqa: E402
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from environments import Guess  # noqa: E402
 from recordings import ACTIONS, VECTOR, random_episodes, write  # noqa: E402
@@ -22,8 +22,8 @@ from recordings import ACTIONS, VECTOR, random_episodes, write  # noqa: E402
 import eqx_q  # noqa: E402
 from eqx_q import offline, training  # noqa: E402
 from eqx_q.callbacks import Checkpoint, restore  # noqa: E402
-from eqx_q.data import Blocks, Sampling  # noqa: E402
-from eqx_q.sharding import make_mesh, put  # noqa: E402
+from eqx_q.data import Sampling  # noqa: E402
+from eqx_q.sharding import make_mesh  # noqa: E402
 from eqx_q.wrappers import make_for  # noqa: E402
 
 COLLECTIVE = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
@@ -42,10 +42,20 @@ def collectives(compiled) -> list[list[str]]:
     return list(by_computation.values())
 
 
-def chunk_collectives(loop, fixed, run_state):
-    mesh = fixed[1]
-    state = run_state.spread(partial(put, mesh))
-    return collectives(loop._advance_chunk.lower(fixed, state, jnp.asarray(1)).compile())
+@contextlib.contextmanager
+def watched(loop):
+    """The collectives of the program that the loop runs, filled in once it is compiled."""
+    advance_chunk, compiled, found = loop._advance_chunk, [], []
+
+    def advance(*arguments):
+        if not compiled:
+            compiled.append(advance_chunk.lower(*arguments).compile())
+            found.extend(collectives(compiled[0]))
+        return compiled[0](*arguments)
+
+    loop._advance_chunk = advance
+    yield found
+    loop._advance_chunk = advance_chunk
 
 
 def difference(a, b) -> float:
@@ -62,7 +72,7 @@ def make_agent(env, key, **options):
         "rollout_length": 16,
         "num_epochs": 1,
         "num_minibatches": 4,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
         "epsilon_end": 0.1,
     }
     return eqx_q.PQN.create(
@@ -84,20 +94,19 @@ def lanes(found):
                 raise eqx_q.StopTraining
 
         stop.every = 4096
-        eqx_q.train(agent, env, devices=8, callbacks=[stop, saved], **how)
+        with watched(training) as exchanged:
+            eqx_q.train(agent, env, devices=8, callbacks=[stop, saved], **how)
+            eight, history_of_eight = eqx_q.train(agent, env, devices=8, **how)
         half = restore(Path(directory), env)
         continued, _ = eqx_q.train(agent, env, run_state=half, **how)
-    eight, history_of_eight = eqx_q.train(agent, env, devices=8, **how)
     found["lanes"] = {
         "moved": difference(one, agent),
         "difference": difference(one, eight),
         "resumed on one": difference(one, continued),
         "half": int(half.num_updates),
-        "devices of the result": len(jax.tree.leaves(eight.statistics or eight.env_steps)[0].devices()),
+        "devices of the result": len(eight.env_steps.devices()),
         "metrics": [[h[-1]["loss"], h[-1]["transitions"]] for h in (history, history_of_eight)],
-        "collectives": chunk_collectives(
-            training, (env, make_mesh(8)), eqx_q.start(agent, env, key=jax.random.key(1))
-        ),
+        "collectives": exchanged,
         "arrays": len(jax.tree.leaves(eqx.filter(agent.network, eqx.is_inexact_array))),
     }
 
@@ -106,17 +115,13 @@ def lanes_with_memory(found):
     env = Guess(16)
     options = {"hidden_sizes": [16], "memory": "gru", "memory_size": 8}
     agent = make_agent(
-        env, jax.random.key(0), lane_groups=8, burn_in=2, num_minibatches=2, network_options=options
+        env, jax.random.key(0), lane_groups=8, num_minibatches=2, network_options=options
     )
-    how = {"total_steps": 1024, "key": jax.random.key(1)}
+    how = {"total_steps": 4096, "key": jax.random.key(1)}
     one, _ = eqx_q.train(agent, env, **how)
-    eight, _ = eqx_q.train(agent, env, devices=8, **how)
-    found["memory"] = {
-        "difference": difference(one, eight),
-        "collectives": chunk_collectives(
-            training, (env, make_mesh(8)), eqx_q.start(agent, env, key=jax.random.key(1))
-        ),
-    }
+    with watched(training) as exchanged:
+        eight, _ = eqx_q.train(agent, env, devices=8, **how)
+    found["memory"] = {"difference": difference(one, eight), "collectives": exchanged}
 
 
 def members(found):
@@ -124,15 +129,14 @@ def members(found):
     population = eqx_q.Population(
         eqx.filter_vmap(partial(make_agent, env))(jax.random.split(jax.random.key(0), 8))
     )
-    how = {"total_steps": 512, "key": jax.random.key(1)}
+    how = {"total_steps": 1024, "key": jax.random.key(1)}
     one, _ = eqx_q.train(population, env, **how)
-    eight, history = eqx_q.train(population, env, devices=8, **how)
+    with watched(training) as exchanged:
+        eight, history = eqx_q.train(population, env, devices=8, **how)
     found["members"] = {
         "difference": difference(one, eight),
         "losses": history[-1]["loss"].shape,
-        "collectives": chunk_collectives(
-            training, (env, make_mesh(8)), eqx_q.start(population, env, key=jax.random.key(1))
-        ),
+        "collectives": exchanged,
     }
 
 
@@ -147,18 +151,15 @@ def from_data(found):
     population = eqx_q.Population(eqx.filter_vmap(create)(jax.random.split(jax.random.key(0), 8)))
     with tempfile.TemporaryDirectory() as directory:
         dataset = write(Path(directory) / "data", [random_episodes(0, num=20)])
-        for name, agent in (("batches", alone), ("members from data", population)):
-            prioritised = Sampling(priority_exponent=0.6)
-            how = {"num_updates": 20, "key": jax.random.key(1), "sampling": prioritised}
+        for name, agent, sampling in (
+            ("batches", alone, Sampling()),
+            ("members from data", population, Sampling(priority_exponent=0.6)),
+        ):
+            how = {"num_updates": 20, "key": jax.random.key(1), "sampling": sampling}
             one, _ = eqx_q.train_offline(agent, dataset, **how)
-            eight, _ = eqx_q.train_offline(agent, dataset, devices=8, **how)
-            mesh = make_mesh(8)
-            replay = put(mesh, Blocks(dataset, Sampling()).load(0))
-            start = offline.start_offline(agent, dataset, key=jax.random.key(1))
-            found[name] = {
-                "difference": difference(one, eight),
-                "collectives": chunk_collectives(offline, (replay, mesh), start),
-            }
+            with watched(offline) as exchanged:
+                eight, _ = eqx_q.train_offline(agent, dataset, devices=8, **how)
+            found[name] = {"difference": difference(one, eight), "collectives": exchanged}
         how = {"num_updates": 1, "key": jax.random.key(0)}
         refused(found, lambda: eqx_q.train_offline(alone, dataset, devices=9, **how))
         uneven = eqx_q.DQN.create(VECTOR, ACTIONS, key=jax.random.key(0), batch_size=12)
@@ -200,7 +201,12 @@ def outside(found):
 
         evaluate.every = 256
         agent, history = eqx_q.train(
-            agent, env, total_steps=512, key=jax.random.key(1), devices=devices, callbacks=[evaluate]
+            agent,
+            env,
+            total_steps=512,
+            key=jax.random.key(1),
+            devices=devices,
+            callbacks=[evaluate],
         )
         trained.append((agent, history[-1]["episode_return"]))
         env.close()
@@ -251,8 +257,6 @@ def bad_input(found):
 if __name__ == "__main__":
     found = {}
     for part in (lanes, lanes_with_memory, members, from_data, outside, bad_input):
-        import time; t=time.process_time()
         part(found)
-        print(part.__name__, time.process_time()-t, file=sys.stderr)
         jax.clear_caches()
     json.dump(found, sys.stdout, default=np.ndarray.tolist)

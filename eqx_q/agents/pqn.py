@@ -642,9 +642,7 @@ def _acting(rollout: Rollout) -> Bool[Array, "T N M"]:
     return acting if mask is None else acting & mask[:-1]
 
 
-def _take(
-    x: Shaped[Array, "..."], index: Int[Array, "G B"], axis: int = 0
-) -> Shaped[Array, "..."]:
+def _take(x: Shaped[Array, "..."], index: Int[Array, "G B"], axis: int = 0) -> Shaped[Array, "..."]:
     """Items of each lane group, by their places in it; along `axis` there is group after group."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     groups = x.reshape(*before, len(index), -1, *after)
