@@ -61,7 +61,10 @@ class RunState(eqx.Module):
     def spread(self, lay: Lay) -> "RunState":
         """See `eqx_q.sharding.Spreadable`: devices share lanes, and with them members."""
         of_members = None if self.agent.num_members is None else 0
-        before = self.burn_in
+        before, burn_in = self.burn_in, None
+        if before is not None:
+            timesteps, actions, values = lay((before.timesteps, before.actions, before.values), 1)
+            burn_in = Rollout(timesteps, actions, lay(before.memory, 0), values)
         return RunState(
             agent=lay(self.agent, of_members),
             env_state=lay(self.env_state, 0),
@@ -70,12 +73,7 @@ class RunState(eqx.Module):
             key=lay(self.key, None),
             num_updates=lay(self.num_updates, None),
             transitions=lay(self.transitions, of_members),
-            burn_in=before
-            and Rollout(
-                *lay((before.timesteps, before.actions), 1),
-                lay(before.memory, 0),
-                lay(before.values, 1),
-            ),
+            burn_in=burn_in,
         )
 
 

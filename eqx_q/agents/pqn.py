@@ -449,7 +449,7 @@ class PQN(OnlineAgent):
             _acting(rollout),
         )
 
-        def row(x: Shaped[Array, "T N ..."]) -> Shaped[Array, "TN ..."]:
+        def row(x: Shaped[AnyArray, "T N ..."]) -> Shaped[Array, "TN ..."]:
             groups = jnp.reshape(x, (x.shape[0], self.lane_groups, -1, *x.shape[2:]))
             return jnp.moveaxis(groups, 1, 0).reshape(-1, *x.shape[2:])
 
