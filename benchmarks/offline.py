@@ -1,18 +1,20 @@
 """The closed loop: a teacher learns, its play is recorded, and others learn from the record.
 
 For each game PQN is trained once, and plays twice: `narrow` data are those of the agent at the
-end, `mixed` ones those of all its checkpoints. From either, behaviour cloning, DQN and CQL learn,
-all seeds of one as one program. What is done is not repeated, what was interrupted goes on.
+end, `mixed` ones those of all its checkpoints (in Pong: of the agent at the end, with more and less
+chance). From either, behaviour cloning, DQN and CQL learn, all seeds of one as one program. What is
+done is not repeated, what was interrupted goes on.
 
-  python benchmarks/offline.py
-  python benchmarks/offline.py --only Breakout num_updates=5000
+  python benchmarks/offline.py minatar
+  python benchmarks/offline.py minatar --only Breakout num_updates=5000
+  python benchmarks/offline.py pong --teacher runs/pong
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from learning import run, script
@@ -20,11 +22,44 @@ from record import RESULTS, ROOT, write
 
 from eqx_q.data import Dataset, Shard
 
-GAMES = {
-    name: ["env=minatar", f"env.name={name}-MinAtar"]
-    for name in ("Breakout", "Asterix", "SpaceInvaders")
+
+class Suite(NamedTuple):
+    """Games, and how much is played and learnt of each."""
+
+    games: dict[str, list[str]]
+    teacher_steps: int
+    transitions: int
+    mixed: list[str]
+    learners: list[str]
+
+
+SUITES = {
+    "minatar": Suite(
+        {
+            name: ["env=minatar", f"env.name={name}-MinAtar"]
+            for name in ("Breakout", "Asterix", "SpaceInvaders")
+        },
+        teacher_steps=2_000_000,
+        transitions=50_000,
+        mixed=["epsilon=0.1", "checkpoints=all"],
+        learners=["num_updates=20_000"],
+    ),
+    # Short enough for two CPU cores: slimCQL's runs have 3,125,000 updates
+    "pong": Suite(
+        {"Pong": ["env=atari", "env.name=Pong-v5"]},
+        teacher_steps=10_000_000,
+        transitions=50_000,
+        mixed=["epsilon=[0.1,0.5,1.0]"],
+        learners=[
+            "num_updates=8_000",
+            "agent.learning_rate=2.5e-4",
+            "agent.target_update_period=500",
+            "eval.every=4_000",
+            "eval.min_steps=null",
+            "checkpoint.every=2_000",
+        ],
+    ),
 }
-DATA = {"narrow": [], "mixed": ["checkpoints=all"]}
 LEARNERS = ("bc", "dqn", "cql")
 
 
@@ -36,7 +71,7 @@ def record(teacher: Path, out: Path, options: list[str]) -> dict[str, Any]:
     asked = dict(option.split("=") for option in options)
     there = dataset.description.source
     for name, value in {"steps": there.get("steps"), "epsilon": there.get("epsilons")}.items():
-        if name in asked and str(value).strip("[]") != asked[name]:
+        if name in asked and _numbers(value) != _numbers(asked[name]):
             sys.exit(f"error: {out} has {name}={value}, not {asked[name]}: move it away")
     returns = np.concatenate([_returns(dataset, shard) for shard in dataset.shards])
     return {
@@ -44,6 +79,10 @@ def record(teacher: Path, out: Path, options: list[str]) -> dict[str, Any]:
         "episodes": dataset.num_episodes,
         "return_mean": float(np.mean(returns)),
     }
+
+
+def _numbers(value: Any) -> str:
+    return str(value).strip("[]").replace(" ", "")
 
 
 def _returns(dataset: Dataset, shard: Shard) -> np.ndarray:
@@ -77,37 +116,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("suite", choices=SUITES, help="which games")
     parser.add_argument("override", nargs="*", help="overrides of scripts/train.py, of learners")
     parser.add_argument("--seeds", type=int, default=3, help="of each learner (default: 3)")
     parser.add_argument("--only", help="only games with this in their name")
-    parser.add_argument("--teacher-steps", type=int, default=2_000_000, help="default: 2,000,000")
-    parser.add_argument("--transitions", type=int, default=50_000, help="of data (default: 50,000)")
-    parser.add_argument("--epsilon", type=float, default=0.1, help="of recording (default: 0.1)")
+    parser.add_argument("--teacher-steps", type=int, help="default: by suite")
+    parser.add_argument("--transitions", type=int, help="of data (default: by suite)")
+    parser.add_argument("--teacher", type=Path, help="a run of one that has learnt (with --only)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "offline", help="directory")
-    parser.add_argument("--out", type=Path, default=RESULTS / "offline_minatar.json")
+    parser.add_argument("--out", type=Path, help="default: by suite, in benchmarks/results")
     args = parser.parse_intermixed_args()
-    games: dict[str, Any] = json.loads(args.out.read_text())["games"] if args.out.exists() else {}
-    for name, env in GAMES.items():
-        if args.only and args.only not in name:
-            continue
+    suite = SUITES[args.suite]
+    teacher_steps = args.teacher_steps or suite.teacher_steps
+    transitions = args.transitions or suite.transitions
+    out = args.out or RESULTS / f"offline_{args.suite}.json"
+    games: dict[str, Any] = json.loads(out.read_text())["games"] if out.exists() else {}
+    chosen = {name: env for name, env in suite.games.items() if (args.only or "") in name}
+    if args.teacher and len(chosen) != 1:
+        parser.error("a --teacher is of one game: choose that with --only")
+    for name, env in chosen.items():
         home = args.runs.resolve() / name
-        steps = [f"total_steps={args.teacher_steps}", "checkpoint.keep=null"]
-        run(home / "teacher", [*env, *steps])
-        summary = json.loads((home / "teacher" / "summary.json").read_text())
-        games[name] = {"teacher": summary["eval_return_mean"], "data": {}}
-        for kind, options in DATA.items():
-            options = [*options, f"steps={args.transitions}", f"epsilon={args.epsilon}"]
+        teacher = args.teacher or home / "teacher"
+        if args.teacher is None:
+            run(teacher, [*env, f"total_steps={teacher_steps}", "checkpoint.keep=null"])
+        summary = json.loads((teacher / "summary.json").read_text())
+        of_teacher = {"teacher": summary["eval_return_mean"], "teacher_steps": summary["env_steps"]}
+        games[name] = {**of_teacher, "data": {}}
+        for kind, options in {"narrow": ["epsilon=0.1"], "mixed": suite.mixed}.items():
+            options = [*options, f"steps={transitions}"]
             results = games[name]["data"][kind] = {
-                "data": record(home / "teacher", home / f"{kind}_data", options),
+                "data": record(teacher, home / f"{kind}_data", options),
                 "learners": {},
             }
             for agent in LEARNERS:
                 directory = home / f"{kind}_{agent}"
                 learning = [f"agent={agent}", f"data={home / f'{kind}_data'}"]
                 learning += [*env, f"num_seeds={args.seeds}", "eval.time_fraction=null"]
-                run(directory, [*learning, *args.override])
+                run(directory, [*learning, *suite.learners, *args.override])
                 results["learners"][agent] = results_of(directory)
-                write(args.out, {"games": games})
+                write(out, {"suite": args.suite, "games": games})
 
 
 if __name__ == "__main__":

@@ -193,6 +193,16 @@ def offline_speed_table(results: list[dict[str, Any]]) -> str:
     return _table(head, rows)
 
 
+def conversion_table(result: dict[str, Any]) -> str:
+    rows = []
+    for game, formats in result["games"].items():
+        for name, runs in formats.items():
+            each = runs["frames_per_second_each"]
+            speed = f"**{runs['frames_per_second']:,.0f}** ({min(each):,.0f}–{max(each):,.0f})"
+            rows.append([game, name, f"{runs['bytes_per_frame']:.0f} B", speed])
+    return _table(["game", "format", "a frame takes there", "frames/s on one core"], rows)
+
+
 def offline_table(result: dict[str, Any]) -> str:
     """What each learner came to at the end; and CQL's lead over DQN, with an interval."""
     rows = []
@@ -272,6 +282,36 @@ def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None
     plt.close(figure)
 
 
+def draw_offline(result: dict[str, Any], path: Path) -> None:
+    """Greedy returns over updates: every seed thin, their mean thick; the teacher dashed."""
+    panels = [
+        (f"{game}, {kind}", of_game["teacher"], of_data)
+        for game, of_game in result["games"].items()
+        for kind, of_data in of_game["data"].items()
+    ]
+    columns = min(6, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (title, teacher, of_data) in zip(axes.flat, panels, strict=False):
+        for (name, learner), color in zip(
+            of_data["learners"].items(), ("tab:green", "tab:orange", "tab:blue"), strict=False
+        ):
+            curve = np.array(learner["curve"])
+            axis.plot(curve[:, 0], curve[:, 1:], color=color, linewidth=0.6, alpha=0.5)
+            axis.plot(curve[:, 0], curve[:, 1:].mean(1), color=color, label=name.upper())
+        axis.axhline(teacher, color="black", linestyle="--", linewidth=0.8, label="teacher")
+        axis.axhline(of_data["data"]["return_mean"], color="grey", linestyle=":", label="data")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("updates", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0, 0].set_ylabel("return", fontsize=8)
+    axes[0, 0].legend(fontsize=6)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def report(results: Path, into: Path) -> str:
     """The whole report as markdown, and the pictures beside the results."""
     references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
@@ -283,6 +323,12 @@ def report(results: Path, into: Path) -> str:
     speeds = [result for name, result in read.items() if name.startswith("offline_speed_")]
     if speeds:
         parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
+    if "convert" in read:
+        result = read["convert"]
+        of_what = (
+            "Games played at random, from files in the original formats to a finished data set."
+        )
+        parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
         parts += ["### Memory", memory_line(read["memory"])]
     for name, result in read.items():
@@ -295,10 +341,13 @@ def report(results: Path, into: Path) -> str:
         parts += [f"### Learning: {result['suite']}", learning_table(result, references)]
         parts += [table] if (table := atari_table(result)) else []
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
-    if "offline_minatar" in read:
-        result = read["offline_minatar"]
-        of_one = "One teacher and one data set each: intervals are over the learners' seeds alone."
-        parts += ["### Learning from data: minatar", offline_table(result), of_one, _origin(result)]
+    for name, result in read.items():
+        if name.startswith("offline_") and "games" in result:
+            picture = results / f"{name}.png"
+            draw_offline(result, picture)
+            of_one = "One teacher and one data set each: intervals are over learners' seeds alone."
+            parts += [f"### Learning from data: {result['suite']}", offline_table(result), of_one]
+            parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
     parts.append(f"Interquartile means with 95 % bootstrap intervals over seeds. Peers: {sources}.")
     return "\n\n".join(parts)

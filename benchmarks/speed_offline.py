@@ -14,61 +14,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import jax
 import numpy as np
+from play import play
 from record import LOAD, RESULTS, commit, compose, write
 from speed import drive
-
-import eqx_q
-from eqx_q.data import Description, Rows, Writer
 
 _FIGURES = ("updates_per_second", "batches_per_second")
 
 
-def play(num_rows: int) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete, list[Rows]]:
-    """Whole games of Pong, played at random, as rows of frames."""
-    env = eqx_q.make("envpool/Pong-v5", num_envs=1, episodic_life=False, reward_clip=False)
-    state, timestep = env.reset(jax.random.key(0))
-    step = jax.jit(env.step)
-    rng = np.random.default_rng(0)
-    games, frames, actions, rewards = [], [], [], []
-    while sum(len(rows.action) for rows in games) < num_rows:
-        frames.append(np.asarray(timestep.obs)[0, -1])
-        actions.append(rng.integers(env.action_space.n))
-        state, timestep = step(state, np.array(actions[-1:]), jax.random.key(0))
-        rewards.append(float(timestep.reward[0]))
-        if timestep.ended[0]:
-            frames.append(np.asarray(timestep.obs)[0, -1])
-            terminated = bool(timestep.terminated[0])
-            game = (np.stack(frames), np.array(actions), np.array(rewards))
-            games.append(Rows.of_episode(*game, terminated=terminated))
-            state, timestep = step(state, np.zeros(1, int), jax.random.key(0))  # resets
-            frames, actions, rewards = [], [], []
-    env.close()
-    return env.observation_space, env.action_space, games  # pyright: ignore[reportReturnType]
-
-
-def write_both(directory: Path, num_rows: int) -> int:
+def write_both(directory: Path, num_steps: int) -> int:
     """The same transitions for both; returns the number of actions."""
-    observation_space, action_space, games = play(num_rows)
-    description = Description("envpool/Pong-v5", observation_space, action_space, stack=4)
-    with Writer(directory / "data", description) as writer:
-        for rows in games:
-            writer.append(rows)
-        writer.commit("random")
-        writer.finish()
-    kept = [Rows(*(x[:-1] for x in rows)) for rows in games]  # the peer has no final observations
-    arrays = Rows(*(np.concatenate(x) for x in zip(*kept, strict=True)))
+    dataset = play("Pong", directory / "data", num_steps)
+    rows = dataset.rows
+    acted = rows.action >= 0  # the peer has no final observations
     np.savez(
         directory / "arrays.npz",
-        frames=arrays.obs,
-        actions=arrays.action,
-        rewards=arrays.reward,
-        terminals=arrays.terminated,
-        ends=arrays.terminated | arrays.truncated,
+        frames=rows.obs[acted],
+        actions=rows.action[acted],
+        rewards=rows.reward[acted],
+        terminals=rows.terminated[acted],
+        ends=(rows.terminated | rows.truncated)[acted],
     )
-    return int(action_space.n)
+    return int(dataset.description.action_space.n)
 
 
 def main() -> None:

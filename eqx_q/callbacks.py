@@ -24,6 +24,7 @@ from .errors import UsageError
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
 from .offline import OfflineState
+from .progress import Display
 from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
 from .wrappers import Env
@@ -276,42 +277,27 @@ class Progress:
     overlap = True
 
     def __init__(self, stream: Any = None, seconds_between_lines: float = 10.0):
-        self._stream = stream or sys.stderr
-        self._seconds = seconds_between_lines
-        self._bar: Any = None
-        self._printed_at = -math.inf
+        self._display = Display(stream, seconds_between_lines)
         self._eval_return: float | None = None
 
     def __call__(self, run_state: AnyState | None, metrics: Metrics) -> None:
         """Shows where the run stands, which the metrics alone tell."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
-        if self._stream.isatty():
-            self._draw(metrics)
-        elif metrics["done"] or time.perf_counter() - self._printed_at >= self._seconds:
-            self._printed_at = time.perf_counter()
-            print(self._line(metrics), file=self._stream, flush=True)
+        now = clock(metrics)
+        unit, members = now.noun.removesuffix("s"), np.ndim(self._values(metrics))
+        self._display(
+            now.done,
+            now.total,
+            f"{unit} of each seed" if members else unit,
+            self._state(metrics),
+            self._line(metrics),
+            last=metrics["done"],
+        )
 
     def close(self) -> None:
         """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _draw(self, metrics: Metrics) -> None:
-        now = clock(metrics)
-        if self._bar is None:
-            from tqdm import tqdm
-
-            unit, members = now.noun.removesuffix("s"), np.ndim(self._values(metrics))
-            self._bar = tqdm(
-                total=now.total,
-                initial=now.done,
-                unit=f"{unit} of each seed" if members else unit,
-                unit_scale=True,
-                file=self._stream,
-            )
-        self._bar.set_postfix_str(self._state(metrics), refresh=False)
-        self._bar.update(now.done - self._bar.n)
+        self._display.close()
 
     def _line(self, metrics: Metrics) -> str:
         now = clock(metrics)

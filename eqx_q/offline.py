@@ -1,6 +1,7 @@
 """The offline loop: one compiled program over an agent and a data set."""
 
 import concurrent.futures
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable
@@ -28,13 +29,15 @@ class OfflineState(eqx.Module):
 
     **Fields:** the `agent`; the `key` of all randomness to come; `num_updates` so far; the
     `priorities` of the block that is learnt from, where transitions are not drawn uniformly (in a
-    population with a leading axis of members).
+    population with a leading axis of members); in how many blocks the data come, which is 0 before
+    the first.
     """
 
     agent: OfflineAgent
     key: PRNGKeyArray
     num_updates: Int[Array, ""]
     priorities: Priorities | None = None
+    num_blocks: Int[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     def spread(self, lay: Lay) -> "OfflineState":
         """See `eqx_q.sharding.Spreadable`: devices share members, or draw for one together."""
@@ -44,6 +47,7 @@ class OfflineState(eqx.Module):
             key=lay(self.key, None),
             num_updates=lay(self.num_updates, None),
             priorities=lay(self.priorities, of_members),
+            num_blocks=lay(self.num_blocks, None),
         )
 
 
@@ -103,7 +107,14 @@ def _update(
     if priorities is not None:
         updated = jax.vmap(Priorities.updated) if members else Priorities.updated
         priorities = updated(priorities, place, td_error)
-    return OfflineState(agent, key, run_state.num_updates + 1, priorities), metrics
+    run_state = dataclasses.replace(
+        run_state,
+        agent=agent,
+        key=key,
+        num_updates=run_state.num_updates + 1,
+        priorities=priorities,
+    )
+    return run_state, metrics
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -230,8 +241,11 @@ def train_offline(
     mesh = make_mesh(devices)
     check_shares(mesh, state.agent)
     if not sampling.priority_exponent:  # whatever the run did before
-        state = OfflineState(state.agent, state.key, state.num_updates)
-    blocks = Blocks(dataset, sampling)
+        state = dataclasses.replace(state, priorities=None)
+    # Which transitions are drawn must not depend on the memory that is free at a resume.
+    before = int(state.num_blocks) if sampling.memory_gb is None else 0
+    blocks = Blocks(dataset, sampling, num_blocks=before or None)
+    state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
     single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)
     if turns < blocks.num_blocks and sampling.shards_per_block is None:
@@ -259,9 +273,8 @@ def train_offline(
             if resumed and run_state.priorities is not None:
                 _check_same_places(run_state.priorities, fresh)
             else:
-                run_state = OfflineState(
-                    run_state.agent, run_state.key, run_state.num_updates, fresh
-                ).spread(partial(put, mesh))
+                run_state = dataclasses.replace(run_state, priorities=fresh)
+                run_state = run_state.spread(partial(put, mesh))
         return _advance_chunk((replay, mesh), run_state, length)
 
     def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:

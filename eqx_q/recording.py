@@ -1,14 +1,15 @@
 """Recording: what an agent does in an environment, as rows of a data set."""
 
+import collections
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from .agents import Agent, decide
 from .data import Description, Rows, Writer
@@ -46,9 +47,9 @@ class _Rows(eqx.Module):
     first: Bool[AnyArray, "*lanes"]
 
     def of_lane(self, lane: int, begin: int, end: int) -> Rows:
-        """Some rows of one lane, still in the memory of all."""
+        """Some rows of one lane: a copy, which does not keep those of the others alive."""
         columns = (self.obs, self.action, self.reward, self.terminated, self.truncated, self.first)
-        return Rows(*(np.asarray(x)[begin:end, lane] for x in columns))
+        return Rows(*(np.array(x[begin:end, lane]) for x in columns))
 
 
 class _State(eqx.Module):
@@ -105,9 +106,11 @@ def record(
     """Plays, and writes what happened as one shard of a data set.
 
     All lanes play until they have made exactly `num_steps` transitions together (steps into a
-    reset are none). Episodes are written whole, in the order in which they end. Those running at
-    last are cut: their last transition is `truncated`, and what it led to is their final
-    observation. The same arguments give the same rows (an emulator goes on where it stands).
+    reset are none). Episodes are written whole, in the order in which they began, so that the first
+    rows of a shard favour neither short ones nor long ones; what was seen since the oldest of those
+    running began is in memory until then. Those running at last are cut: their last transition is
+    `truncated`, and what it led to is their final observation. The same arguments give the same
+    rows (an emulator goes on where it stands).
 
     **Arguments:**
 
@@ -144,12 +147,11 @@ def record(
             )
         seconds = time.perf_counter() - started
         made, stops = _cut(rows, length, missing)
-        recorded = _add(recorded, made, lanes.add(rows, stops), writer)
+        recorded = _count(recorded, made, lanes.add(rows, stops))
         if recorded.transitions == num_steps:
-            left = lanes.end(rows, stops)
-            for episode in left:
-                writer.append(episode)
-            recorded = recorded._replace(cut=len(left))
+            recorded = recorded._replace(cut=lanes.cut(rows, stops))
+        for episodes in lanes.written():
+            writer.append(episodes)
         if on_chunk is not None:
             on_chunk(recorded)
         length = 16 if length == 1 else max(1, int(length * min(4, _CHUNK_SECONDS / seconds)))
@@ -286,60 +288,82 @@ def _cut(rows: _Rows, length: int, missing: int) -> tuple[int, Int[np.ndarray, "
     return missing, stops + (rows.action[stops, np.arange(num_lanes)] < 0)  # a final row stays
 
 
+class _Episode:
+    """What is known of an episode so far: its rows, in parts, and whether it has ended."""
+
+    def __init__(self, *, ended: bool):
+        self.parts: list[Rows] = []
+        self.ended = ended
+
+    @property
+    def returns(self) -> float:
+        """The sum of its rewards."""
+        return float(sum(part.reward.sum(dtype=np.float64) for part in self.parts))
+
+
 class _Lanes:
-    """Rows of the episodes that are running, lane by lane."""
+    """Episodes, until those that began before them have ended."""
 
     def __init__(self, num_lanes: int):
-        self._parts: list[list[Rows]] = [[] for _ in range(num_lanes)]
+        self._newest = [_Episode(ended=True) for _ in range(num_lanes)]  # of each lane
+        self._begun: collections.deque[_Episode] = collections.deque()  # in that order
 
-    def add(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> Rows | None:
-        """Takes so many rows of each lane, and gives back the episodes that are whole by now."""
-        ends = (rows.action < 0) & (np.arange(len(rows.action))[:, None] < stops)
-        begins = [0] * len(stops)
-        whole: list[Rows] = []
-        for step, lane in np.argwhere(ends).tolist():  # in the order of time
-            whole += self._parts[lane]
-            whole.append(rows.of_lane(lane, begins[lane], step + 1))
-            self._parts[lane], begins[lane] = [], step + 1
-        for lane, (begin, stop) in enumerate(zip(begins, stops.tolist(), strict=True)):
-            if begin < stop:
-                # A copy, so that this does not keep all lanes' rows alive.
-                part = rows.of_lane(lane, begin, stop)
-                self._parts[lane].append(Rows(*(np.array(x) for x in part)))
-        return _joined(whole) if whole else None
+    def add(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> list[float]:
+        """Takes so many rows of each lane. Gives back the returns of the episodes that ended."""
+        returns, begins = [], [0] * len(stops)
+        final = rows.action < 0
+        inside = np.arange(len(final))[:, None] < stops
+        for step, lane in np.argwhere((rows.first | final) & inside).tolist():  # by time
+            if rows.first[step, lane]:
+                self._newest[lane], begins[lane] = _Episode(ended=False), step
+                self._begun.append(self._newest[lane])
+            else:
+                episode = self._newest[lane]
+                episode.parts.append(rows.of_lane(lane, begins[lane], step + 1))
+                episode.ended = True
+                returns.append(episode.returns)
+        for lane, stop in enumerate(stops.tolist()):
+            if not self._newest[lane].ended and begins[lane] < stop:
+                self._newest[lane].parts.append(rows.of_lane(lane, begins[lane], stop))
+        return returns
 
-    def end(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> list[Rows]:
-        """The episodes that are running, cut.
+    def cut(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> int:
+        """Ends the episodes that are running, and tells how many they were.
 
         **Arguments:** `rows`, `stops`: what was last added; where a lane stops is its final row.
         """
-        cut: list[Rows] = []
-        for lane, parts in enumerate(self._parts):
-            if parts:
-                episode = _joined(parts)
-                final = rows.of_lane(lane, int(stops[lane]), int(stops[lane]) + 1)
-                obs = np.concatenate([episode.obs, final.obs])
-                cut.append(Rows.of_episode(obs, episode.action, episode.reward, terminated=False))
-        return cut
+        running = [lane for lane, episode in enumerate(self._newest) if not episode.ended]
+        for lane in running:
+            episode, stop = self._newest[lane], int(stops[lane])
+            known, final = _joined(episode.parts), rows.of_lane(lane, stop, stop + 1)
+            obs = np.concatenate([known.obs, final.obs])
+            whole = Rows.of_episode(obs, known.action, known.reward, terminated=False)
+            episode.parts, episode.ended = [whole], True
+        return len(running)
+
+    def written(self) -> Iterator[Rows]:
+        """Takes out the episodes that have ended, up to the first that has not."""
+        parts: list[Rows] = []
+        size = 0
+        while self._begun and self._begun[0].ended:
+            parts += (of_episode := self._begun.popleft().parts)
+            size += sum(part.obs.nbytes for part in of_episode)
+            if size > _CHUNK_BYTES:
+                yield _joined(parts)
+                parts, size = [], 0
+        if parts:
+            yield _joined(parts)
 
 
 def _joined(parts: list[Rows]) -> Rows:
     return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _add(recorded: Recorded, made: int, whole: Rows | None, writer: Writer) -> Recorded:
-    """Writes whole episodes, and counts them."""
+def _count(recorded: Recorded, made: int, returns: list[float]) -> Recorded:
+    """With what was added."""
     recorded = recorded._replace(transitions=recorded.transitions + made)
-    if whole is None:
+    if not returns:
         return recorded
-    writer.append(whole)
-    returns = _returns(whole.reward, whole.first)
-    total = (recorded.return_mean or 0.0) * recorded.episodes + float(returns.sum())
+    total = (recorded.return_mean or 0.0) * recorded.episodes + sum(returns)
     episodes = recorded.episodes + len(returns)
     return recorded._replace(episodes=episodes, return_mean=total / episodes)
-
-
-def _returns(
-    reward: Float32[np.ndarray, " R"], first: Bool[np.ndarray, " R"]
-) -> Float[np.ndarray, " episodes"]:
-    return np.add.reduceat(reward.astype(np.float64), np.flatnonzero(first))

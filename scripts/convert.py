@@ -1,7 +1,6 @@
 """Converts recorded data to a data set of ours: `python scripts/convert.py --help`."""
 
 import logging
-import sys
 import time
 from typing import Any
 
@@ -10,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.data import Dataset, Source, convert, from_dqn_replay, from_minari, from_rlu, to_minari
 from eqx_q.errors import UnknownNameError, UsageError
+from eqx_q.progress import Display
 from eqx_q.run import whole_or_none
 
 logger = logging.getLogger("eqx_q")
 
 _ATARI = {"rlu": from_rlu, "dqn_replay": from_dqn_replay}
 _ONLY_ATARI = ("run", "shards", "rows_per_shard", "num_actions")
-_SECONDS = 10.0  # between lines, where there is no terminal
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="convert")
@@ -85,36 +84,22 @@ def _numbers(key: str, value: Any) -> list[int]:
 
 
 class _Progress:
-    """A bar with frames/s; without a terminal, a line every ten seconds."""
+    """Frames and frames/s."""
 
     def __init__(self):
-        self._rows = 0
-        self._began = self._printed_at = time.perf_counter()
-        self._bar: Any = None
+        self._display = Display(at_once=False)
+        self._rows, self._began = 0, time.perf_counter()
 
     def __call__(self, part: str, rows: int) -> None:
         """Counts rows that were written."""
         self._rows += rows
-        if sys.stderr.isatty():
-            self._draw(part, rows)
-        elif time.perf_counter() - self._printed_at >= _SECONDS:
-            self._printed_at = time.perf_counter()
-            speed = self._rows / (time.perf_counter() - self._began)
-            line = f"{self._rows:,} frames  {speed:,.0f} frames/s  {part}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+        speed = self._rows / (time.perf_counter() - self._began)
+        line = f"{self._rows:,} frames  {speed:,.0f} frames/s  {part}"
+        self._display(self._rows, None, " frames", part, line)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _draw(self, part: str, rows: int) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(unit=" frames", unit_scale=True)
-        self._bar.set_postfix_str(part, refresh=False)
-        self._bar.update(rows)
+        """Leaves what is shown as it is."""
+        self._display.close()
 
 
 if __name__ == "__main__":

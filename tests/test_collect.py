@@ -18,7 +18,7 @@ import eqx_q
 from eqx_q import run as runs
 from eqx_q.callbacks import Progress
 from eqx_q.checkpoint import save, save_checkpoint
-from eqx_q.data import Dataset
+from eqx_q.data import Dataset, Writer
 from eqx_q.run import make_agent, make_env
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -62,7 +62,11 @@ def test_a_trained_run_becomes_a_data_set(script, tmp_path):
     assert dataset.num_transitions == 1000 and shard.name == "0000-run0-step512-eps0"
     assert dataset.description.env == "gymnax/CartPole-v1"
     source = dataset.description.source
-    assert source["runs"] == ["run"] and source["num_envs"] == 3 and source["epsilons"] == [0.0]
+    assert (
+        source["runs"] == [str(tmp_path / "run")]
+        and source["num_envs"] == 3
+        and source["epsilons"] == [0.0]
+    )
     assert source["env_options"]["max_steps_in_episode"] == 30
     assert shard.source["env_steps"] == 512 and shard.source["epsilon"] == 0
     whole = returns(dataset, shard)[: shard.source["episodes"]]
@@ -88,7 +92,7 @@ def test_a_mixture_of_runs_seeds_checkpoints_and_epsilons(script, tmp_path, monk
     assert [source["member"] for source in sources] == [0] * 4 + [1] * 4 + [None] * 4
     assert [source["env_steps"] for source in sources] == [100, 100, 200, 200] * 3
     assert [source["epsilon"] for source in sources] == [0.1, 1.0] * 6
-    assert sources[-1]["agent"] == "b/checkpoints/000000000200.ckpt"
+    assert sources[-1]["agent"] == str(tmp_path / "b" / "checkpoints" / "000000000200.ckpt")
     assert len({shard.name for shard in dataset.shards}) == 24 and dataset.shards[3].name in out
 
 
@@ -202,3 +206,37 @@ def test_checkpoints_serve_where_the_run_has_no_end(script, tmp_path):
     assert status == 0, err
     header = json.loads((tmp_path / "data" / "header.json").read_text())
     assert header["shards"][0]["source"]["env_steps"] == 200
+
+
+def test_a_damaged_checkpoint_is_found_before_anything_is_played(script, tmp_path):
+    leave_run(tmp_path / "run", SHORT)
+    newest = tmp_path / "run" / "checkpoints" / "000000000200.ckpt"
+    for path in (newest, newest.with_name("000000000100.ckpt")):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        status, out, err = script("collect", "run=run", "checkpoints=all", "steps=50", "out=data")
+        assert status == 1, out
+        assert f"{path.name}' is damaged" in err and not list(tmp_path.glob("*.partial"))
+        path.write_bytes(data)
+
+
+def test_a_run_is_the_same_however_its_path_is_written(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.collecting, "_STEPS_PER_SHARD", 30)
+    leave_run(tmp_path / "run", SHORT)
+    command = ["steps=60", "out=data"]
+
+    def full(self, *arguments, **options):
+        if self.done:
+            raise KeyboardInterrupt
+        commit(self, *arguments, **options)
+
+    commit = Writer.commit
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "commit", full)
+        assert script("collect", "run=run", *command)[0] == 1
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    status, _, err = script("collect", f"run={tmp_path}/./link/", *command)
+    assert status == 0, err
+    dataset = Dataset(tmp_path / "data")
+    assert len(dataset.shards) == 2
+    assert dataset.description.source["runs"] == [str(tmp_path.resolve() / "run")]

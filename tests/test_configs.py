@@ -6,6 +6,7 @@ from pathlib import Path
 
 import envpool
 import hydra
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -51,12 +52,27 @@ def test_every_agent_in_every_environment(agent, env):
     check_builds(composed(f"agent={agent}", f"env={env}"))
 
 
-@pytest.mark.parametrize(
-    "tuned", [name for name in choices("tuned") if name.split("_")[0] not in choices("agent")]
-)
+PAIRS = [f"{agent}_{env}" for agent in choices("agent") for env in choices("env")]
+
+
+@pytest.mark.parametrize("tuned", [name for name in choices("tuned") if name not in PAIRS])
 def test_every_tuned_file_that_is_chosen_by_name(tuned):
     env = next((env for env in choices("env") if env in tuned), "cartpole")
-    check_builds(composed(f"tuned={tuned}", f"env={env}"))
+    agents = [agent for agent in choices("agent") if tuned.startswith(f"{agent}_")]
+    agent = max(agents, key=len, default="pqn")
+    check_builds(composed(f"tuned={tuned}", f"env={env}", f"agent={agent}"))
+
+
+def test_presets_with_quantiles():
+    for name, agent, alpha in [
+        ("dqn_atari_qr", "dqn", 0.0),
+        ("cql_atari_qr_alpha4", "cql", 4.0),
+        ("cql_atari_qr_alpha1", "cql", 1.0),
+    ]:
+        config = composed(f"agent={agent}", "env=atari", f"tuned={name}")["agent"]
+        assert config["network_options"]["num_quantiles"] == 200
+        assert (config["alpha"], config["adam_epsilon"]) == (alpha, 0.01 / 32)
+        assert (config["batch_size"], config["target_update_period"]) == (32, 2000)
 
 
 @pytest.mark.parametrize("protocol", choices("protocol"))
@@ -67,6 +83,33 @@ def test_every_protocol_is_made_of_options_that_atari_has(protocol):
     assert all(other.pool.options[name] == value for name, value in config["protocol"].items())
     other.close()
     env.close()
+
+
+def starts(game, protocol):
+    """The first frames of lanes of two pools, and lives after a second without an action."""
+    config = composed("env=atari", f"env.name={game}-v5", f"protocol={protocol}")
+    env = make_env(config, 1)
+    frames, lives = [], []
+    for seed in (1, 2):
+        pool = env.replicate(2, seed=seed, **config["protocol"])
+        frames += list(pool.pool.envpool.reset()[0][:, -1])
+        for _ in range(60):
+            _, _, _, _, info = pool.pool.envpool.step(np.zeros(2, int))
+        lives += info["lives"].tolist()
+        pool.close()
+    env.close()
+    return frames, lives
+
+
+def test_games_begin_with_nothing_done_where_dopamines_do():
+    frames, _ = starts("Seaquest", "dopamine")
+    assert all(np.array_equal(one, frames[0]) for one in frames)  # no numbers of no-ops
+    frames, _ = starts("Seaquest", "sticky")
+    assert not all(np.array_equal(one, frames[0]) for one in frames)
+    _, lives = starts("Breakout", "dopamine")
+    assert lives == [5] * 4  # no FIRE: no ball to lose
+    _, lives = starts("Breakout", "sticky")
+    assert 4 in lives
 
 
 def test_tuned_values_follow_the_choice_and_yield_to_the_command_line():

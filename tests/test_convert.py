@@ -5,7 +5,8 @@ import resource
 
 import numpy as np
 import pytest
-from recorded import Ring, raw_episodes, stored_transitions, transitions, write_rlu
+from formats import Ring, write_rlu
+from recorded import raw_episodes, stored_transitions, transitions
 
 from eqx_q.data import Dataset
 

@@ -17,6 +17,7 @@ import eqx_q
 from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress
 from eqx_q.checkpoint import load, load_latest
 from eqx_q.data import Blocks, Rows, Sampling
+from eqx_q.data.sampling import _SHARE
 from eqx_q.errors import DivergedError, UsageError
 from eqx_q.tracking import JsonlTracker
 from eqx_q.training import start
@@ -98,6 +99,23 @@ def test_a_run_taken_up_anywhere_ends_bit_for_bit_the_same(dataset, tmp_path, sa
     for path in (saved[0], saved[-2], saved[-1]):  # within a block and between two
         agent, _ = train(make_agent(5), dataset, run_state=load(path), sampling=sampling)
         assert_same(agent, whole)
+
+
+def test_memory_that_is_free_at_a_resume_changes_nothing(dataset, tmp_path, monkeypatch):
+    def train_with_free(share, num_updates=30, **kwargs):
+        free = share * len(dataset) * ROW / _SHARE
+        monkeypatch.setattr("eqx_q.data.sampling._free_memory", lambda: free)
+        kwargs = {"sampling": Sampling(updates_per_block=7)} | kwargs
+        return train(make_agent(), dataset, num_updates, **kwargs)[0]
+
+    whole = train_with_free(0.5)
+    train_with_free(0.5, 10, callbacks=[Checkpoint(tmp_path, every=1)])
+    taken_up, _ = load_latest(tmp_path)
+    assert int(taken_up.num_blocks) > 1
+    assert_same(train_with_free(2.0, run_state=taken_up), whole)
+    # Who says how much memory may be taken, decides.
+    said = Sampling(updates_per_block=7, memory_gb=2 * len(dataset) * ROW / 2**30)
+    assert differ(train_with_free(0.5, run_state=load_latest(tmp_path)[0], sampling=said), whole)
 
 
 def test_where_chunks_are_cut_changes_nothing(dataset, sampling):

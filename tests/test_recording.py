@@ -41,7 +41,7 @@ class Loop:
     def __init__(self, num_lanes, num_steps):
         self.whole, self.cut = [], []
         self._running = [self._new() for _ in range(num_lanes)]
-        self._left = num_steps
+        self._left, self._time = num_steps, 0
         self._stopped = [False] * num_lanes
 
     def _new(self):
@@ -49,6 +49,7 @@ class Loop:
 
     def see(self, obs, action, reward, terminated, truncated, happened):
         """A step of all lanes: what was seen, done and paid. Returns whether it is over."""
+        self._time += 1
         for lane, episode in enumerate(self._running):
             if self._stopped[lane]:
                 continue
@@ -58,9 +59,10 @@ class Loop:
             elif not self._left:
                 self._stopped[lane] = True
                 if episode["obs"]:
-                    self.cut.append((lane, episode | {"obs": [*episode["obs"], obs[lane]]}))
+                    self.cut.append(episode | {"obs": [*episode["obs"], obs[lane]]})
             else:
                 self._left -= 1
+                episode.setdefault("began", (self._time, lane))
                 episode["obs"].append(obs[lane])
                 episode["action"].append(action[lane])
                 episode["reward"].append(reward[lane])
@@ -69,7 +71,7 @@ class Loop:
 
     @property
     def episodes(self):
-        return [*self.whole, *(episode for _, episode in sorted(self.cut, key=lambda x: x[0]))]
+        return sorted([*self.whole, *self.cut], key=lambda episode: episode["began"])
 
 
 def check_equal(dataset, loop, seen=lambda obs: obs):
@@ -233,11 +235,13 @@ def test_chunks_leave_no_trace(tmp_path, monkeypatch):
     whole, _ = recorded(tmp_path / "whole", agent, env, 60)
     for steps in (1, 2, 3):
         monkeypatch.setattr(recording, "_CHUNK_STEPS", steps)
+        monkeypatch.setattr(recording, "_CHUNK_BYTES", 200 * steps)  # that are written at a time
         chunks, _ = recorded(tmp_path / str(steps), agent, env, 60)
         for ours, theirs in zip(chunks.rows, whole.rows, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     lengths = [len(episode.action) - 1 for episode in whole.episodes()]
-    assert lengths[:4] == [1, 2, 1, 3]  # in the order in which they end: at 1, 2, 3 and 3 steps
+    # In the order in which they begin: all at once, then after 2, 3, 4 and 4 steps.
+    assert lengths[:9] == [1, 2, 3, 4, 5, 1, 2, 1, 3]
 
 
 def test_whole_numbers_are_stored_in_a_byte(tmp_path):

@@ -287,6 +287,8 @@ class DQN(OfflineAgent):
             "agreement": jnp.mean(jnp.argmax(q_values, axis=-1) == action),
             "target": jnp.mean(targets),
         }
+        if output.features is not None:  # Sokar et al. 2023 (arXiv 2302.12902), with tau = 0
+            metrics["dead_units"] = jnp.mean(jnp.all(output.features == 0, axis=(0, 1)))
         return loss, (output.statistics, metrics, td_error)
 
 

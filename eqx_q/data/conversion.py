@@ -4,13 +4,14 @@ import collections
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
-from .dataset import Dataset, Description, Rows, Writer
+from .dataset import Dataset, Description, Rows
+from .writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ class Part(NamedTuple):
     """What is converted as one, and becomes a shard: a file, as a rule.
 
     - `name`: of the shard. `run`: whose data it is, where there are several runs (seeds).
-    - `blocks`: gives functions that make the next rows, to be called in any order and thread.
+    - `blocks`: gives functions that make the next rows, to be called in any order and thread;
+        it is gone through in a thread of its own.
     """
 
     name: str
@@ -48,8 +50,9 @@ def convert(
     """Writes `source` to `out`. Where an earlier attempt was stopped it goes on after the last part
     that was finished, and what it writes does not depend on that.
 
-    **Arguments:** `num_workers`: threads that decode; `None` for one per core. `on_rows`: called
-    with the name of the part and the number of rows that were written just now.
+    **Arguments:** `num_workers`: threads that decode, beside one that reads and decompresses files
+    and one that writes; `None` for one per core. `on_rows`: called with the name of the part and
+    the number of rows that were written just now.
 
     **Raises:** `UsageError` where there is something at `out`, the source is not what it should
     be (`CorruptFileError` where it is damaged), or the disk is full. Finished parts are kept.
@@ -60,13 +63,12 @@ def convert(
         if done:
             logger.info("%d of %d parts are there from an earlier attempt", len(done), total)
         try:
-            for part in source.parts:
-                if part.name in done:
-                    continue
-                for rows in _ahead(part.blocks(), workers):
+            for part, rows in _ahead([x for x in source.parts if x.name not in done], workers):
+                if rows is None:
+                    writer.commit(part.name, part.run)
+                else:
                     writer.append(rows)
                     on_rows(part.name, len(rows.action))
-                writer.commit(part.name, part.run)
             return writer.finish()
         except UsageError as error:
             disk_is_full = type(error) is UsageError and isinstance(error.__cause__, OSError)
@@ -78,17 +80,28 @@ def convert(
             ) from error
 
 
-def _ahead(blocks: Iterator[Callable[[], Rows]], num_workers: int) -> Iterator[Rows]:
-    """What the blocks make, in their order; threads work on a few of them in advance.
+def _ahead(parts: Sequence[Part], num_workers: int) -> Iterator[tuple[Part, Rows | None]]:
+    """What the blocks of parts make, in their order, and `None` where a part ends.
 
-    Threads suffice: decoders do not hold the interpreter's lock, and nothing has to be copied
-    from another process.
+    While one block is written, a thread reads on, into the next part too (a file can only be
+    decompressed from its beginning on), and others decode what was read. Threads suffice:
+    decoders do not hold the interpreter's lock, and nothing has to be copied between processes.
     """
-    waiting: collections.deque = collections.deque()
-    with ThreadPoolExecutor(num_workers) as pool:
-        for block in blocks:
-            waiting.append(pool.submit(block))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+
+    def blocks() -> Iterator[tuple[Part, Callable[[], Rows | None]]]:
+        for part in parts:
+            for block in part.blocks():
+                yield part, block
+            yield part, lambda: None
+
+    def read() -> tuple[Part, Future[Rows | None]] | None:
+        found = next(remaining, None)
+        return None if found is None else (found[0], decoders.submit(found[1]))
+
+    remaining = blocks()
+    with ThreadPoolExecutor(num_workers) as decoders, ThreadPoolExecutor(1) as reader:
+        waiting = collections.deque(reader.submit(read) for _ in range(2 * num_workers))
+        while (found := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(read))
+            part, rows = found
+            yield part, rows.result()

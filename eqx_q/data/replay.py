@@ -125,14 +125,16 @@ class Priorities(eqx.Module):
         )
 
     def draw(self, key: PRNGKeyArray, num: int) -> tuple[Int[Array, " num"], Float[Array, " num"]]:
-        """Places, one from each `num`-th of the total as in the paper, and their weights."""
+        """Places, their spans one from each `num`-th of the total as in the paper, and weights."""
+        span_key, place_key = jax.random.split(key)
         cumulated = jnp.cumsum(self.sums)
         total = cumulated[-1]
-        at = (jnp.arange(num) + jax.random.uniform(key, (num,))) / num * total
+        at = (jnp.arange(num) + jax.random.uniform(span_key, (num,))) / num * total
         # Rounding must not lead to a span, nor in it to a place, that is none.
         last = (self.count - 1) // _SPAN
         span = jnp.minimum(jnp.searchsorted(cumulated, at, side="right"), last)
-        rest = at - (cumulated[span] - self.sums[span])
+        # What is left of `at` would be too coarse for millions of places.
+        rest = jax.random.uniform(place_key, (num,)) * self.sums[span]
         inside = self.values.reshape(-1, _SPAN)[span]
         found = jnp.sum(jnp.cumsum(inside, axis=-1) <= rest[:, None], axis=-1)
         last = _SPAN - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)

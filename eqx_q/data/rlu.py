@@ -170,10 +170,11 @@ def decode_frames(
         raise CorruptFileError(
             f"'{path}' has a frame that is no PNG ({error}): fetch it again"
         ) from error
-    kinds = sorted({f"{image.dtype}{list(image.shape)}" for image in images})
+    kinds = {(image.dtype, image.shape) for image in images}
     if len(kinds) > 1 or images[0].ndim != 2 or images[0].dtype != np.uint8:
+        found = " and ".join(sorted(f"{dtype}{list(shape)}" for dtype, shape in kinds))
         raise UsageError(
-            f"'{path}' has frames of {' and '.join(kinds)}, not all of one uint8[height, width]: "
+            f"'{path}' has frames of {found}, not all of one uint8[height, width]: "
             "they are not preprocessed as RL Unplugged's are"
         )
     return np.stack(images)

@@ -75,13 +75,16 @@ class Blocks:
     All have the same shapes, so that one compiled program learns from each. Which block is the
     i-th depends on nothing but `i` and the seed.
 
+    **Arguments:** `num_blocks`: as many as before, in a run that goes on; without it as few
+    as fit into the memory that is free now.
+
     **Attributes:** `num_blocks`: in one pass, after which they are put together anew.
     `num_transitions`: that are learnt from.
 
     **Raises:** `UsageError` where nothing is left to learn from, or where it cannot fit.
     """
 
-    def __init__(self, dataset: Dataset, sampling: Sampling):
+    def __init__(self, dataset: Dataset, sampling: Sampling, *, num_blocks: int | None = None):
         self._dataset, self._sampling = dataset, sampling
         rows = dataset.rows
         self._starts = np.flatnonzero(rows.first)
@@ -98,7 +101,7 @@ class Blocks:
         self._counts = counts[self._episodes]
         self._row_bytes = sum(x.dtype.itemsize * int(np.prod(x.shape[1:])) for x in rows) + 8
         self._groups = self._shards_of_episodes()
-        self.num_blocks = self._count_blocks()
+        self.num_blocks = self._count_blocks() if num_blocks is None else num_blocks
         self._num_rows, self._num_drawable = self._largest()
 
     def load(self, index: int) -> Replay:
@@ -177,6 +180,7 @@ class Blocks:
 
     def _count_blocks(self) -> int:
         sampling = self._sampling
+        free = _free_memory() * _SHARE if sampling.memory_gb is None else sampling.memory_gb * 2**30
         if sampling.shards_per_block is not None:
             shards = len(np.unique(self._groups))
             if sampling.shards_per_block > shards:
@@ -184,8 +188,15 @@ class Blocks:
                     f"shards_per_block={sampling.shards_per_block}, but there are {shards} shards "
                     f"to learn from: give at most {shards}"
                 )
-            return -(-shards // sampling.shards_per_block)
-        free = _free_memory() * _SHARE if sampling.memory_gb is None else sampling.memory_gb * 2**30
+            num_blocks = -(-shards // sampling.shards_per_block)
+            size = self._largest()[0] * self._row_bytes * min(2, num_blocks)
+            if size > free:
+                raise UsageError(
+                    f"{sampling.shards_per_block} shards, and as many that come next, take "
+                    f"{size / 2**30:.2g} GB, and data may take {free / 2**30:.2g} GB: lower "
+                    "shards_per_block, or raise memory_gb"
+                )
+            return num_blocks
         size = int(self._lengths.sum()) * self._row_bytes
         if size <= free:
             return 1

@@ -8,17 +8,22 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from ..errors import UsageError
 from ..types import Memory
-from .layers import AbstractLayer
+from .layers import AbstractLayer, gather_statistics
 from .network import AbstractQNetwork, NetworkOutput
 
 
 class FeedForward(AbstractQNetwork):
-    """Every observation by itself: a layer from observations `[B, ...]` to Q-values `[B, A]`."""
+    """Every observation by itself.
 
-    layer: AbstractLayer
+    **Attributes:** `encoder`: from observations `[B, ...]` to features `[B, F]`. `head`: from those
+    to Q-values `[B, A]`.
+    """
+
+    encoder: AbstractLayer
+    head: AbstractLayer
 
     def initial_statistics(self) -> PyTree:
-        return self.layer.initial_statistics()
+        return gather_statistics(self.encoder, self.head)
 
     def initial_memory(self, num_lanes: int) -> None:
         return None
@@ -36,8 +41,14 @@ class FeedForward(AbstractQNetwork):
     ) -> NetworkOutput:
         rows = obs.reshape(-1, *obs.shape[2:])
         mask = None if batch_mask is None else batch_mask.reshape(-1)
-        q_values, statistics = self.layer(rows, statistics, mask)
-        return NetworkOutput(q_values.reshape(*obs.shape[:2], -1), None, statistics)
+        kept_encoder, kept_head = statistics or (None, None)
+        features, kept_encoder = self.encoder(rows, kept_encoder, mask)
+        q_values, kept_head = self.head(features, kept_head, mask)
+        return NetworkOutput(
+            q_values.reshape(*obs.shape[:2], -1),
+            statistics=None if statistics is None else (kept_encoder, kept_head),
+            features=features.reshape(*obs.shape[:2], -1),
+        )
 
 
 class FromModule(AbstractQNetwork):

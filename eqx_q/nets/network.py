@@ -12,13 +12,15 @@ class NetworkOutput(eqx.Module):
     """What a network gives.
 
     **Fields:** `q_values`; `memory` after the last step; `statistics` to keep; `quantiles` of the
-    return where it computes its distribution, of which `q_values` are the means.
+    return where it computes its distribution, of which `q_values` are the means; `features` that
+    the last layer reads, where the network tells them.
     """
 
     q_values: Float[Array, "T B A"]
     memory: Memory = None
     statistics: PyTree = None
     quantiles: Float[Array, "T B A K"] | None = None
+    features: Float[Array, "T B F"] | None = None
 
 
 class AbstractQNetwork(eqx.Module):

@@ -146,10 +146,10 @@ def make_network(
         layers, features = make_encoder(encoder_key)
         if num_quantiles is not None:
             q_head = HEADS[head](features, num_actions * num_quantiles, key=head_key, init=init)
-            return Quantiles(FeedForward(Sequential((*layers, q_head))), num_quantiles)
+            return Quantiles(FeedForward(Sequential(tuple(layers)), q_head), num_quantiles)
         if memory == "none":
             q_head = HEADS[head](features, num_actions, key=head_key, init=init)
-            return FeedForward(Sequential((*layers, q_head)))
+            return FeedForward(Sequential(tuple(layers)), q_head)
         inputs = features + num_actions * last_action + last_reward
         recurrences = []
         for k in jax.random.split(memory_key, num_memory_layers):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..agents import Agent, Population
 from ..callbacks import Interrupt, Progress
-from ..checkpoint import checkpoints, load
+from ..checkpoint import checkpoints, load, read_header
 from ..data import Dataset, Writer
 from ..errors import UsageError
 from ..recording import Recorded, describe, record
@@ -83,7 +83,7 @@ def collect_run(
             one,
             env_name(config),
             source={
-                "runs": [str(directory) for _, directory in runs],
+                "runs": [str(directory.resolve()) for _, directory in runs],
                 "env_options": {**given(config["env"]), **options},
                 "steps": steps,
                 "epsilons": list(epsilons),
@@ -139,7 +139,7 @@ class _Part(NamedTuple):
     def source(self) -> dict[str, Any]:
         """For the record."""
         names = ("member", "epsilon", "env_steps")
-        return {"agent": str(self.path)} | {name: getattr(self, name) for name in names}
+        return {"agent": str(self.path.resolve())} | {name: getattr(self, name) for name in names}
 
 
 def _of_one_environment(runs: Sequence[tuple[Config, Path]]) -> Config:
@@ -161,6 +161,8 @@ def _parts(runs, steps, epsilons, steps_of_checkpoints) -> list[_Part]:
     for _, directory in runs:
         files = _agent_files(directory, steps_of_checkpoints)
         agent = _agent_of(files[0])
+        for file in files[1:]:
+            read_header(file)  # which reads it all, so that no damage stops us midway
         members = [None] if agent.num_members is None else list(range(agent.num_members))
         for member in members:
             for path in files:

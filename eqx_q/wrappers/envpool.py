@@ -79,7 +79,8 @@ class Pool:
 
 def _check(options: dict[str, Any]) -> None:
     """Refuses what EnvPool lets pass, to do something senseless later."""
-    for option in ("frame_skip", "stack_num", "img_height", "img_width", "max_episode_steps"):
+    at_least_one = ("frame_skip", "stack_num", "img_height", "img_width", "max_episode_steps")
+    for option in (*at_least_one, "noop_max"):  # 1: the one frame that it always plays
         if options.get(option, 1) < 1:
             raise ValueError(f"{option} is {options[option]}: give 1 or more")
     if not 0 <= options.get("repeat_action_probability", 0) <= 1:

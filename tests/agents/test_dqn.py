@@ -10,6 +10,8 @@ import pytest
 import eqx_q
 from eqx_q.agents import OfflineAgent
 from eqx_q.errors import UsageError
+from eqx_q.nets import FeedForward
+from eqx_q.nets.layers import Activation, Linear, Sequential
 
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACT = gymnasium.spaces.Discrete(4)
@@ -170,6 +172,18 @@ def test_what_is_told():
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_dead_units_are_those_that_are_zero_for_all_of_the_batch():
+    keys = jax.random.split(jax.random.key(0))
+    hidden, head = Linear(OBS.shape[0], 16, key=keys[0]), Linear(16, int(ACT.n), key=keys[1])
+    hidden = eqx.tree_at(lambda x: x.bias, hidden, hidden.bias.at[:5].set(-100.0))
+    network = FeedForward(Sequential((hidden, Activation("relu"))), head)
+    agent, batch = make_agent(network=network), make_batch()
+    dead = np.all(batch.obs @ hidden.weight + hidden.bias <= 0, axis=0)
+    _, metrics, _ = agent.update(batch, key=jax.random.key(0))
+    assert dead[:5].all() and not dead.all()
+    np.testing.assert_allclose(metrics["dead_units"], dead.mean())
 
 
 def test_the_loss_of_behaviour_cloning_is_the_cross_entropy():

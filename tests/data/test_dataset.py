@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import gymnasium
@@ -73,9 +74,11 @@ def test_the_header_says_it_all(tmp_path):
     rows = random_episode(np.random.default_rng(0), 5, terminated=True)
     write(tmp_path / "data", [([rows], 7)], describe(source={"files": 1}))
     header = json.loads((tmp_path / "data" / "header.json").read_text())
+    checksum = header.pop("crc32")
+    assert checksum == zlib.crc32((json.dumps(header, indent=1) + "\n").encode())
     arrays = header.pop("arrays")
     assert header == {
-        "format": 1,
+        "format": 2,
         "env": "test/Env-v0",
         "observation_space": {"shape": [3], "dtype": "<f4", "low": "-inf", "high": "inf"},
         "num_actions": 4,
@@ -248,6 +251,45 @@ def test_rows_that_make_no_episodes_are_refused(tmp_path, rows, message):
         assert_rows(writer.finish().rows, ROWS)
 
 
+@pytest.mark.parametrize(
+    ("stored", "given", "value", "holds"),
+    [
+        (np.uint8, np.uint16, 300, False),  # it would become 44
+        (np.uint8, np.uint16, 255, True),
+        (np.int8, np.int64, 128, False),
+        (np.int8, np.int64, -128, True),
+        (np.float32, np.float64, 1e39, False),  # it would become infinite
+        (np.float32, np.float64, np.inf, True),
+        (np.float32, np.float64, np.nan, True),
+        (np.float32, np.float64, 0.1, True),
+        (np.float32, np.int64, 2**24 + 1, True),  # rounded
+    ],
+)
+def test_observations_that_do_not_fit_their_type_are_refused(tmp_path, stored, given, value, holds):
+    obs = np.zeros((4, 3), given)
+    obs[2, 1] = value
+    space = gymnasium.spaces.Box(0, 1, (3,), stored)
+    with Writer(tmp_path / "data", describe(space)) as writer:
+        if holds:
+            writer.append(ROWS._replace(obs=obs))
+            writer.commit("shard0")
+            np.testing.assert_array_equal(writer.finish().rows.obs, obs.astype(stored))
+        else:
+            with pytest.raises(
+                UsageError, match=f"row 2 has an observation that {stored.__name__}"
+            ):
+                writer.append(ROWS._replace(obs=obs))
+
+
+def test_rewards_that_become_infinite_are_refused(tmp_path):
+    reward = np.array([0, 1e39, 0, 0])
+    with (
+        Writer(tmp_path / "data", describe()) as writer,
+        pytest.raises(UsageError, match="row 1 has a reward that float32 does not hold"),
+    ):
+        writer.append(ROWS._replace(reward=reward))
+
+
 def test_what_follows_from_one_call_to_the_next(tmp_path):
     def part(start, stop):
         return Rows(*(x[start:stop] for x in ROWS))
@@ -320,6 +362,12 @@ def test_a_beginning_of_something_else(tmp_path, other):
     assert files(tmp_path / "data.partial") == before
 
 
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -328,6 +376,7 @@ def test_a_beginning_of_something_else(tmp_path, other):
         lambda path: (path / "progress.json").write_text("{"),
         lambda path: (path / "progress.json").write_text("{}"),
         lambda path: (path / "progress.json").write_text("[]"),
+        lambda path: change(path / "progress.json", '"rows": 4', '"rows": 3'),
     ],
 )
 def test_a_beginning_that_is_damaged(tmp_path, damage):
@@ -407,8 +456,8 @@ def test_a_disk_that_is_full_later(tmp_path, monkeypatch, when):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        where = {"commit": "eqx_q.data.dataset", "progress": "eqx_q.files"}
-        patch.setattr(f"{where.get(when, 'eqx_q.data.dataset')}.os.fsync", full)
+        where = {"commit": "eqx_q.data.writer", "progress": "eqx_q.files"}
+        patch.setattr(f"{where.get(when, 'eqx_q.data.writer')}.os.fsync", full)
         with pytest.raises(UsageError, match=r"cannot write .*No space left"):
             writer.finish() if when == "finish" else writer.commit("shard1")
     writer.close()
@@ -454,15 +503,18 @@ def test_one_that_is_not_finished(tmp_path):
 def rewrite(path, edit):
     header = json.loads((path / "header.json").read_text())
     header = edit(header) or header
+    if isinstance(header, dict):  # as if it had been written so
+        header.pop("crc32")
+        header["crc32"] = zlib.crc32((json.dumps(header, indent=1) + "\n").encode())
     (path / "header.json").write_text(json.dumps(header))
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda h: h.update(format=2), "format 1"),
-        (lambda h: h.pop("format") and None, "format 1"),
-        (lambda h: [h], "format 1"),
+        (lambda h: h.update(format=3), "format 2"),
+        (lambda h: h.pop("format") and None, "format 2"),
+        (lambda h: [h], "format 2"),
         (lambda h: h.pop("env") and None, "makes no sense"),
         (lambda h: h.pop("shards") and None, "makes no sense"),
         (lambda h: h.update(stack=4), "makes no sense"),
@@ -488,6 +540,18 @@ def test_a_header_that_is_no_json(path):
     for damaged in (text[: len(text) // 2], b"", b"\xff\xfe" + text):
         (path / "header.json").write_bytes(damaged)
         with pytest.raises(CorruptFileError, match=r"header\.json' is damaged"):
+            Dataset(path)
+
+
+def test_a_changed_character_of_the_header_is_found(path):
+    text = (path / "header.json").read_text()
+    for position, character in enumerate(text):
+        if character.isspace():
+            continue  # between words it means nothing
+        other = "7" if character != "7" else "3"
+        damaged = text[:position] + other + text[position + 1 :]
+        (path / "header.json").write_text(damaged)
+        with pytest.raises(CorruptFileError, match=r"is damaged: .*; make|format 2"):
             Dataset(path)
 
 

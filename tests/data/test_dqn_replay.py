@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from recorded import Raw, Ring, load_gz, raw_episodes, save_gz, stored_transitions, transitions
+from formats import Raw, Ring, load_gz, save_gz
+from recorded import raw_episodes, stored_transitions, transitions
 
 from eqx_q.data import atari, convert, dqn_replay, from_dqn_replay
 from eqx_q.data.dqn_replay import read_columns

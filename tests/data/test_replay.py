@@ -186,12 +186,29 @@ def test_frequencies_of_prioritised_draws(num, padded, exponent):
     expected = exact * counts.sum()
     # Stratified draws are at least as regular as independent ones.
     assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected) + 3)
-    # Each draw of a batch is from its own part of the total.
-    bounds = np.concatenate([[0.0], np.cumsum(exact)])
+    # Each draw of a batch is from the span of its own part of the total.
+    ends = np.append(np.arange(_SPAN, num, _SPAN), num)
+    bounds = np.concatenate([[0.0], np.cumsum(exact)[ends - 1]])
     for batch in np.asarray(places)[:20]:
-        low, high = bounds[batch], bounds[batch + 1]
+        low, high = bounds[batch // _SPAN], bounds[batch // _SPAN + 1]
         part = np.arange(64) / 64
         assert np.all(high > part - 1e-5) and np.all(low < part + 1 / 64 + 1e-5)
+
+
+def test_draws_are_as_fine_as_there_are_places():
+    """float32 knows no odd number beyond 2**24: places there must come from finer numbers."""
+    num = 2**25
+    priorities = Priorities(
+        values=jnp.ones(num, jnp.float32),
+        sums=jnp.full(num // _SPAN, float(_SPAN), jnp.float32),
+        count=jnp.asarray(num, jnp.int32),
+        exponent=jnp.ones(()),
+        correction=jnp.zeros(()),
+    )
+    places = np.asarray(priorities.draw(jax.random.key(0), 4096)[0])
+    odd = places[places > 2**24] % 2
+    assert len(odd) == 2048
+    assert abs(odd.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(odd))
 
 
 @pytest.mark.parametrize("correction", [0.0, 0.4, 1.0])
@@ -208,8 +225,8 @@ def test_weights_are_those_of_the_paper(correction):
 def test_fresh_priorities_are_alike():
     priorities = Priorities.create(a_replay(1300, 3000), 0.6, 0.5)
     place, weight = priorities.draw(jax.random.key(0), 1300)
-    # With as many parts as places each part is one place.
-    np.testing.assert_allclose(place, np.arange(1300), atol=1)
+    spans = np.asarray(place) // _SPAN
+    assert np.all(np.diff(spans) >= 0) and np.sum(spans == 0) == _SPAN
     np.testing.assert_array_equal(weight, np.ones(1300))
 
 

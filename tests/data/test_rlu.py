@@ -4,16 +4,8 @@ import gzip
 
 import numpy as np
 import pytest
-from recorded import (
-    example,
-    png,
-    raw_episodes,
-    rlu_features,
-    stored_transitions,
-    tfrecord,
-    transitions,
-    write_rlu,
-)
+from formats import example, png, rlu_features, tfrecord, write_rlu
+from recorded import raw_episodes, stored_transitions, transitions
 
 from eqx_q.data import atari, convert, from_rlu, rlu
 from eqx_q.data.rlu import decode_frames, read_episodes, read_records

@@ -243,6 +243,7 @@ def from_configuration(**options):
         ({"runs": []}, "runs is empty: name at least one"),
         ({"shards_per_block": 4}, "there are 3 shards to learn from: give at most 3"),
         ({"shards_per_block": 2, "runs": [2]}, "there are 1 shards"),
+        ({"shards_per_block": 2, "memory_gb": 1e-6}, "2 shards, .* lower shards_per_block"),
         ({"memory_gb": 1e-7}, "raise memory_gb"),
     ],
 )  # fmt: skip

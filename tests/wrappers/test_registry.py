@@ -26,6 +26,7 @@ from eqx_q.errors import MissingExtraError, UsageError
         ("envpool/Pong-v5", 2, {"stack_num": 0}, "stack_num is 0"),
         ("envpool/Pong-v5", 2, {"repeat_action_probability": 1.5}, "between 0 and 1"),
         ("envpool/Pong-v5", 2, {"frame_skip": "four"}, "Pong-v5 cannot be made with"),
+        ("envpool/Pong-v5", 2, {"noop_max": 0}, "noop_max is 0: give 1 or more"),  # it crashes
         ("gymnasium/CartPol-v1", 2, {}, "Did you mean: `CartPole`"),
         ("gymnasium/CartPole-v1", 2, {"fast": True}, "unexpected keyword argument 'fast'"),
         ("gymnasium/CartPole-v1", 2, {"vectorization": "asink"}, "the nearest are async"),

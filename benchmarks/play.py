@@ -1,0 +1,27 @@
+"""Atari games played at random, for benchmarks that need data."""
+
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import eqx_q
+from eqx_q.data import Dataset, Writer
+from eqx_q.recording import describe, record
+
+
+def play(game: str, path: Path, num_steps: int) -> Dataset:
+    """A data set of whole games, unclipped; the last one is cut."""
+    env = eqx_q.make(f"envpool/{game}-v5", 1, episodic_life=False, reward_clip=False)
+    anyone = eqx_q.PQN.create(
+        env.observation_space,
+        env.action_space,
+        key=jax.random.key(0),
+        network=eqx.nn.Lambda(lambda obs: jnp.zeros(env.action_space.n)),
+    )
+    with Writer(path, describe(env, f"envpool/{game}-v5")) as writer:
+        key = jax.random.key(1)
+        record(anyone, env, writer, num_steps=num_steps, key=key, shard="random", epsilon=1.0)
+        env.close()
+        return writer.finish()
