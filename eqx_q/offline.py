@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .agents import Agent, OfflineAgent
 from .data import Blocks, Dataset, Priorities, Replay, Sampling
 from .errors import UsageError
-from .sharding import Lay, check_divides, constrain, gather, make_mesh, put
+from .sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
 from .training import Boundaries, Callback, Metrics, run
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,9 @@ def train_offline(
     # Which transitions are drawn must not depend on the memory that is free at a resume.
     before = int(state.num_blocks) if sampling.memory_gb is None else 0
     blocks = Blocks(dataset, sampling, num_blocks=before or None)
+    together = agreed(blocks.num_blocks)
+    if together != blocks.num_blocks:  # another process has less memory, or more
+        blocks = Blocks(dataset, sampling, num_blocks=together)
     state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
     single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)
@@ -270,11 +273,12 @@ def train_offline(
         resumed = single or boundaries.done % sampling.updates_per_block
         if is_new and sampling.priority_exponent:
             fresh = _priorities(run_state.agent, replay, sampling)
+            of_members = None if run_state.agent.num_members is None else 0
+            fresh = put(mesh, fresh, of_members)
             if resumed and run_state.priorities is not None:
                 _check_same_places(run_state.priorities, fresh)
             else:
                 run_state = dataclasses.replace(run_state, priorities=fresh)
-                run_state = run_state.spread(partial(put, mesh))
         return _advance_chunk((replay, mesh), run_state, length)
 
     def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:
@@ -294,7 +298,7 @@ def train_offline(
 
 def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
     same = ours.values.shape == fresh.values.shape
-    if not same or np.any(np.asarray(ours.count) != np.asarray(fresh.count)):
+    if not same or bool(jnp.any(ours.count != fresh.count)):
         raise UsageError(
             "the run was learning from other data than these: go on with the same sampling, or "
             "with priority_exponent=0"

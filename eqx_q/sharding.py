@@ -24,6 +24,8 @@ from .errors import UsageError
 
 AXIS = "devices"
 
+_PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last evaluation
+
 Lay = Callable[[Any, int | None], Any]
 
 
@@ -59,10 +61,12 @@ def join_processes(
         return
     try:
         if coordinator == "auto":
-            jax.distributed.initialize()
+            jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)
         else:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, shutdown_timeout_seconds=_PATIENCE
+            )
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # the last: of no port
         raise UsageError(
             f"the processes do not find each other ({error}): give every one the same "
             "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
@@ -112,11 +116,10 @@ def put(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTree:
         sharding = _sharding(mesh, x, axis)
         if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # on the devices already
             return jax.device_put(x, sharding)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = put_array(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        host = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
+        whole = sharding.is_fully_replicated  # a device that has it needs no copy of its own
+        return jax.make_array_from_callback(
+            x.shape, sharding, lambda index: x if whole else x[index]
+        )
 
     return jax.tree.map(lambda x: put_array(x) if eqx.is_array(x) else x, tree)
 
@@ -145,7 +148,21 @@ def agreed(value: int) -> int:
     """What the first process says. Every process must call it."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def from_first_process(tree: PyTree) -> PyTree:
+    """The first process's tree, where all have one of the same shapes. Every process must call it."""
+    if jax.process_count() == 1:
+        return tree
+
+    def send(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = multihost_utils.broadcast_one_to_all(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jnp.asarray(multihost_utils.broadcast_one_to_all(x))
+
+    return jax.tree.map(lambda x: send(x) if eqx.is_array(x) else x, tree)
 
 
 def is_first_process() -> bool:

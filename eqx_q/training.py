@@ -23,6 +23,7 @@ from .sharding import (
     agreed,
     check_divides,
     constrain,
+    from_first_process,
     gather,
     make_mesh,
     put,
@@ -143,10 +144,12 @@ def check_shares(mesh: Mesh | None, agent: OnlineAgent, env: Env) -> None:
         check_divides(mesh, agent.lane_groups, "lane_groups")
     else:
         check_divides(mesh, agent.num_members, "num_members")
-    if mesh is not None and env.on_host and getattr(env, "mesh", None) != mesh:
+    made_for = getattr(env, "mesh", None)
+    if env.on_host and made_for != mesh:
         raise UsageError(
-            f"this environment lives outside JAX, and {mesh.size} devices need one each: make it "
-            "with eqx_q.wrappers.make_for"
+            "this environment lives outside JAX, where every device needs its own, and was made "
+            f"for {made_for.size if made_for else 1} of them, not {mesh.size if mesh else 1}: "
+            "make it with eqx_q.wrappers.make_for"
         )
 
 
@@ -331,7 +334,7 @@ def train(
     - `devices`: that share the members of a population, or the lanes of one agent, whose
         `lane_groups` they must divide; `None`: all there are. How many they are changes the result
         by rounding alone. Callbacks see all of the run state on one device. Of several processes
-        each calls its own callbacks.
+        each calls its own callbacks, and goes on as those of the first one say.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary, without
     distributions (thinned out evenly beyond 1000 of them).
@@ -422,8 +425,8 @@ def run(
             metrics["done"] = stopped or boundaries.finished
             _check_finite(metrics)
             seen, stopped_here = _call(_blocking(due), snapshot, metrics)
-            if seen is not snapshot:
-                run_state = copy(seen.spread(lay))
+            if agreed(seen is not snapshot):
+                run_state = copy(from_first_process(seen).spread(lay))
             stopped |= bool(agreed(stopped_here))
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.files import write_whole
 from eqx_q.run import train_run
-from eqx_q.sharding import join_processes
+from eqx_q.sharding import is_first_process, join_processes
 
 logger = logging.getLogger("eqx_q")
 
@@ -41,6 +41,8 @@ def main(config: DictConfig) -> float | None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     directory = run_directory(config)
+    if not is_first_process():
+        logger.setLevel(logging.WARNING)
     logger.info("run directory: %s", directory)
     summary = train_run(
         settings(config),

@@ -37,7 +37,7 @@ def collectives(compiled) -> list[list[str]]:
             here = line.split()[0]
         found = re.match(rf"\s+(?:ROOT )?%\S+ = (.*?) ({COLLECTIVE})(?:-start)?\(", line)
         if found:
-            shapes = re.findall(r"[a-z]+\d+\[[\d,]*\]", found[1])
+            shapes = re.findall(r"[a-z]+\d*\[[\d,]*\]", found[1])
             by_computation.setdefault(here, []).append([found[2], *shapes])
     return list(by_computation.values())
 
