@@ -301,7 +301,13 @@ def _advance_chunk(fixed, run_state, num_updates):
     env, mesh = fixed
     lay = functools.partial(constrain, mesh)
     run_state, metrics = advance(run_state.spread(lay), env, num_updates)
-    return run_state.spread(lay), metrics
+    return _strong(run_state.spread(lay)), metrics
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """No array is weakly typed, as an environment's may be: the next chunk would compile anew."""
+    strong = lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x  # noqa: E731
+    return jax.tree.map(strong, tree)
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """Run by `test_sharding.py` in a process that sees eight devices; prints what it found as JSON."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -23,7 +24,7 @@ import eqx_q  # noqa: E402
 from eqx_q import offline, training  # noqa: E402
 from eqx_q.callbacks import Checkpoint, restore  # noqa: E402
 from eqx_q.data import Sampling  # noqa: E402
-from eqx_q.sharding import make_mesh  # noqa: E402
+from eqx_q.sharding import join_processes, make_mesh  # noqa: E402
 from eqx_q.wrappers import make_for  # noqa: E402
 
 COLLECTIVE = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
@@ -84,19 +85,13 @@ def lanes(found):
     """One agent, whose lanes are shared; then its checkpoint, resumed on one device."""
     env = eqx_q.make("gymnax/CartPole-v1", 32)
     agent = make_agent(env, jax.random.key(0), lane_groups=8)
-    how = {"total_steps": 8192, "key": jax.random.key(1)}
+    how = {"total_steps": 8192, "key": jax.random.key(1), "log_every": 8}
     one, history = eqx_q.train(agent, env, **how)
     with tempfile.TemporaryDirectory() as directory:
-        saved = Checkpoint(Path(directory), every=4096)
-
-        def stop(run_state, metrics):
-            if metrics["env_steps"] == 4096:
-                raise eqx_q.StopTraining
-
-        stop.every = 4096
+        saved = Checkpoint(Path(directory), every=4096, keep=None)
         with watched(training) as exchanged:
-            eqx_q.train(agent, env, devices=8, callbacks=[stop, saved], **how)
-            eight, history_of_eight = eqx_q.train(agent, env, devices=8, **how)
+            eight, history_of_eight = eqx_q.train(agent, env, devices=8, callbacks=[saved], **how)
+        max(Path(directory).iterdir()).unlink()  # that of the end
         half = restore(Path(directory), env)
         continued, _ = eqx_q.train(agent, env, run_state=half, **how)
     found["lanes"] = {
@@ -109,19 +104,6 @@ def lanes(found):
         "collectives": exchanged,
         "arrays": len(jax.tree.leaves(eqx.filter(agent.network, eqx.is_inexact_array))),
     }
-
-
-def lanes_with_memory(found):
-    env = Guess(16)
-    options = {"hidden_sizes": [16], "memory": "gru", "memory_size": 8}
-    agent = make_agent(
-        env, jax.random.key(0), lane_groups=8, num_minibatches=2, network_options=options
-    )
-    how = {"total_steps": 4096, "key": jax.random.key(1)}
-    one, _ = eqx_q.train(agent, env, **how)
-    with watched(training) as exchanged:
-        eight, _ = eqx_q.train(agent, env, devices=8, **how)
-    found["memory"] = {"difference": difference(one, eight), "collectives": exchanged}
 
 
 def members(found):
@@ -184,40 +166,43 @@ class Drift(gymnasium.Env):
         return self.at, float(self.at[0]), self.left == 0, False, {}
 
 
-def outside(found):
+def outside_with_memory(found):
     """A Python environment for each device; another one is stepped alone between the chunks."""
 
     def make(num_envs, seed):
         return eqx_q.make(Drift, num_envs, seed=seed)
 
+    options = {"hidden_sizes": [16], "memory": "gru", "memory_size": 8}
     trained = []
     for devices in (1, 8):
         env = make_for(make_mesh(devices), make, 16, seed=3)
-        agent = make_agent(env, jax.random.key(0), lane_groups=8, rollout_length=8)
+        agent = make_agent(
+            env, jax.random.key(0), lane_groups=8, num_minibatches=2, network_options=options
+        )
         alone = env.replicate(2, seed=5)
 
         def evaluate(run_state, metrics, alone=alone):
             eqx_q.evaluate(run_state.agent, alone, num_episodes=2, key=jax.random.key(0))
 
-        evaluate.every = 256
-        agent, history = eqx_q.train(
-            agent,
-            env,
-            total_steps=512,
-            key=jax.random.key(1),
-            devices=devices,
-            callbacks=[evaluate],
-        )
+        evaluate.every = 512
+        callbacks = [evaluate] if devices == 8 else []
+        how = {"total_steps": 1024, "key": jax.random.key(1), "log_every": 2}
+        with watched(training) as exchanged:
+            agent, history = eqx_q.train(agent, env, devices=devices, callbacks=callbacks, **how)
         trained.append((agent, history[-1]["episode_return"]))
         env.close()
         alone.close()
     (one, one_return), (eight, eight_return) = trained
-    found["outside"] = {
+    found["memory"] = {
         "difference": difference(one, eight),
         "returns": [one_return, eight_return],
+        "collectives": exchanged,
     }
     env = make(16, 0)
     refused(found, lambda: eqx_q.train(one, env, total_steps=1, key=jax.random.key(0), devices=8))
+    env.close()
+    env = make_for(make_mesh(8), make, 16)
+    refused(found, lambda: eqx_q.train(one, env, total_steps=1, key=jax.random.key(0)))
     env.close()
 
 
@@ -232,18 +217,10 @@ def refused(found, act):
 
 def bad_input(found):
     env = Guess(48)
-    agents = [
-        (make_agent(env, jax.random.key(0), lane_groups=8), 9),
-        (make_agent(env, jax.random.key(0), lane_groups=12), 8),
-        (make_agent(env, jax.random.key(0), lane_groups=8), 0),
-        (make_agent(env, jax.random.key(0), lane_groups=32), 8),
-        (
-            eqx_q.Population(
-                eqx.filter_vmap(partial(make_agent, env))(jax.random.split(jax.random.key(0), 6))
-            ),
-            8,
-        ),
-    ]
+    one = make_agent(env, jax.random.key(0))
+    six = eqx_q.Population(eqx.filter_vmap(lambda _: one)(np.arange(6)))
+    agents = [(dataclasses.replace(one, lane_groups=n), d) for n, d in ((8, 9), (12, 8), (8, 0))]
+    agents += [(dataclasses.replace(one, lane_groups=32), 8), (six, 8)]
     for agent, devices in agents:
         refused(
             found,
@@ -256,7 +233,9 @@ def bad_input(found):
 
 if __name__ == "__main__":
     found = {}
-    for part in (lanes, lanes_with_memory, members, from_data, outside, bad_input):
+    for who in ((2, 0), (2, "0")):  # no port; no number
+        refused(found, lambda who=who: join_processes("here" if who[1] == 0 else "here:1", *who))
+    for part in (lanes, members, from_data, outside_with_memory, bad_input):
         part(found)
         jax.clear_caches()
     json.dump(found, sys.stdout, default=np.ndarray.tolist)
