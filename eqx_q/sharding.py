@@ -152,7 +152,7 @@ def agreed(value: int) -> int:
 
 
 def from_first_process(tree: PyTree) -> PyTree:
-    """The first process's tree, where all have one of the same shapes. Every process must call it."""
+    """The first process's tree; all have one of the same shapes. Every process must call it."""
     if jax.process_count() == 1:
         return tree
 

@@ -233,8 +233,8 @@ def bad_input(found):
 
 if __name__ == "__main__":
     found = {}
-    for who in ((2, 0), (2, "0")):  # no port; no number
-        refused(found, lambda who=who: join_processes("here" if who[1] == 0 else "here:1", *who))
+    refused(found, lambda: join_processes("here"))
+    refused(found, lambda: join_processes("no port", 2, 0))
     for part in (lanes, members, from_data, outside_with_memory, bad_input):
         part(found)
         jax.clear_caches()
