@@ -15,7 +15,10 @@ from eqx_q.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is compiled runs for a moment only.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 ROUNDING = 1e-5
 
 
