@@ -11,13 +11,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from .agents import Agent, OfflineAgent
 from .data import Blocks, Dataset, Priorities, Replay, Sampling
 from .errors import UsageError
-from .training import Boundaries, Callback, Metrics, copy, run
+from .sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
+from .training import Boundaries, Callback, Metrics, run
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,27 @@ class OfflineState(eqx.Module):
     priorities: Priorities | None = None
     num_blocks: Int[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
+    def spread(self, lay: Lay) -> "OfflineState":
+        """See `eqx_q.sharding.Spreadable`: devices share members, or draw for one together."""
+        of_members = None if self.agent.num_members is None else 0
+        return OfflineState(
+            agent=lay(self.agent, of_members),
+            key=lay(self.key, None),
+            num_updates=lay(self.num_updates, None),
+            priorities=lay(self.priorities, of_members),
+            num_blocks=lay(self.num_blocks, None),
+        )
+
 
 def advance_offline(
-    run_state: OfflineState, replay: Replay, num_updates: int | Int[Array, ""]
+    run_state: OfflineState,
+    replay: Replay,
+    num_updates: int | Int[Array, ""],
+    mesh: Mesh | None = None,
 ) -> tuple[OfflineState, dict[str, Array]]:
     """The pure core of `train_offline`: `num_updates` times draw a batch and learn from it.
+
+    **Arguments:** `mesh`: of devices that share the members, or the batches of one agent.
 
     **Returns:** the new state, and the agent's metrics, averaged over updates.
     """
@@ -49,7 +66,7 @@ def advance_offline(
 
     @jax.jit  # traced once for the shapes below and for the loop
     def update(arrays):
-        run_state, metrics = _update(eqx.combine(arrays, rest), replay)
+        run_state, metrics = _update(eqx.combine(arrays, rest), replay, mesh)
         return eqx.filter(run_state, eqx.is_array), metrics
 
     _, shapes = jax.eval_shape(update, arrays)
@@ -66,7 +83,9 @@ def advance_offline(
     )
 
 
-def _update(run_state: OfflineState, replay: Replay) -> tuple[OfflineState, dict[str, Array]]:
+def _update(
+    run_state: OfflineState, replay: Replay, mesh: Mesh | None
+) -> tuple[OfflineState, dict[str, Array]]:
     """One batch (one for each member), and one update."""
     agent, priorities = run_state.agent, run_state.priorities
     key, draw_key, update_key = jax.random.split(run_state.key, 3)
@@ -79,6 +98,7 @@ def _update(run_state: OfflineState, replay: Replay) -> tuple[OfflineState, dict
         place, weight = jax.vmap(lambda p, k: p.draw(k, agent.batch_size))(priorities, keys)
     else:
         place, weight = priorities.draw(draw_key, agent.batch_size)
+    place = constrain(mesh, place, 0)
     batch = replay.transitions(place.reshape(-1), agent.n_step)
     batch = jax.tree.map(lambda x: x.reshape(*place.shape, *x.shape[1:]), batch)
     batch = eqx.tree_at(lambda b: b.weight, batch, weight, is_leaf=lambda x: x is None)
@@ -109,8 +129,11 @@ def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampli
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _advance_chunk(replay, run_state, num_updates):
-    return advance_offline(run_state, replay, num_updates)
+def _advance_chunk(fixed, run_state, num_updates):
+    replay, mesh = fixed
+    lay = partial(constrain, mesh)
+    run_state, metrics = advance_offline(run_state.spread(lay), replay, num_updates, mesh)
+    return run_state.spread(lay), metrics
 
 
 def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -> OfflineState:
@@ -147,11 +170,20 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
         )
 
 
+def check_shares(mesh: Mesh | None, agent: OfflineAgent) -> None:
+    """Raises `UsageError` where the devices cannot share the agent's work."""
+    if agent.num_members is None:
+        check_divides(mesh, agent.batch_size, "batch_size")
+    else:
+        check_divides(mesh, agent.num_members, "num_members")
+
+
 class _Feed:
     """The block that is learnt from, and in the background the next one."""
 
-    def __init__(self, blocks: Blocks, sampling: Sampling, single: bool):
+    def __init__(self, blocks: Blocks, sampling: Sampling, single: bool, mesh: Mesh | None):
         self._blocks, self._sampling, self._single = blocks, sampling, single
+        self._mesh = mesh
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._index = -1
         self._replay: Any = None
@@ -164,11 +196,15 @@ class _Feed:
         if is_new:
             ahead = self._next if index == self._index + 1 else None
             self._replay = None  # before the next comes, so that no more than two are there
-            self._replay = ahead.result() if ahead else self._blocks.load(index)
+            self._replay = ahead.result() if ahead else self._load(index)
             self._index = index
             if not self._single:
-                self._next = self._pool.submit(self._blocks.load, index + 1)
+                self._next = self._pool.submit(self._load, index + 1)
         return self._replay, is_new
+
+    def _load(self, index: int) -> Replay:
+        """Onto every device."""
+        return put(self._mesh, self._blocks.load(index))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -184,6 +220,7 @@ def train_offline(
     callbacks: Iterable[Callback] = (),
     run_state: OfflineState | None = None,
     log_every: int | None = None,
+    devices: int | None = 1,
 ) -> tuple[OfflineAgent, list[Metrics]]:
     """Trains `agent` on recorded data.
 
@@ -197,6 +234,7 @@ def train_offline(
     - `run_state`: go on from there (`agent` and `key` are then ignored) until `num_updates` in all.
     - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
         cut into chunks changes nothing in its result.
+    - `devices`: as of `eqx_q.train`; those of one agent share its batches. Each holds all data.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary.
 
@@ -211,9 +249,14 @@ def train_offline(
     sampling = sampling or Sampling()
     state = start_offline(agent, dataset, key=key) if run_state is None else run_state
     _check_fit(state.agent, dataset)
+    mesh = make_mesh(devices)
+    check_shares(mesh, state.agent)
     if not sampling.priority_exponent:  # whatever the run did before
         state = dataclasses.replace(state, priorities=None)
     blocks = blocks_of(state, dataset, sampling)
+    together = agreed(blocks.num_blocks)
+    if together != blocks.num_blocks:  # another process has less memory, or more
+        blocks = Blocks(dataset, sampling, num_blocks=together)
     state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
     single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)
@@ -232,18 +275,20 @@ def train_offline(
         log_every=log_every,
         period=None if single else sampling.updates_per_block,
     )
-    feed = _Feed(blocks, sampling, single)
+    feed = _Feed(blocks, sampling, single, mesh)
 
     def advance_chunk(run_state: OfflineState, length: Int[Array, ""]):
         replay, is_new = feed.replay(boundaries.done)
         resumed = single or boundaries.done % sampling.updates_per_block
         if is_new and sampling.priority_exponent:
             fresh = _priorities(run_state.agent, replay, sampling)
+            of_members = None if run_state.agent.num_members is None else 0
+            fresh = put(mesh, fresh, of_members)
             if resumed and run_state.priorities is not None:
                 _check_same_places(run_state.priorities, fresh)
             else:
                 run_state = dataclasses.replace(run_state, priorities=fresh)
-        return _advance_chunk(replay, run_state, length)
+        return _advance_chunk((replay, mesh), run_state, length)
 
     def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:
         return {
@@ -253,15 +298,16 @@ def train_offline(
         }
 
     try:
-        state, history = run(copy(state), advance_chunk, boundaries, tell, state.agent.num_members)
+        members = state.agent.num_members
+        state, history = run(state, advance_chunk, boundaries, tell, members, mesh)
     finally:
         feed.close()
-    return state.agent, history
+    return gather(mesh, state.agent), history
 
 
 def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
     same = ours.values.shape == fresh.values.shape
-    if not same or np.any(np.asarray(ours.count) != np.asarray(fresh.count)):
+    if not same or bool(jnp.any(ours.count != fresh.count)):
         raise UsageError(
             "the run was learning from other data than these: go on with the same sampling, or "
             "with priority_exponent=0"

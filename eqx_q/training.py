@@ -11,16 +11,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
 from .agents import OnlineAgent, decide
 from .clock import clock
 from .errors import DivergedError, UsageError
+from .sharding import (
+    Lay,
+    Spreadable,
+    agreed,
+    check_divides,
+    constrain,
+    from_first_process,
+    gather,
+    make_mesh,
+    put,
+)
 from .types import Memory, Rollout, Scalar, TimeStep
 from .wrappers import Env
 
 Metrics = dict[str, Any]
-State = TypeVar("State")
+State = TypeVar("State", bound=Spreadable)
 
 # A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
 _CHUNK_SECONDS = 1.0
@@ -46,6 +58,24 @@ class RunState(eqx.Module):
     num_updates: Int[Array, ""]
     transitions: UInt[Array, "*S"]
     burn_in: Rollout | None = None
+
+    def spread(self, lay: Lay) -> "RunState":
+        """See `eqx_q.sharding.Spreadable`: devices share lanes, and with them members."""
+        of_members = None if self.agent.num_members is None else 0
+        before, burn_in = self.burn_in, None
+        if before is not None:
+            timesteps, actions, values = lay((before.timesteps, before.actions, before.values), 1)
+            burn_in = Rollout(timesteps, actions, lay(before.memory, 0), values)
+        return RunState(
+            agent=lay(self.agent, of_members),
+            env_state=lay(self.env_state, 0),
+            timestep=lay(self.timestep, 0),
+            memory=lay(self.memory, 0),
+            key=lay(self.key, None),
+            num_updates=lay(self.num_updates, None),
+            transitions=lay(self.transitions, of_members),
+            burn_in=burn_in,
+        )
 
 
 class StopTraining(Exception):
@@ -106,6 +136,21 @@ def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
         transitions=jnp.zeros(agent.env_steps.shape, jnp.uint32),
         burn_in=_empty_burn_in(agent, timestep, memory),
     )
+
+
+def check_shares(mesh: Mesh | None, agent: OnlineAgent, env: Env) -> None:
+    """Raises `UsageError` where the devices cannot share the agent's work, or the environment."""
+    if agent.num_members is None:
+        check_divides(mesh, agent.lane_groups, "lane_groups")
+    else:
+        check_divides(mesh, agent.num_members, "num_members")
+    made_for = getattr(env, "mesh", None)
+    if env.on_host and made_for != mesh:
+        raise UsageError(
+            "this environment lives outside JAX, where every device needs its own, and was made "
+            f"for {made_for.size if made_for else 1} of them, not {mesh.size if mesh else 1}: "
+            "make it with eqx_q.wrappers.make_for"
+        )
 
 
 def _empty_burn_in(agent: OnlineAgent, timestep: TimeStep, memory: Memory) -> Rollout | None:
@@ -252,8 +297,17 @@ def _average(totals, num_updates) -> dict[str, Array]:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _advance_chunk(env, run_state, num_updates):
-    return advance(run_state, env, num_updates)
+def _advance_chunk(fixed, run_state, num_updates):
+    env, mesh = fixed
+    lay = functools.partial(constrain, mesh)
+    run_state, metrics = advance(run_state.spread(lay), env, num_updates)
+    return _strong(run_state.spread(lay)), metrics
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """No array is weakly typed, as an environment's may be: the next chunk would compile anew."""
+    strong = lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x  # noqa: E731
+    return jax.tree.map(strong, tree)
 
 
 @eqx.filter_jit
@@ -271,6 +325,7 @@ def train(
     callbacks: Iterable[Callback] = (),
     run_state: RunState | None = None,
     log_every: int | None = None,
+    devices: int | None = 1,
 ) -> tuple[OnlineAgent, list[Metrics]]:
     """Trains `agent` in `env`.
 
@@ -282,6 +337,10 @@ def train(
     - `run_state`: go on from there (`agent` and `key` are then ignored) until `total_steps` in all.
     - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
         cut into chunks changes nothing in its result.
+    - `devices`: that share the members of a population, or the lanes of one agent, whose
+        `lane_groups` they must divide; `None`: all there are. How many they are changes the result
+        by rounding alone. Callbacks see all of the run state on one device. Of several processes
+        each calls its own callbacks, and goes on as those of the first one say.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary, without
     distributions (thinned out evenly beyond 1000 of them).
@@ -293,15 +352,17 @@ def train(
         raise UsageError(f"total_steps must be positive and below 2**32, got {total_steps}")
     if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
         raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
+    mesh = make_mesh(devices)
     state = start(agent, env, key=key) if run_state is None else run_state
     agent = state.agent
+    check_shares(mesh, agent, env)
     members = agent.num_members or 1
     steps_per_update = agent.rollout_length * (env.num_envs // members)
     done = int(state.num_updates)
     # What the agent had learnt from before this run shifts its schedules, it does not end them.
     before = jnp.asarray(agent.env_steps, jnp.float32) - done * steps_per_update
     agent = agent.with_schedule(before + jnp.float32(total_steps))
-    state = copy(eqx.tree_at(lambda s: s.agent, state, agent))
+    state = eqx.tree_at(lambda s: s.agent, state, agent)
     boundaries = Boundaries(
         done=done,
         end=math.ceil(total_steps / steps_per_update),
@@ -318,10 +379,9 @@ def train(
             "steps_per_second": members * updates_per_second * steps_per_update,
         }
 
-    state, history = run(
-        state, functools.partial(_advance_chunk, env), boundaries, tell, agent.num_members
-    )
-    return state.agent, history
+    advance_chunk = functools.partial(_advance_chunk, (env, mesh))
+    state, history = run(state, advance_chunk, boundaries, tell, agent.num_members, mesh)
+    return gather(mesh, state.agent), history
 
 
 def run(
@@ -330,17 +390,21 @@ def run(
     boundaries: "Boundaries",
     tell: Callable[[State, "Boundaries", float], Metrics],
     num_members: int | None,
+    mesh: Mesh | None = None,
 ) -> tuple[State, list[Metrics]]:
     """Chunk after chunk, with the host's work on one done while the next is running.
 
     **Arguments:**
 
-    - `run_state`: where it begins; it is donated.
+    - `run_state`: where it begins.
     - `advance_chunk`: makes so many updates on the device.
     - `boundaries`: where to cut.
     - `tell`: where the run stands, given it, its boundaries and the updates per second.
     - `num_members`: of a population.
+    - `mesh`: of devices that share the work.
     """
+    lay = functools.partial(put, mesh)
+    run_state = copy(run_state.spread(lay))  # the caller's stays usable
     history = _History(num_members)
     started = time.perf_counter()
     run_state, _ = jax.block_until_ready(advance_chunk(run_state, jnp.asarray(0)))
@@ -349,25 +413,27 @@ def run(
     stopped = False
     with concurrent.futures.ThreadPoolExecutor(1) as waiter:
         while not (stopped or boundaries.finished):
-            length = boundaries.next_length()
+            length = agreed(boundaries.next_length())
             dispatched = time.perf_counter()
             run_state, on_device = advance_chunk(run_state, jnp.asarray(length))
             ready = waiter.submit(_time_when_ready, on_device)
-            stopped = observe is not None and observe()
+            stopped = bool(agreed(observe is not None and observe()))
             seconds = ready.result() - dispatched
             times["train_seconds"] += seconds
             times["wall_seconds"] = time.perf_counter() - started
             due = boundaries.advance(length, seconds)
-            metrics = _to_host(on_device) | times
-            metrics |= tell(run_state, boundaries, length / seconds)
+            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
+            snapshot = gather(mesh, run_state)
+            if snapshot is run_state and boundaries.callbacks:
+                snapshot = copy(run_state)
+            metrics = _to_host(gather(mesh, on_device)) | times
+            metrics |= tell(snapshot, boundaries, length / seconds)
             metrics["done"] = stopped or boundaries.finished
             _check_finite(metrics)
-            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
-            snapshot = copy(run_state) if boundaries.callbacks else run_state
             seen, stopped_here = _call(_blocking(due), snapshot, metrics)
-            if seen is not snapshot:
-                run_state = copy(seen)
-            stopped |= stopped_here
+            if agreed(seen is not snapshot):
+                run_state = copy(from_first_process(seen).spread(lay))
+            stopped |= bool(agreed(stopped_here))
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)
             observers = _observers(boundaries.callbacks if stopped else due)

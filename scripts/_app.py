@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.run import changeable
+from eqx_q.sharding import is_first_process
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
@@ -137,7 +138,8 @@ def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
     if is_sweep() and (directory / "config.yaml").exists():
         return directory
     file = directory / record
-    if not config.resume and file.exists() and file.stat().st_size:
+    begun_here = is_first_process() and not config.resume
+    if begun_here and file.exists() and file.stat().st_size:
         begun = record != "metrics.jsonl" or any((directory / "checkpoints").glob("*.ckpt"))
         mend = f"continue it with resume={directory}" if begun else "delete it"
         raise UsageError(

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from eqx_q.checkpoint import newest_checkpoint
 from eqx_q.files import write_whole
 from eqx_q.run import finished, train_run
+from eqx_q.sharding import is_first_process, join_processes
 
 logger = logging.getLogger("eqx_q")
 
@@ -30,7 +31,7 @@ logger = logging.getLogger("eqx_q")
 @task
 def main(config: DictConfig) -> float | None:
     """Trains; returns the mean return of the last evaluation, for sweepers."""
-    directory = run_directory(config)
+    join_processes(**config.distributed)
     resume = bool(config.resume)
     if resume:
         config = resumed(config)
@@ -39,6 +40,10 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
+    if config.deterministic:  # read when JAX first touches a device, which is later
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    directory = run_directory(config)
     if is_sweep() and (directory / "config.yaml").exists():
         check_same(config, directory)
         summary = finished(directory)
@@ -46,9 +51,8 @@ def main(config: DictConfig) -> float | None:
             logger.info("done already: %s", directory)
             return summary["eval_return_mean"]
         resume = newest_checkpoint(directory / "checkpoints") is not None
-    if config.deterministic:  # read when JAX first touches a device, which is later
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    if not is_first_process():
+        logger.setLevel(logging.WARNING)
     logger.info("run directory: %s", directory)
     summary = train_run(
         settings(config),
@@ -58,6 +62,8 @@ def main(config: DictConfig) -> float | None:
             directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
         ),
     )
+    if summary is None:  # another process has the results
+        return None
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)

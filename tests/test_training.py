@@ -116,6 +116,20 @@ def test_other_lengths_seeds_and_hyperparameters_compile_nothing():
     assert len(traces) <= 1
 
 
+def test_a_weakly_typed_environment_is_compiled_once(monkeypatch):
+    """`Guess` is one: its rewards are chosen from Python's numbers."""
+    advance, traced = loop.advance, []
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return advance(*arguments)
+
+    monkeypatch.setattr(loop, "advance", counted)
+    env = Guess(10)  # no other test has as many lanes
+    eqx_q.train(make_agent(env), env, total_steps=160, key=jax.random.key(0))
+    assert len(traced) == 1
+
+
 def test_schedule_is_stretched_to_the_run_unless_it_is_set():
     env = Guess(8)
     agent, _ = eqx_q.train(make_agent(env), env, total_steps=640, key=jax.random.key(0))

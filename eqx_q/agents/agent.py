@@ -67,12 +67,14 @@ class OnlineAgent(Agent):
 
     - `rollout_length`: `T`, the steps per lane that one `update` learns from.
     - `burn_in`: steps before those that a rollout must have too, to warm up memory.
+    - `lane_groups`: groups of lanes that minibatches are drawn within; devices can share them.
     - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
     - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
     """
 
     rollout_length: AbstractVar[int]
     burn_in: AbstractVar[int]
+    lane_groups: AbstractVar[int]
     env_steps: AbstractVar[Shaped[Array, "*S"]]
     schedule_steps: AbstractVar[Float[Array, "*S"]]
 

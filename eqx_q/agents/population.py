@@ -66,6 +66,11 @@ class Population(OnlineAgent, OfflineAgent):
         return self.members.burn_in
 
     @property
+    def lane_groups(self) -> int:
+        """That of every member."""
+        return self.members.lane_groups
+
+    @property
     def rollout_length(self) -> int:
         """That of every member."""
         return self.members.rollout_length

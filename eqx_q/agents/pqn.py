@@ -69,6 +69,9 @@ class PQN(OnlineAgent):
     - `burn_in`: steps before those, to warm up memory with today's parameters: nothing is learnt
         from them, and no gradient flows through them (R2D2, Kapturowski et al. 2019, §3).
     - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps in a pass.
+    - `lane_groups`: every minibatch takes as much from each of so many equal groups of neighbouring
+        lanes. Devices that share the groups then have all that they learn from: see
+        `eqx_q.sharding`.
     - `learning_rate`, `learning_rate_end`: *traced*; of rectified Adam (Liu et al. 2020), falling
         linearly over the schedule.
     - `max_grad_norm`: *traced*; gradients are clipped by their global norm.
@@ -106,6 +109,7 @@ class PQN(OnlineAgent):
     burn_in: int = eqx.field(static=True)
     num_epochs: int = eqx.field(static=True)
     num_minibatches: int = eqx.field(static=True)
+    lane_groups: int = eqx.field(static=True)
 
     @classmethod
     def create(
@@ -122,6 +126,7 @@ class PQN(OnlineAgent):
         burn_in: int = 0,
         num_epochs: int = 2,
         num_minibatches: int = 32,
+        lane_groups: int = 1,
         learning_rate: Scalar = 5e-4,
         learning_rate_end: Scalar | None = None,
         max_grad_norm: Scalar = 10.0,
@@ -158,6 +163,7 @@ class PQN(OnlineAgent):
             "rollout_length": rollout_length,
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
+            "lane_groups": lane_groups,
             "num_agents": 1 if num_agents is None else num_agents,
         }
         traced: dict[str, Any] = {
@@ -214,6 +220,7 @@ class PQN(OnlineAgent):
             burn_in=burn_in,
             num_epochs=num_epochs,
             num_minibatches=num_minibatches,
+            lane_groups=lane_groups,
             **jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), traced),
         )
 
@@ -301,27 +308,35 @@ class PQN(OnlineAgent):
     ) -> tuple["PQN", dict[str, Float[Array, ""]]]:
         """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
 
-        **Raises:** `UsageError` where `num_minibatches` does not divide the transitions (with
-        memory: the lanes), or where an agent with memory is given a rollout without.
+        **Raises:** `UsageError` where `lane_groups` does not divide the lanes, or `num_minibatches`
+        the transitions of a group (with memory: its lanes), or where an agent with memory is given
+        a rollout without.
         """
         rollout = self._as_team(jax.tree.map(jnp.asarray, rollout))
         num_steps, num_lanes, _ = rollout.actions.shape
         size = (num_steps - self.burn_in) * num_lanes
+        if num_lanes % self.lane_groups:
+            raise UsageError(
+                f"lane_groups={self.lane_groups} does not divide the {num_lanes} lanes of a "
+                "rollout: change lane_groups or num_envs"
+            )
         if self.has_memory:
             num_items, loss, batch_of = num_lanes, self._sequence_loss, partial(_lanes_of, rollout)
         else:
             transitions = self._transitions(rollout)
             num_items, loss = size, self._transition_loss
-            batch_of = lambda index: jax.tree.map(lambda x: x[index], transitions)  # noqa: E731
+            batch_of = lambda index: jax.tree.map(partial(_take, index=index), transitions)  # noqa: E731
         indices, learning_rates = self._minibatches(num_items, size, key)
         parameters, rest = eqx.partition(self.network, eqx.is_inexact_array)
 
         def gradient_step(carry, step):
             parameters, statistics, optimizer_state = carry
             index, learning_rate = step
-            gradients, (statistics, metrics) = jax.grad(loss, has_aux=True)(
+            gradients, (statistics, metrics, scale) = jax.grad(loss, has_aux=True)(
                 parameters, rest, statistics, batch_of(index)
             )
+            if scale is not None:
+                gradients, metrics = jax.tree.map(lambda x: scale * x, (gradients, metrics))
             gradients, metrics["grad_norm"] = clip_by_global_norm(gradients, self.max_grad_norm)
             updates, optimizer_state = optax.radam(learning_rate).update(gradients, optimizer_state)
             parameters = optax.apply_updates(parameters, updates)
@@ -405,31 +420,40 @@ class PQN(OnlineAgent):
 
     def _minibatches(
         self, num_items: int, num_steps: int, key: PRNGKeyArray
-    ) -> tuple[Int[Array, "G B"], Float[Array, " G"]]:
-        """For each of `G` gradient steps: which items to take, and the learning rate."""
+    ) -> tuple[Int[Array, "steps G B"], Float[Array, " steps"]]:
+        """For each gradient step: which items to take of each lane group, and the learning rate."""
+        num_items //= self.lane_groups
         if num_items % self.num_minibatches:
             items = "lanes" if self.has_memory else "transitions"
             or_length = "" if self.has_memory else " or rollout_length"
+            group = "rollout" if self.lane_groups == 1 else "lane group"
             raise UsageError(
                 f"num_minibatches={self.num_minibatches} does not divide the {num_items} {items} "
-                f"of a rollout: change num_minibatches, num_envs{or_length}"
+                f"of a {group}: change num_minibatches, num_envs{or_length}"
             )
         # A shuffle an epoch. One sort of random keys: `jax.random.permutation` sorts twice.
-        shuffled = jnp.argsort(jax.random.bits(key, (self.num_epochs, num_items)), axis=-1)
-        indices = shuffled.reshape(self.num_epochs * self.num_minibatches, -1)
+        shape = (self.num_epochs, self.lane_groups, num_items)
+        shuffled = jnp.argsort(jax.random.bits(key, shape), axis=-1)
+        parts = shuffled.reshape(*shape[:2], self.num_minibatches, -1)
+        indices = jnp.moveaxis(parts, 1, 2).reshape(-1, self.lane_groups, parts.shape[-1])
         steps = self.env_steps + jnp.linspace(0, num_steps, len(indices), endpoint=False)
         progress = steps / self.schedule_steps
         return indices, linear(self.learning_rate, self.learning_rate_end, progress)
 
     def _transitions(self, rollout: Rollout) -> Batch:
-        """All steps of all lanes in one row, with their targets."""
+        """All steps of all lanes in one row, lane group by lane group, with their targets."""
         columns = (
             rollout.timesteps.obs[:-1],
             rollout.actions,
             self._targets(rollout),
             _acting(rollout),
         )
-        return Batch(*(jnp.reshape(x, (-1, *x.shape[2:])) for x in columns))
+
+        def row(x: Shaped[AnyArray, "T N ..."]) -> Shaped[Array, "TN ..."]:
+            groups = jnp.reshape(x, (x.shape[0], self.lane_groups, -1, *x.shape[2:]))
+            return jnp.moveaxis(groups, 1, 0).reshape(-1, *x.shape[2:])
+
+        return Batch(*(row(x) for x in columns))
 
     def _transition_loss(self, parameters, rest, statistics, batch: Batch):
         """The loss of flat transitions, whose targets are there."""
@@ -437,22 +461,32 @@ class PQN(OnlineAgent):
         obs = batch.obs.reshape(1, -1, *batch.obs.shape[2:])
         output = network(obs, statistics, batch_mask=batch.acting.reshape(1, -1))
         q_values = output.q_values.reshape(*batch.action.shape, -1)
-        loss, metrics = self._loss(q_values, batch.action, batch.target, batch.acting)
-        return loss, (output.statistics, metrics)
+        loss, *told = self._loss(q_values, batch.action, batch.target, batch.acting)
+        return loss, (output.statistics, *told)
 
     def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
         """The loss of whole lanes; their targets come from the same pass over them."""
         network = eqx.combine(parameters, rest)
-        rollout = self._warmed_up(network, statistics, rollout)
-        acting = _acting(rollout)
-        ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
-        q_values, _, statistics = self._unroll(
-            network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
-        )
-        values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
-        targets = self._targets_of(values, rollout.timesteps)
-        loss, metrics = self._loss(q_values[:-1], rollout.actions, targets, acting)
-        return loss, (statistics, metrics)
+
+        def unroll(rollout: Rollout):
+            rollout = self._warmed_up(network, statistics, rollout)
+            acting = _acting(rollout)
+            ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
+            q_values, _, after = self._unroll(
+                network, statistics, rollout, batch_mask=jnp.concatenate([acting, ahead])
+            )
+            values = self._values(jax.lax.stop_gradient(q_values), rollout.timesteps)
+            targets = self._targets_of(values, rollout.timesteps)
+            return (q_values[:-1], rollout.actions, targets, acting), after
+
+        if self.lane_groups == 1 or jax.tree.leaves(statistics):
+            learnt_from, statistics = unroll(rollout)
+        else:
+            # The same, and no step makes one axis of the time and the lanes of several groups:
+            # devices that share the groups would have to exchange all that is on it.
+            learnt_from, _ = jax.vmap(unroll)(_apart(rollout, self.lane_groups))
+        loss, *told = self._loss(*learnt_from)
+        return loss, (statistics, *told)
 
     def _loss(
         self,
@@ -460,20 +494,29 @@ class PQN(OnlineAgent):
         action: Int[AnyArray, "*steps M"],
         target: Float[Array, "*steps K"],
         acting: Bool[Array, "*steps M"],
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Half the mean squared TD error over what happened."""
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, ""] | None]:
+        """Half the mean squared TD error over what happened, metrics, and what both still lack.
+
+        Of several lane groups the mean is over all transitions, happened or not, and that is the
+        factor to the right one: devices that share the groups can then exchange gradients and
+        count at once, where a count that is needed first would have them wait twice.
+        """
         chosen = jnp.take_along_axis(q_values, jnp.asarray(action)[..., None], axis=-1)[..., 0]
         chosen = self.mixer.mix(jnp.where(acting, chosen, 0.0))
         real = self.mixer.acts(acting)
-        weight = real / jnp.maximum(jnp.sum(real), 1)
+        count, scale = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1), None
+        if self.lane_groups > 1:
+            count, scale = real.size, real.size / count
+        weight = real / count
         td_error = jnp.where(real, target - chosen, 0.0)
         loss = 0.5 * jnp.sum(weight * td_error**2)
-        return loss, {
+        metrics = {
             "loss": loss,
             "td_error": jnp.sum(weight * jnp.abs(td_error)),
             "q_value": jnp.sum(weight * chosen),
             "target": jnp.sum(jnp.where(real, weight * target, 0.0)),
         }
+        return loss, metrics, scale
 
     def _targets(self, rollout: Rollout) -> Float[Array, "T N K"]:
         """Targets from the values that acting computed, where there are any."""
@@ -599,12 +642,35 @@ def _acting(rollout: Rollout) -> Bool[Array, "T N M"]:
     return acting if mask is None else acting & mask[:-1]
 
 
-def _lanes_of(rollout: Rollout, index: Int[Array, " B"]) -> Rollout:
-    """Some lanes of a rollout."""
+def _take(x: Shaped[Array, "..."], index: Int[Array, "G B"], axis: int = 0) -> Shaped[Array, "..."]:
+    """Items of each lane group, by their places in it; along `axis` there is group after group."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    groups = x.reshape(*before, len(index), -1, *after)
+    own = lambda x, i: x[(*[slice(None)] * axis, i)]  # noqa: E731
+    taken = jax.vmap(own, in_axes=(axis, 0), out_axes=axis)(groups, index)
+    return taken.reshape(*before, -1, *after)
+
+
+def _lanes_of(rollout: Rollout, index: Int[Array, "G B"]) -> Rollout:
+    """Some lanes of a rollout, of each lane group."""
     num_lanes = rollout.actions.shape[1]
-    timesteps, actions = jax.tree.map(lambda x: x[:, index], (rollout.timesteps, rollout.actions))
+    timesteps, actions = jax.tree.map(
+        partial(_take, index=index, axis=1), (rollout.timesteps, rollout.actions)
+    )
 
     def rows(x):  # of all agents of these lanes
-        return x.reshape(num_lanes, -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
+        return _take(x.reshape(num_lanes, -1, *x.shape[1:]), index).reshape(-1, *x.shape[1:])
 
     return Rollout(timesteps, actions, jax.tree.map(rows, rollout.memory))
+
+
+def _apart(rollout: Rollout, num_groups: int) -> Rollout:
+    """A rollout of each lane group, on a leading axis."""
+
+    def lanes(x, axis):
+        x = x.reshape(*x.shape[:axis], num_groups, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    over_time = partial(lanes, axis=1)
+    timesteps, actions = jax.tree.map(over_time, (rollout.timesteps, rollout.actions))
+    return Rollout(timesteps, actions, jax.tree.map(partial(lanes, axis=0), rollout.memory))

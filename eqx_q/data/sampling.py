@@ -266,7 +266,7 @@ def _joined(starts, stops) -> list[tuple[int, int]]:
 
 def _free_memory() -> float:
     """Bytes that are free on the device."""
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     with contextlib.suppress(OSError, StopIteration):  # Linux: with what caches would give back

@@ -12,11 +12,12 @@ from typing import Any, get_type_hints
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from ..agents import OfflineAgent, Population
 from ..errors import UnknownNameError, UsageError
-from ..wrappers import Env, make
+from ..wrappers import Env, make, make_for
 
 Config = Mapping[str, Any]
 
@@ -25,12 +26,19 @@ MOST_LANES = 2**24
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
-def make_env(config: Config, num_envs: int) -> Env:
-    """The environment that `config["env"]` describes; options that are null keep their default."""
+def make_env(config: Config, num_envs: int, mesh: Mesh | None = None) -> Env:
+    """The environment that `config["env"]` describes; options that are null keep their default.
+
+    **Arguments:** `mesh`: of devices that share it.
+    """
     options = given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
+
+    def of_lanes(num_envs: int, seed: int) -> Env:
+        return make(f"{suite}/{name}", num_envs, seed=seed, **options)
+
     seed = emulator_seed(whole(config, "seed"), "training")
-    return make(f"{suite}/{name}", num_envs, seed=seed, **options)
+    return make_for(mesh, of_lanes, num_envs, seed=seed)
 
 
 def emulator_seed(seed: int, role: str) -> int:

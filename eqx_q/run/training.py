@@ -22,9 +22,10 @@ from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
 from ..evolution import PopulationBasedTraining, spread
 from ..files import alone_in
-from ..offline import blocks_of, start_offline, train_offline
+from ..offline import blocks_of, check_shares as check_shares_offline, start_offline, train_offline
+from ..sharding import is_first_process, make_mesh
 from ..tracking import JsonlTracker, Tracker, Trackers
-from ..training import Metrics, train
+from ..training import Metrics, check_shares, train
 from ..wrappers import Env
 from ..wrappers.host import closing
 from ..wrappers.registry import SUITES
@@ -61,22 +62,24 @@ def train_run(
     *,
     resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains as `config` says, and leaves the results in `directory`.
 
     **Arguments:** `on_start`: called when all that `config` asks for has been made.
 
-    **Returns:** the summary, which is in `summary.json` too.
+    **Returns:** the summary, which is in `summary.json` too. Of several processes (see
+    `eqx_q.sharding`) the first one writes it and all else, and the others return `None`.
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
     started = time.perf_counter()
-    if config["devices"] != 1:
-        raise UsageError(f"devices={config['devices']}: only devices=1 is supported so far")
+    mesh = make_mesh(config["devices"])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone_in(directory))
+        if is_first_process():  # the one that writes
+            stack.enter_context(alone_in(directory))
         dataset = None if config.get("data") is None else Dataset(config["data"])
         lanes = 1 if dataset else whole(config, "num_envs")
-        env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
+        shared = None if dataset else mesh
+        env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes), shared)))
         agent = make_agent(config, env)
         check_kind(config, agent)
         evolution = None
@@ -86,30 +89,38 @@ def train_run(
             evolution.check(agent)
             agent = _spread(config, agent)
         run_state = _restored(config, directory, env, agent) if resume else None
-        crew = _crew(config, directory, env, run_state, evolution, stack)
         total = whole(config, kind_of(config).total, least=1)
         key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 1)
         how: dict[str, Any] = {
             "key": key,
-            "callbacks": crew.callbacks,
             "run_state": run_state,
             "log_every": whole_or_none(config, "log_every"),
+            "devices": config["devices"],
         }
         if dataset is None:
+            check_shares(mesh, agent, env)
             learn = functools.partial(train, agent, env, total_steps=total, **how)
         else:
             how["sampling"] = make_sampling(config)
             check_data(config, env, dataset)
-            start_offline(agent, dataset, key=key)  # both refuse what does not fit
+            start_offline(agent, dataset, key=key)  # all refuse what does not fit
+            check_shares_offline(mesh, agent)
             blocks_of(run_state, dataset, how["sampling"])
             dataset.verify()  # reads it all
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
+        has_learnt = run_state is not None and _done(run_state) >= total
+        if not is_first_process():  # the first one writes, evaluates, and says when to stop
+            with Interrupt():
+                if not has_learnt:
+                    learn()
+            return None
+        crew = _crew(config, directory, env, run_state, evolution, stack)
         on_start()
-        if run_state is not None and _done(run_state) >= total:
+        if has_learnt:
             _end_again(config, directory, crew, run_state, total)
         else:
             try:
-                learn()
+                learn(callbacks=crew.callbacks)
             except DivergedError as error:
                 raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
             except jax.errors.JaxRuntimeError as error:

@@ -114,11 +114,17 @@ def slow_update(agent, rollout, key, optimizer):
     targets = targets.reshape(T * N)
     losses = []
     step = 0
-    size = T * N // agent.num_minibatches
-    for random in np.asarray(jax.random.bits(key, (agent.num_epochs, T * N))):
+    groups = agent.lane_groups
+    lanes = N // groups  # of a group
+    size = T * lanes // agent.num_minibatches
+    for random in np.asarray(jax.random.bits(key, (agent.num_epochs, groups, T * lanes))):
         order = np.argsort(random)
-        for start in range(0, T * N, size):
-            rows = [i for i in order[start : start + size] if real[i]]
+        for start in range(0, T * lanes, size):
+            rows = []
+            for group in range(groups):
+                steps_there, lanes_there = np.divmod(order[group, start : start + size], lanes)
+                rows += list(steps_there * N + group * lanes + lanes_there)
+            rows = [i for i in rows if real[i]]
             grad_weight, grad_bias, loss = np.zeros_like(weight), np.zeros_like(bias), 0.0
             for i in rows:
                 error = (weight @ obs[i] + bias)[actions[i]] - targets[i]
@@ -139,8 +145,9 @@ def slow_update(agent, rollout, key, optimizer):
     return weight, bias, np.mean(losses)
 
 
-def test_update_equals_a_slow_computation():
-    agent = make_agent()
+@pytest.mark.parametrize("lane_groups", [1, 2])
+def test_update_equals_a_slow_computation(lane_groups):
+    agent = make_agent(lane_groups=lane_groups)
     optimizer = SlowRAdam([np.zeros((2, 3)), np.zeros(2)])
     for i in range(3):  # RAdam starts to rectify at its sixth step
         rollout, key = make_rollout(i), jax.random.key(i)

@@ -152,8 +152,11 @@ def slow_update(agent, rollout, key, burn_in=0):
     network, optimizer = agent.network, optax.radam(float(agent.learning_rate))
     state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
     losses = []
-    for random in np.asarray(jax.random.bits(key, (agent.num_epochs, N))):
-        for lanes in np.split(np.argsort(random), agent.num_minibatches):
+    groups = agent.lane_groups
+    for random in np.asarray(jax.random.bits(key, (agent.num_epochs, groups, N // groups))):
+        order = np.argsort(random) + N // groups * np.arange(groups)[:, None]
+        for lanes in np.split(order, agent.num_minibatches, axis=1):
+            lanes = lanes.flatten()
             loss, gradients = eqx.filter_value_and_grad(slow_loss)(
                 network, agent, rollout, lanes, burn_in
             )
@@ -166,9 +169,9 @@ def slow_update(agent, rollout, key, burn_in=0):
     return network, np.mean(losses)
 
 
-@pytest.mark.parametrize("burn_in", [0, W])
-def test_update_equals_a_loop_over_steps(burn_in):
-    agent = make_agent(burn_in=burn_in)
+@pytest.mark.parametrize(("burn_in", "lane_groups"), [(0, 1), (W, 1), (W, 2)])
+def test_update_equals_a_loop_over_steps(burn_in, lane_groups):
+    agent = make_agent(burn_in=burn_in, lane_groups=lane_groups)
     rollout, key = make_rollout(agent, steps=T + burn_in), jax.random.key(7)
     expected, loss = slow_update(agent, rollout, key, burn_in)
     learnt, metrics = agent.update(rollout, key=key)

@@ -1,0 +1,182 @@
+"""Many devices: one program, whose lanes or members are spread over them.
+
+JAX partitions a compiled program by where its arrays lie, and what it computes stays the same: what
+is drawn at random belongs to a lane or a member, wherever that lives. So hardly anything else knows
+of devices. Members of a population never meet. Devices that share the lanes of one agent exchange
+gradients, once a minibatch, where their number divides the agent's `lane_groups`.
+
+Of several processes (`jax.distributed`) each runs the same program on devices of its own. Where
+they must not differ, in what the clock says for example, the first one decides.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from .errors import UsageError
+
+AXIS = "devices"
+
+_PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last evaluation
+
+Lay = Callable[[Any, int | None], Any]
+
+
+@runtime_checkable
+class Spreadable(Protocol):
+    """A state that knows which of its parts devices share."""
+
+    def spread(self, lay: Lay) -> Any:
+        """The same, each part `lay(part, axis)`, where `axis` is that of the lanes or members.
+
+        `None`: every device has all of the part.
+        """
+        ...
+
+
+State = TypeVar("State", bound=Spreadable)
+
+
+def join_processes(
+    coordinator: str | None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Makes this process one of several. To be called before JAX touches a device.
+
+    **Arguments:**
+
+    - `coordinator`: `"host:port"` of the first process; `"auto"`: what started the processes
+        (Slurm, MPI, Kubernetes) has told JAX; `None`: this process is alone.
+    - `num_processes`, `process_id`: of the first kind: how many, and which one from 0 this is.
+
+    **Raises:** `UsageError` where the processes do not find each other.
+    """
+    if coordinator is None:
+        return
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)
+        else:
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, shutdown_timeout_seconds=_PATIENCE
+            )
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # the last: of no port
+        raise UsageError(
+            f"the processes do not find each other ({error}): give every one the same "
+            "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
+            "distributed.process_id of its own"
+        ) from error
+
+
+def make_mesh(devices: int | None) -> Mesh | None:
+    """So many devices, over all processes; `None`: all there are. Of a single one, no mesh.
+
+    **Raises:** `UsageError` where there are not so many, or where a process would have none.
+    """
+    there = jax.devices()
+    number = len(there) if devices is None else devices
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"devices={number!r}: give a whole number of devices, 1 or more")
+    if number > len(there):
+        raise UsageError(
+            f"devices={number}, and JAX sees {len(there)} ({there[0].platform}): give at most that"
+        )
+    if jax.process_count() > 1 and number != len(there):
+        raise UsageError(
+            f"devices={number}, and the {jax.process_count()} processes have {len(there)}: "
+            "give devices=null, which takes all"
+        )
+    return None if number == 1 else Mesh(np.asarray(there[:number]), (AXIS,))
+
+
+def check_divides(mesh: Mesh | None, number: int, name: str) -> None:
+    """Raises `UsageError` where so many things do not divide over the devices."""
+    if mesh is not None and number % mesh.size:
+        raise UsageError(
+            f"{name}={number} does not divide over {mesh.size} devices: make it a multiple of "
+            f"{mesh.size}, or take fewer devices"
+        )
+
+
+def put(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTree:
+    """Arrays that every process has, spread along `axis` or copied to all devices.
+
+    Without a mesh the tree itself.
+    """
+    if mesh is None:
+        return tree
+
+    def put_array(x: Array) -> Array:
+        sharding = _sharding(mesh, x, axis)
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # on the devices already
+            return jax.device_put(x, sharding)
+        whole = sharding.is_fully_replicated  # a device that has it needs no copy of its own
+        return jax.make_array_from_callback(
+            x.shape, sharding, lambda index: x if whole else x[index]
+        )
+
+    return jax.tree.map(lambda x: put_array(x) if eqx.is_array(x) else x, tree)
+
+
+def constrain(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTree:
+    """Inside a compiled program: where its arrays are to lie. See `put`."""
+    if mesh is None:
+        return tree
+
+    def constrain_array(x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x, _sharding(mesh, x, axis))
+
+    return jax.tree.map(lambda x: constrain_array(x) if eqx.is_array(x) else x, tree)
+
+
+def gather(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """The whole of spread arrays on one device of this process. Every process must call it."""
+    if mesh is None:
+        return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    everywhere = _copied(NamedSharding(mesh, PartitionSpec()), arrays)
+    return eqx.combine(jax.tree.map(lambda x: x.addressable_data(0), everywhere), rest)
+
+
+def agreed(value: int) -> int:
+    """What the first process says. Every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def from_first_process(tree: PyTree) -> PyTree:
+    """The first process's tree; all have one of the same shapes. Every process must call it."""
+    if jax.process_count() == 1:
+        return tree
+
+    def send(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = multihost_utils.broadcast_one_to_all(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jnp.asarray(multihost_utils.broadcast_one_to_all(x))
+
+    return jax.tree.map(lambda x: send(x) if eqx.is_array(x) else x, tree)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes what is to be written once."""
+    return jax.process_index() == 0
+
+
+def _sharding(mesh: Mesh, x: Array, axis: int | None) -> NamedSharding:
+    """Along `axis`, where that is divisible."""
+    if axis is None or x.ndim <= axis or x.shape[axis] % mesh.size:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+
+@eqx.filter_jit
+def _copied(sharding: NamedSharding, arrays: PyTree) -> PyTree:
+    return jax.lax.with_sharding_constraint(arrays, sharding)

@@ -1,0 +1,111 @@
+"""Environments outside JAX for many devices: one for each of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+
+from ..sharding import AXIS, check_divides
+from ..types import TimeStep
+from .env import Env, Recording
+
+
+def make_for(
+    mesh: Mesh | None, make: Callable[[int, int], Env], num_envs: int, *, seed: int = 0
+) -> Env:
+    """An environment of `num_envs` lanes that the devices of `mesh` share.
+
+    What is written in JAX they can share as it is; of what lives outside, each has its own. Lane
+    `i` of an emulator is seeded with `seed + i` either way.
+
+    **Arguments:** `make`: makes one of so many lanes, from a seed.
+
+    **Raises:** `UsageError` where the lanes do not divide over the devices.
+    """
+    if mesh is None:
+        return make(num_envs, seed)
+    check_divides(mesh, num_envs, "lanes (num_envs)")
+    each = num_envs // mesh.size
+    places = [i for i, d in enumerate(mesh.devices) if d.process_index == jax.process_index()]
+    first, *rest = places
+    env = make(each, seed + first * each)
+    if not env.on_host:
+        return env.replicate(num_envs)
+    return PerDevice([env, *(env.replicate(each, seed=seed + i * each) for i in rest)], mesh)
+
+
+class PerDevice(Env):
+    """Environments that live outside JAX, one for each device, as one.
+
+    A compiled program over many devices steps each on its own device. `reset` must be called
+    outside `jit`.
+
+    **Arguments:** `envs`: for the devices of this process, in the order of `mesh`; all alike.
+    """
+
+    envs: tuple[Env, ...]
+    mesh: Mesh = eqx.field(static=True)
+    observation_space: gymnasium.Space = eqx.field(static=True)
+    action_space: gymnasium.spaces.Discrete = eqx.field(static=True)
+    num_envs: int = eqx.field(static=True)
+    num_agents: int | None = eqx.field(static=True)
+    on_host: bool = eqx.field(static=True)
+    max_episode_steps: int | None = eqx.field(static=True)
+
+    def __init__(self, envs: list[Env], mesh: Mesh):
+        one = envs[0]
+        self.envs = tuple(envs)
+        self.mesh = mesh
+        self.observation_space = one.observation_space
+        self.action_space = one.action_space
+        self.num_envs = one.num_envs * mesh.size
+        self.num_agents = one.num_agents
+        self.on_host = True
+        self.max_episode_steps = one.max_episode_steps
+
+    @property
+    def recording(self) -> Recording:
+        """That of each."""
+        return self.envs[0].recording
+
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
+        started = [env.reset(key) for env in self.envs]
+        started = jax.tree.map(lambda *x: jnp.concatenate(x), *started)
+        if jax.process_count() > 1:  # to every process the lanes of all
+            started = multihost_utils.process_allgather(started, tiled=True)
+        return started
+
+    def step(
+        self, state: PyTree, action: Int[Array, "N *M"], key: PRNGKeyArray
+    ) -> tuple[PyTree, TimeStep]:
+        def step(state: PyTree, action: Array, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
+            here = jax.lax.axis_index(AXIS) % len(self.envs)
+            return jax.lax.switch(here, [env.step for env in self.envs], state, action, key)
+
+        lanes, all_of_it = PartitionSpec(AXIS), PartitionSpec()
+        return jax.shard_map(
+            step,
+            mesh=self.mesh,
+            in_specs=(lanes, lanes, all_of_it),
+            out_specs=lanes,
+            check_vma=False,
+        )(state, action, key)
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
+        """One for a single device."""
+        return self.envs[0].replicate(num_envs, seed=seed, **options)
+
+    def render(self, state: PyTree, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
+        here, lane = divmod(lane, self.envs[0].num_envs)
+        return self.envs[here].render(state, lane)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
