@@ -149,6 +149,13 @@ def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
     return directory
 
 
+def heed_determinism(config: DictConfig) -> None:
+    """To be called before JAX touches a device."""
+    if config.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+
+
 def log_tuned_values() -> None:
     """Says which tuned file is in use; one that was asked for by name must exist."""
     choices: dict[str, Any] = HydraConfig.get().runtime.choices

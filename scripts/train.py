@@ -1,13 +1,13 @@
 """Trains an agent: `python scripts/train.py --help`."""
 
 import logging
-import os
 from pathlib import Path
 
 from _app import (
     check_same,
     chosen,
     end_sweep,
+    heed_determinism,
     hydra,
     is_sweep,
     launch,
@@ -40,9 +40,7 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
-    if config.deterministic:  # read when JAX first touches a device, which is later
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    heed_determinism(config)
     directory = run_directory(config)
     if is_sweep() and (directory / "config.yaml").exists():
         check_same(config, directory)

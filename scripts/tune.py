@@ -8,6 +8,7 @@ from pathlib import Path
 from _app import (
     CONF,
     chosen,
+    heed_determinism,
     hydra,
     launch,
     log_tuned_values,
@@ -32,7 +33,6 @@ _CHANGEABLE = {"resume", "trials", "population", "tracker", "install", "log_ever
 @task
 def main(config: DictConfig) -> float | None:
     """Searches; returns the best trial's result."""
-    directory = run_directory(config, record="study.journal")
     if config.resume:
         config = _resumed(config)
     else:
@@ -40,6 +40,8 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
+    heed_determinism(config)
+    directory = run_directory(config, record="study.journal")
     logger.info("search directory: %s", directory)
     groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]
     summary = search_run(

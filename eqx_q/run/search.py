@@ -25,6 +25,7 @@ from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..files import write_whole
 from ..offline import train_offline
 from ..progress import Display
+from ..sharding import make_mesh
 from ..tracking import Tracker, Trackers
 from ..training import Metrics, train
 from ..wrappers import Env
@@ -224,6 +225,7 @@ class _Search:
         callbacks = [x for x in (arena.evaluation, *callbacks) if x is not None]
         how: dict[str, Any] = {"key": key, "callbacks": callbacks}
         how["log_every"] = whole_or_none(arena.config, "log_every")
+        how["devices"] = arena.config["devices"]
         if self._dataset is None:
             learn = functools.partial(train, agent, arena.env, total_steps=steps, **how)
         else:
@@ -241,9 +243,13 @@ class _Search:
             self._stack.close()
             self._arenas, self._static = {}, static
         if members not in self._arenas:
-            config = {**config, "num_seeds": members}
+            there = make_mesh(config["devices"])
+            devices = 1 if there is None else math.gcd(there.size, members)
+            config = {**config, "num_seeds": members, "devices": devices}
             lanes = 1 if self._dataset else whole(config, "num_envs")
-            env = self._stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes))))
+            shared = None if self._dataset else make_mesh(devices)
+            env = make_env(config, lanes_of_all(config, lanes), shared)
+            self._stack.enter_context(closing(env))
             evaluation = make_evaluation(config, env, TimeBudget(math.inf), self._stack)
             self._arenas[members] = _Arena(config, env, evaluation)
         return self._arenas[members]
@@ -252,6 +258,7 @@ class _Search:
         """What can be known before anything is tried."""
         if config["pbt"]["every"] is not None:
             raise UsageError("a search trains without population-based training: leave out pbt")
+        make_mesh(config["devices"])
         with closing(make_env(config, 1)) as env:
             check_kind(config, make_agent({**config, "num_seeds": 1}, env))
             check_space(config, self.space, env)
