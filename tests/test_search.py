@@ -264,7 +264,8 @@ def quick(monkeypatch):
     """Training that learns nothing: the loss is 1 - lambda. Tells who learnt, and how long."""
     trained = []
 
-    def train(agent, env, *, total_steps, key, callbacks, log_every):
+    def train(agent, env, *, total_steps, key, callbacks, log_every, devices):
+        assert agent.num_members % devices == 0
         steps = agent.rollout_length * env.num_envs // agent.num_members
         done = -(-total_steps // steps) * steps
         trained.append((np.asarray(agent.members.lambda_), done))
@@ -377,13 +378,21 @@ def test_a_population_shrinks_from_rung_to_rung(script, tmp_path, quick):
     assert (summary["pruned"], summary["best"]["trial"]) == (2, np.argmax(rates))
 
 
-def test_rungs_are_whole_updates(script, tmp_path, quick):
+def test_rungs_are_whole_updates_and_members_share_devices(script, tmp_path, monkeypatch, quick):
+    there, taken = jax.devices(), []
+
+    def make_mesh(devices):
+        taken.append(devices)
+        return None if devices == 1 else jax.sharding.Mesh(np.array(there * devices), ("devices",))
+
+    monkeypatch.setattr(searches, "make_mesh", make_mesh)
     options = ["total_steps=640", "trials=8", "population=8", "halving.rungs=5", "halving.eta=2"]
-    status, out, err = script("tune", *QUICK, *options)
+    status, out, err = script("tune", *QUICK, *options, "devices=4")
     assert status == 0 and "failed" not in out, err
     # 20, 40, 80, 160, 320 and 640 steps, of which an update makes 64
     assert [done for _, done in quick] == [64, 64, 64, 128, 320]
     assert [len(members) for members, _ in quick] == [8, 4, 2, 1, 1]
+    assert [devices for devices in taken if devices != 4] == [2, 1]  # fewer, for fewer members
 
 
 def test_a_batch_that_fails_on_its_way_fails_with_those_that_are_left(
