@@ -119,12 +119,13 @@ def overridden() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
+def run_directory(*, resume: bool, record: str = "metrics.jsonl") -> Path:
     """The directory that Hydra made for this run, checked to be writable and not in use.
 
     A sweep may find its own run there, and go on with it.
 
-    **Arguments:** `record`: the file that tells a directory in use.
+    **Arguments:** `resume`: whether it goes on with what is there. `record`: the file that tells a
+    directory in use.
 
     **Raises:** `UsageError` where it cannot be written to, or holds another run.
     """
@@ -138,7 +139,7 @@ def run_directory(config: DictConfig, record: str = "metrics.jsonl") -> Path:
     if is_sweep() and (directory / "config.yaml").exists():
         return directory
     file = directory / record
-    begun_here = is_first_process() and not config.resume
+    begun_here = is_first_process() and not resume
     if begun_here and file.exists() and file.stat().st_size:
         begun = record != "metrics.jsonl" or any((directory / "checkpoints").glob("*.ckpt"))
         mend = f"continue it with resume={directory}" if begun else "delete it"

@@ -41,7 +41,7 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     heed_determinism(config)
-    directory = run_directory(config)
+    directory = run_directory(resume=resume)
     if is_sweep() and (directory / "config.yaml").exists():
         check_same(config, directory)
         summary = finished(directory)

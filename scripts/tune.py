@@ -33,7 +33,8 @@ _CHANGEABLE = {"resume", "trials", "population", "tracker", "install", "log_ever
 @task
 def main(config: DictConfig) -> float | None:
     """Searches; returns the best trial's result."""
-    if config.resume:
+    resume = bool(config.resume)
+    if resume:
         config = _resumed(config)
     else:
         log_tuned_values()
@@ -41,7 +42,7 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     heed_determinism(config)
-    directory = run_directory(config, record="study.journal")
+    directory = run_directory(resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)
     groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]
     summary = search_run(

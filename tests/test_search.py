@@ -470,7 +470,7 @@ def test_what_varies_in_sampling_is_what_is_sampled(script, tmp_path, monkeypatc
         writer.finish()
     exponents = []
 
-    def train(agent, dataset, *, num_updates, key, callbacks, log_every, sampling):
+    def train(agent, dataset, *, num_updates, key, callbacks, log_every, sampling, devices):
         exponents.append(sampling.priority_exponent)
         metrics = {"num_updates": num_updates, "loss": np.zeros(agent.num_members)}
         times = {"compile_seconds": 0.0, "train_seconds": 0.0}
