@@ -52,7 +52,8 @@ SUITES = {
         mixed=["epsilon=[0.1,0.5,1.0]"],
         learners=[
             "num_updates=8_000",
-            "agent.learning_rate=2.5e-4",
+            "agent.learning_rate=5e-4",
+            "agent.adam_epsilon=1e-6",
             "agent.target_update_period=500",
             "eval.every=4_000",
             "eval.min_steps=null",
