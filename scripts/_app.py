@@ -26,9 +26,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
-from eqx_q.run import changeable
+from eqx_q.run import changeable, whole_or_none
 from eqx_q.sharding import is_first_process
 
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
 
@@ -150,11 +151,19 @@ def run_directory(*, resume: bool, record: str = "metrics.jsonl") -> Path:
     return directory
 
 
-def heed_determinism(config: DictConfig) -> None:
-    """To be called before JAX touches a device."""
+def prepare_jax(config: DictConfig) -> None:
+    """What can be said only before JAX touches a device.
+
+    **Raises:** `UsageError` where the CPU cannot be divided so.
+    """
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    asked = {"cpu_devices": config.get("cpu_devices", 1)}  # older runs do not know it
+    number = whole_or_none(asked, "cpu_devices") or len(os.sched_getaffinity(0))
+    if number > 1 and _CPU_DEVICES not in flags[0]:
+        flags.append(f"{_CPU_DEVICES}={number}")
     if config.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+        flags.append("--xla_gpu_deterministic_ops=true")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 def log_tuned_values() -> None:

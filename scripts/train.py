@@ -7,11 +7,11 @@ from _app import (
     check_same,
     chosen,
     end_sweep,
-    heed_determinism,
     hydra,
     is_sweep,
     launch,
     log_tuned_values,
+    prepare_jax,
     resumed,
     run_directory,
     settings,
@@ -40,7 +40,7 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
-    heed_determinism(config)
+    prepare_jax(config)
     directory = run_directory(resume=resume)
     if is_sweep() and (directory / "config.yaml").exists():
         check_same(config, directory)

@@ -8,11 +8,11 @@ from pathlib import Path
 from _app import (
     CONF,
     chosen,
-    heed_determinism,
     hydra,
     launch,
     log_tuned_values,
     overridden,
+    prepare_jax,
     run_directory,
     settings,
     stored_config,
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> float | None:
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
-    heed_determinism(config)
+    prepare_jax(config)
     directory = run_directory(resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)
     groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]

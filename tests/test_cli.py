@@ -207,6 +207,7 @@ BAD_INPUT = {
     "num_envs=1000000000000": "1,000,000,000,000 lanes are too many: lower num_envs",
     "resume=damaged": "config.yaml' is damaged: ",
     "devices=2": "devices=2, and JAX sees 1 (cpu): give at most that",
+    "cpu_devices=0": "cpu_devices=0: give a whole number of at least 1",
     "agent.lane_groups=3": "lane_groups=3 does not divide the 4 lanes of a rollout",
     "distributed.coordinator=here": "the processes do not find each other",
     "hydra.run.dir=file/run": "cannot write to the run directory",

@@ -537,9 +537,8 @@ def test_trials_share_one_pool_of_emulators(script, tmp_path, monkeypatch):
 
 def test_a_killed_search_goes_on_without_repeating_a_trial(script, tmp_path, quick):
     command = [sys.executable, str(ROOT / "scripts" / "tune.py"), *QUICK, "total_steps=640"]
-    command += ["trials=200", "population=2", "devices=null"]  # two there, one at the resume
-    two = "--xla_force_host_platform_device_count=2"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": two}
+    command += ["trials=200", "population=2", "cpu_devices=2"]  # of which a resume has one
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment, **pipes)
     table = tmp_path / "search" / "trials.csv"
@@ -548,7 +547,7 @@ def test_a_killed_search_goes_on_without_repeating_a_trial(script, tmp_path, qui
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    assert "members share 2 devices" in "".join(process.communicate())
     study = open_study(tmp_path / "search", read_space(composed()))
     before = {t.number: (t.params, t.value) for t in study.finished}
     study.close()

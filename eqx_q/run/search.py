@@ -258,7 +258,9 @@ class _Search:
         """What can be known before anything is tried."""
         if config["pbt"]["every"] is not None:
             raise UsageError("a search trains without population-based training: leave out pbt")
-        make_mesh(config["devices"])
+        mesh = make_mesh(config["devices"])
+        if mesh is not None:
+            logger.info("members share %d devices", mesh.size)
         with closing(make_env(config, 1)) as env:
             check_kind(config, make_agent({**config, "num_seeds": 1}, env))
             check_space(config, self.space, env)
