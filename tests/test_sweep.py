@@ -210,11 +210,22 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
+def test_a_sweep_over_minatar_has_a_place_of_its_own(script, tmp_path):
+    quick = [word for word in SMALL if not word.startswith("hydra.")]
+    games = "env.name=Asterix-MinAtar,Breakout-MinAtar"
+    status, _, err = script("train", "experiment=minatar", games, *quick)
+    assert status == 0, err
+    for game in ("Asterix", "Breakout"):
+        run = tmp_path / "runs" / "pqn_minatar" / f"{game}-MinAtar_0"
+        assert json.loads((run / "summary.json").read_text())["env_steps"] == 640
+
+
 def test_human_normalised_scores_of_57_games():
     np.testing.assert_allclose(human_normalised("Pong", np.array([-20.7, 14.6])), [0, 1])
     assert human_normalised("Adventure", np.zeros(1)) is None
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = hydra.compose("config", ["experiment=atari57"], return_hydra_config=True)
+    assert config.hydra.sweep.dir == "runs/pqn_atari57"
     games = [game.strip() for game in config.hydra.sweeper.params["env.name"].split(",")]
     assert len(set(games)) == 57 and config.env.suite == "envpool"
     for game in games:
