@@ -109,7 +109,7 @@ def lanes(found):
 def members(found):
     env = Guess(32)
     population = eqx_q.Population(
-        eqx.filter_vmap(partial(make_agent, env))(jax.random.split(jax.random.key(0), 8))
+        eqx.filter_vmap(partial(make_agent, env))(jax.random.split(jax.random.key(0), 16))
     )
     how = {"total_steps": 1024, "key": jax.random.key(1)}
     one, _ = eqx_q.train(population, env, **how)
@@ -130,7 +130,7 @@ def from_data(found):
         )
 
     alone = create(jax.random.key(0))
-    population = eqx_q.Population(eqx.filter_vmap(create)(jax.random.split(jax.random.key(0), 8)))
+    population = eqx_q.Population(eqx.filter_vmap(create)(jax.random.split(jax.random.key(0), 16)))
     with tempfile.TemporaryDirectory() as directory:
         dataset = write(Path(directory) / "data", [random_episodes(0, num=20)])
         for name, agent, sampling in (

@@ -83,7 +83,7 @@ def test_shared_members_exchange_nothing(found, part):
 
 
 def test_every_member_tells_its_own(found):
-    assert found["members"]["losses"] == [8]
+    assert found["members"]["losses"] == [16]
 
 
 def test_shared_batches_exchange_gradients_once(found):
