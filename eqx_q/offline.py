@@ -17,16 +17,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .agents import Agent, OfflineAgent
 from .data import Blocks, Dataset, Priorities, Replay, Sampling
 from .errors import UsageError
-from .sharding import (
-    Lay,
-    agreed,
-    check_divides,
-    constrain,
-    gather,
-    make_mesh,
-    put,
-    traced_for,
-)
+from .sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
 from .training import Boundaries, Callback, Metrics, run
 
 logger = logging.getLogger(__name__)
@@ -141,8 +132,7 @@ def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampli
 def _advance_chunk(fixed, run_state, num_updates):
     replay, mesh = fixed
     lay = partial(constrain, mesh)
-    with traced_for(mesh):
-        run_state, metrics = advance_offline(run_state.spread(lay), replay, num_updates, mesh)
+    run_state, metrics = advance_offline(run_state.spread(lay), replay, num_updates, mesh)
     return run_state.spread(lay), metrics
 
 

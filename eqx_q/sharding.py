@@ -9,7 +9,6 @@ Of several processes (`jax.distributed`) each runs the same program on devices o
 they must not differ, in what the clock says for example, the first one decides.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -134,18 +133,6 @@ def constrain(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTre
         return jax.lax.with_sharding_constraint(x, _sharding(mesh, x, axis))
 
     return jax.tree.map(lambda x: constrain_array(x) if eqx.is_array(x) else x, tree)
-
-
-def traced_for(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """To trace a program in, so that its parts know how many devices share it."""
-    if mesh is None:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def num_sharing() -> int:
-    """The devices that share the program that is being traced."""
-    return jax.sharding.get_abstract_mesh().size or 1
 
 
 def gather(mesh: Mesh | None, tree: PyTree) -> PyTree:

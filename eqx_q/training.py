@@ -27,7 +27,6 @@ from .sharding import (
     gather,
     make_mesh,
     put,
-    traced_for,
 )
 from .types import Memory, Rollout, Scalar, TimeStep
 from .wrappers import Env
@@ -301,8 +300,7 @@ def _average(totals, num_updates) -> dict[str, Array]:
 def _advance_chunk(fixed, run_state, num_updates):
     env, mesh = fixed
     lay = functools.partial(constrain, mesh)
-    with traced_for(mesh):
-        run_state, metrics = advance(run_state.spread(lay), env, num_updates)
+    run_state, metrics = advance(run_state.spread(lay), env, num_updates)
     return _strong(run_state.spread(lay)), metrics
 
 

@@ -1,7 +1,5 @@
 """Many agents as one."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
-from ..sharding import num_sharing
 from ..types import AnyArray, Decision, Memory, Rollout, Transitions
 from .agent import Agent, OfflineAgent, OnlineAgent
 
@@ -160,15 +157,10 @@ class Population(OnlineAgent, OfflineAgent):
         if isinstance(experience, Rollout):
             experience = self._split_rollout(experience)
         keys = jax.random.split(key, self.num_members)
-        arrays, rest = eqx.partition(self.members, eqx.is_array)
-
-        def update(turn):
-            member, experience, key = turn
-            member, *told = eqx.combine(member, rest).update(experience, key=key)
-            return eqx.filter(member, eqx.is_array), *told
-
-        members, *told = _over_members(update, (arrays, experience, keys))
-        return Population(eqx.combine(members, rest)), *told
+        members, *told = eqx.filter_vmap(
+            lambda member, experience, key: member.update(experience, key=key)
+        )(self.members, experience, keys)
+        return Population(members), *told
 
     def with_schedule(self, steps: Float[Array, "*S"]) -> "Population":
         """See `OnlineAgent`."""
@@ -201,17 +193,6 @@ class Population(OnlineAgent, OfflineAgent):
         stacked = self._split(eqx.tree_at(lambda r: r.memory, rollout, None, is_leaf=_is_none), 1)
         memory = self._split(rollout.memory, 0)
         return eqx.tree_at(lambda r: r.memory, stacked, memory, is_leaf=_is_none)
-
-
-def _over_members(fn: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
-    """`jax.vmap(fn)(tree)`; a CPU, whose caches hold one member at a time, takes them in turn."""
-    if jax.default_backend() != "cpu":
-        return jax.vmap(fn)(tree)
-    members = len(jax.tree.leaves(tree)[0])
-    devices = math.gcd(members, num_sharing())
-    shares = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tree)
-    done = jax.vmap(lambda share: jax.lax.map(fn, share))(shares)
-    return jax.tree.map(lambda x: x.reshape(members, *x.shape[2:]), done)
 
 
 def _is_none(x) -> bool:
