@@ -42,7 +42,7 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     prepare_jax(config)
-    directory = run_directory(resume=resume, record="study.journal")
+    directory = run_directory(config, resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)
     groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]
     summary = search_run(

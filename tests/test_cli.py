@@ -214,7 +214,7 @@ BAD_INPUT = {
     "hydra.run.dir=used": "already holds a run: delete it, or choose another directory",
     "hydra.run.dir=above/begun": "already holds a run: continue it with resume=",
     "resume=above": "no config.yaml in it; the newest run below it is 'above/begun'",
-    "resume=nowhere": "'nowhere' is not a run directory: there is no config.yaml in it",
+    "resume=nowhere": "error: 'nowhere' is not a run directory: there is no config.yaml in it",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",

@@ -447,6 +447,22 @@ def test_an_override_replaces_what_a_space_says(script, tmp_path, quick):
     assert "agent.learning_rate" not in rows[0] and "agent.discount" in rows[0]
 
 
+def test_a_sweep_of_searches_goes_on_with_its_own(script, tmp_path, quick):
+    quick_sweep = [word for word in QUICK if not word.startswith("hydra.")]
+    command = ["-m", *quick_sweep, "total_steps=64", "trials=2", "hydra.sweep.dir=sweep"]
+    assert script("tune", *command)[0] == 0
+    rows = rows_of(tmp_path / "sweep" / "0")
+    status, _, err = script("tune", *command)
+    assert status == 0 and rows_of(tmp_path / "sweep" / "0") == rows, err
+    status, _, err = script("tune", *command, "num_seeds=2")
+    assert status == 1 and "there is a run with num_seeds=1, not 2, in" in err
+    # As training would, it refuses what would be another search, in a directory of the sweep's.
+    for name in ("tune", "train"):
+        status, _, err = script(name, "-m", "resume=sweep/0", "hydra.sweep.dir=other")
+        assert status == 1 and "resume goes on with one run, in its own directory" in err
+    assert not (tmp_path / "other" / "0" / "study.journal").exists()
+
+
 def test_results_are_written_though_who_found_them_died_before(script, tmp_path, quick):
     options = ["total_steps=64", "trials=2", "search=purejaxql"]
     assert script("tune", *QUICK, *options)[0] == 0
@@ -497,7 +513,7 @@ BAD_INPUT = {
     "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
     "pbt.every=64": "leave out pbt",
     "agent=cql": "this agent learns from recorded data",
-    "resume=nowhere": "'nowhere' is not a run directory",
+    "resume=nowhere": "error: 'nowhere' is not a run directory",
     "resume=damaged": "study.journal' is damaged",
 }
 
