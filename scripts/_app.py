@@ -62,11 +62,14 @@ def launch(main: Callable[[], Any]) -> None:
     try:
         main()
     except _RunFailed:
-        _fail("some of the sweep's runs failed, with the messages above")
+        _fail(
+            "some of the sweep's runs failed, with the messages above (of submitit's jobs: in "
+            ".submitit/ of the sweep's directory)"
+        )
     except _TaskError as failure:
         raise failure.args[0] from None  # a defect of ours: it keeps its traceback
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _fail(_explain(error))
+    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+        _fail(_explain(error))  # a RuntimeError: a launcher's, such as of no Slurm here
     except OSError as error:
         _fail(_unwritable(error.filename, error))
     except KeyboardInterrupt as interruption:
