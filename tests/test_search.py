@@ -351,9 +351,9 @@ def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, 
         search / "best.yaml"
     ).read_text()
     assert rows_of(search) == rows and len(traces) == 1
-    for change in ("agent.discount=0.5", "total_steps=9"):
+    for change in ("agent.discount=0.5", "total_steps=9", "search.agent.lambda_=[0.5]"):
         status, _, err = script("tune", "resume=search", change)
-        assert status == 1 and f"leave out '{change}'" in err
+        assert status == 1 and f"leave out {change.split('=')[0]}\n" in err
     status, _, err = script("tune", *TINY)
     assert status == 1 and "already holds a run: continue it with resume=" in err
 
@@ -440,9 +440,13 @@ def test_static_values_that_cannot_work_cost_their_batch_alone(
 
 def test_an_override_replaces_what_a_space_says(script, tmp_path, quick):
     options = ["total_steps=64", "trials=4", "search.agent.lambda_=[0.5,0.75]"]
+    options += ["search.agent.epsilon_end={low: 0.1, high: 0.2}", "search.agent.max_grad_norm=[3]"]
     status, _, err = script("tune", *QUICK, *options, "search.agent.learning_rate=null")
     assert status == 0, err
     rows = rows_of(tmp_path / "search")
+    assert {row["agent.max_grad_norm"] for row in rows} == {"3"}  # which the space did not have
+    stored = yaml.safe_load((tmp_path / "search" / "config.yaml").read_text())["search"]["agent"]
+    assert stored["epsilon_end"] == {"low": 0.1, "high": 0.2}
     assert {row["agent.lambda_"] for row in rows} == {"0.5", "0.75"}
     assert "agent.learning_rate" not in rows[0] and "agent.discount" in rows[0]
 
@@ -505,7 +509,7 @@ BAD_INPUT = {
     "metric=eval/retrun": "unknown metric 'eval/retrun': the nearest are eval/return",
     "metric=los eval.every=0": "metric 'los': the nearest are loss",
     "search=pqm": "unknown search 'pqm': the nearest are pqn",
-    "+search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
+    "search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
     "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
     "direction=up": "direction=up: choose maximize or minimize",
     "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
