@@ -304,7 +304,7 @@ def _explain(error: Exception) -> str:
             return str(reason)
     key = getattr(reasons[1], "full_key", None) if reasons[1:] else None
     if key:
-        return str(UnknownNameError("option", key, _known_keys()))
+        return str(UnknownNameError("option", key, _known_keys(key.startswith("hydra."))))
     return str(error)
 
 
@@ -329,14 +329,17 @@ def _check_kinds(config: DictConfig) -> None:
                 break
 
 
-def _known_keys() -> set[str]:
-    """Every key of the configuration that the group choices on the command line make."""
+def _known_keys(of_hydra: bool) -> set[str]:
+    """Every key, ours or Hydra's, of what the group choices on the command line make."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(
-            Path(sys.argv[0]).stem.replace("train", "config"), _choices(sys.argv[1:])
+            Path(sys.argv[0]).stem.replace("train", "config"),
+            _choices(sys.argv[1:]),
+            return_hydra_config=True,
         )
-    return set(dict(_leaves(OmegaConf.to_container(config), "")))
+    keys = dict(_leaves(OmegaConf.to_container(config), ""))
+    return {key for key in keys if key.startswith("hydra.") == of_hydra}
 
 
 def _choices(overrides: Iterable[str]) -> list[str]:
