@@ -87,6 +87,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> Any:
         try:
+            _check_launcher()
             _check_kinds(config)
             return function(config)
         except UsageError as error:
@@ -313,6 +314,13 @@ def _reasons(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _check_launcher() -> None:
+    """Raises `UsageError` where a launcher was chosen and the run is one: Hydra ignores it then."""
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+    if launcher != "basic" and not is_sweep():
+        raise UsageError(f"hydra/launcher={launcher} starts the runs of a sweep: add -m")
 
 
 def _check_kinds(config: DictConfig) -> None:

@@ -209,6 +209,7 @@ BAD_INPUT = {
     "devices=2": "devices=2, and JAX sees 1 (cpu): give at most that",
     "cpu_devices=0": "cpu_devices=0: give a whole number of at least 1",
     "agent.lane_groups=3": "lane_groups=3 does not divide the 4 lanes of a rollout",
+    "hydra/launcher=slurm": "hydra/launcher=slurm starts the runs of a sweep: add -m",
     "hydra.run.dri=there": "unknown option 'hydra.run.dri': the nearest are hydra.run.dir",
     "distributed.num_processes=2": "without distributed.coordinator=HOST:PORT a process is alone",
     "distributed.coordinator=here": "the processes do not find each other",
