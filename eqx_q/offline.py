@@ -175,7 +175,7 @@ def check_shares(mesh: Mesh | None, agent: OfflineAgent) -> None:
     if agent.num_members is None:
         check_divides(mesh, agent.batch_size, "batch_size")
     else:
-        check_divides(mesh, agent.num_members, "num_members")
+        check_divides(mesh, agent.num_members, "members (num_seeds)")
 
 
 class _Feed:

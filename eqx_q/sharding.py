@@ -55,9 +55,15 @@ def join_processes(
         (Slurm, MPI, Kubernetes) has told JAX; `None`: this process is alone.
     - `num_processes`, `process_id`: of the first kind: how many, and which one from 0 this is.
 
-    **Raises:** `UsageError` where the processes do not find each other.
+    **Raises:** `UsageError` where the processes do not find each other, or without a coordinator
+    cannot.
     """
     if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise UsageError(
+                "without distributed.coordinator=HOST:PORT a process is alone: give it, or leave "
+                "out distributed.num_processes and distributed.process_id"
+            )
         return
     try:
         if coordinator == "auto":

@@ -143,7 +143,7 @@ def check_shares(mesh: Mesh | None, agent: OnlineAgent, env: Env) -> None:
     if agent.num_members is None:
         check_divides(mesh, agent.lane_groups, "lane_groups")
     else:
-        check_divides(mesh, agent.num_members, "num_members")
+        check_divides(mesh, agent.num_members, "members (num_seeds)")
     made_for = getattr(env, "mesh", None)
     if env.on_host and made_for != mesh:
         raise UsageError(

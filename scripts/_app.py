@@ -62,11 +62,14 @@ def launch(main: Callable[[], Any]) -> None:
     try:
         main()
     except _RunFailed:
-        _fail("some of the sweep's runs failed, with the messages above")
+        _fail(
+            "some of the sweep's runs failed, with the messages above (of submitit's jobs: in "
+            ".submitit/ of the sweep's directory)"
+        )
     except _TaskError as failure:
         raise failure.args[0] from None  # a defect of ours: it keeps its traceback
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _fail(_explain(error))
+    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+        _fail(_explain(error))  # a RuntimeError: a launcher's, such as of no Slurm here
     except OSError as error:
         _fail(_unwritable(error.filename, error))
     except KeyboardInterrupt as interruption:
@@ -84,6 +87,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> Any:
         try:
+            _check_launcher()
             _check_kinds(config)
             return function(config)
         except UsageError as error:
@@ -120,16 +124,19 @@ def overridden() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def run_directory(*, resume: bool, record: str = "metrics.jsonl") -> Path:
+def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.jsonl") -> Path:
     """The directory that Hydra made for this run, checked to be writable and not in use.
 
-    A sweep may find its own run there, and go on with it.
+    A sweep may find its own run there, made with the same configuration, and go on with it.
 
     **Arguments:** `resume`: whether it goes on with what is there. `record`: the file that tells a
     directory in use.
 
-    **Raises:** `UsageError` where it cannot be written to, or holds another run.
+    **Raises:** `UsageError` where it cannot be written to, or holds another run, and where a sweep
+    would resume: its directories are its own.
     """
+    if resume and is_sweep():
+        raise UsageError("resume goes on with one run, in its own directory: leave out -m")
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         probe = directory / ".probe"
@@ -138,6 +145,7 @@ def run_directory(*, resume: bool, record: str = "metrics.jsonl") -> Path:
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
     if is_sweep() and (directory / "config.yaml").exists():
+        _check_same(config, directory)
         return directory
     file = directory / record
     begun_here = is_first_process() and not resume
@@ -224,18 +232,6 @@ def resumed(config: DictConfig) -> DictConfig:
     return stored
 
 
-def check_same(config: DictConfig, directory: Path) -> None:
-    """Raises `UsageError` where the run in a directory was made with another configuration."""
-    now, then = (dict(_leaves(settings(each), "")) for each in (config, stored_config(directory)))
-    other = sorted(key for key in now | then if now.get(key) != then.get(key))
-    if other:
-        key = other[0]
-        raise UsageError(
-            f"there is a run with {key}={then.get(key)}, not {now.get(key)}, in '{directory}': "
-            "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
-        )
-
-
 def settings(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dictionaries, which is all that the library knows of it."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -266,6 +262,18 @@ def is_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _check_same(config: DictConfig, directory: Path) -> None:
+    """Raises `UsageError` where the run in a directory was made with another configuration."""
+    now, then = (dict(_leaves(settings(each), "")) for each in (config, stored_config(directory)))
+    other = sorted(key for key in now | then if now.get(key) != then.get(key))
+    if other:
+        key = other[0]
+        raise UsageError(
+            f"there is a run with {key}={then.get(key)}, not {now.get(key)}, in '{directory}': "
+            "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
+        )
+
+
 def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
@@ -291,13 +299,28 @@ def _explain(error: Exception) -> str:
         if group == "hydra/launcher" and plugin in ("joblib", "submitit"):
             return str(MissingExtraError(f"hydra-{plugin}-launcher", "sweep"))
         return str(UnknownNameError(group, name, error.options or []))
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, UsageError):
-        return str(cause)
-    key = getattr(cause, "full_key", None)
+    reasons = list(_reasons(error))
+    for reason in reasons:
+        if isinstance(reason, UsageError):
+            return str(reason)
+    key = getattr(reasons[1], "full_key", None) if reasons[1:] else None
     if key:
-        return str(UnknownNameError("option", key, _known_keys()))
+        return str(UnknownNameError("option", key, _known_keys(key.startswith("hydra."))))
     return str(error)
+
+
+def _reasons(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on: Hydra and OmegaConf wrap more than once."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _check_launcher() -> None:
+    """Raises `UsageError` where a launcher was chosen and the run is one: Hydra ignores it then."""
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+    if launcher != "basic" and not is_sweep():
+        raise UsageError(f"hydra/launcher={launcher} starts the runs of a sweep: add -m")
 
 
 def _check_kinds(config: DictConfig) -> None:
@@ -314,14 +337,17 @@ def _check_kinds(config: DictConfig) -> None:
                 break
 
 
-def _known_keys() -> set[str]:
-    """Every key of the configuration that the group choices on the command line make."""
+def _known_keys(of_hydra: bool) -> set[str]:
+    """Every key, ours or Hydra's, of what the group choices on the command line make."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(
-            Path(sys.argv[0]).stem.replace("train", "config"), _choices(sys.argv[1:])
+            Path(sys.argv[0]).stem.replace("train", "config"),
+            _choices(sys.argv[1:]),
+            return_hydra_config=True,
         )
-    return set(dict(_leaves(OmegaConf.to_container(config), "")))
+    keys = dict(_leaves(OmegaConf.to_container(config), ""))
+    return {key for key in keys if key.startswith("hydra.") == of_hydra}
 
 
 def _choices(overrides: Iterable[str]) -> list[str]:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from _app import (
-    check_same,
     chosen,
     end_sweep,
     hydra,
@@ -41,9 +40,8 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     prepare_jax(config)
-    directory = run_directory(resume=resume)
+    directory = run_directory(config, resume=resume)
     if is_sweep() and (directory / "config.yaml").exists():
-        check_same(config, directory)
         summary = finished(directory)
         if summary is not None:
             logger.info("done already: %s", directory)

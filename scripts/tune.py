@@ -42,7 +42,7 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
     prepare_jax(config)
-    directory = run_directory(resume=resume, record="study.journal")
+    directory = run_directory(config, resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)
     groups = [f"{group}={config.chosen[group]}" for group in ("agent", "env")]
     summary = search_run(
@@ -75,15 +75,15 @@ def _resumed(config: DictConfig) -> DictConfig:
     for override in overridden():
         key = override.split("=")[0].lstrip("+~")
         if key.split(".")[0] not in _CHANGEABLE:
-            raise UsageError(f"resume goes on with a search as it is: leave out '{override}'")
+            raise UsageError(f"resume goes on with a search as it is: leave out {key}")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     return stored
 
 
 def _replacing(word: str) -> list[str]:
-    """An override of a space replaces what is there: Hydra would merge a list into a range."""
+    """An override of a space replaces what is there, or adds to it: Hydra would merge ranges."""
     key, _, values = word.partition("=")
-    return [f"~{key}", f"+{word}"] if key.startswith("search.") and values else [word]
+    return [f"++{key}=null", f"++{word}"] if key.startswith("search.") and values else [word]
 
 
 if __name__ == "__main__":

@@ -351,9 +351,9 @@ def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, 
         search / "best.yaml"
     ).read_text()
     assert rows_of(search) == rows and len(traces) == 1
-    for change in ("agent.discount=0.5", "total_steps=9"):
+    for change in ("agent.discount=0.5", "total_steps=9", "search.agent.lambda_=[0.5]"):
         status, _, err = script("tune", "resume=search", change)
-        assert status == 1 and f"leave out '{change}'" in err
+        assert status == 1 and f"leave out {change.split('=')[0]}\n" in err
     status, _, err = script("tune", *TINY)
     assert status == 1 and "already holds a run: continue it with resume=" in err
 
@@ -440,11 +440,31 @@ def test_static_values_that_cannot_work_cost_their_batch_alone(
 
 def test_an_override_replaces_what_a_space_says(script, tmp_path, quick):
     options = ["total_steps=64", "trials=4", "search.agent.lambda_=[0.5,0.75]"]
+    options += ["search.agent.epsilon_end={low: 0.1, high: 0.2}", "search.agent.max_grad_norm=[3]"]
     status, _, err = script("tune", *QUICK, *options, "search.agent.learning_rate=null")
     assert status == 0, err
     rows = rows_of(tmp_path / "search")
+    assert {row["agent.max_grad_norm"] for row in rows} == {"3"}  # which the space did not have
+    stored = yaml.safe_load((tmp_path / "search" / "config.yaml").read_text())["search"]["agent"]
+    assert stored["epsilon_end"] == {"low": 0.1, "high": 0.2}
     assert {row["agent.lambda_"] for row in rows} == {"0.5", "0.75"}
     assert "agent.learning_rate" not in rows[0] and "agent.discount" in rows[0]
+
+
+def test_a_sweep_of_searches_goes_on_with_its_own(script, tmp_path, quick):
+    quick_sweep = [word for word in QUICK if not word.startswith("hydra.")]
+    command = ["-m", *quick_sweep, "total_steps=64", "trials=2", "hydra.sweep.dir=sweep"]
+    assert script("tune", *command)[0] == 0
+    rows = rows_of(tmp_path / "sweep" / "0")
+    status, _, err = script("tune", *command)
+    assert status == 0 and rows_of(tmp_path / "sweep" / "0") == rows, err
+    status, _, err = script("tune", *command, "num_seeds=2")
+    assert status == 1 and "there is a run with num_seeds=1, not 2, in" in err
+    # As training would, it refuses what would be another search, in a directory of the sweep's.
+    for name in ("tune", "train"):
+        status, _, err = script(name, "-m", "resume=sweep/0", "hydra.sweep.dir=other")
+        assert status == 1 and "resume goes on with one run, in its own directory" in err
+    assert not (tmp_path / "other" / "0" / "study.journal").exists()
 
 
 def test_results_are_written_though_who_found_them_died_before(script, tmp_path, quick):
@@ -489,7 +509,7 @@ BAD_INPUT = {
     "metric=eval/retrun": "unknown metric 'eval/retrun': the nearest are eval/return",
     "metric=los eval.every=0": "metric 'los': the nearest are loss",
     "search=pqm": "unknown search 'pqm': the nearest are pqn",
-    "+search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
+    "search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
     "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
     "direction=up": "direction=up: choose maximize or minimize",
     "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
@@ -497,7 +517,7 @@ BAD_INPUT = {
     "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
     "pbt.every=64": "leave out pbt",
     "agent=cql": "this agent learns from recorded data",
-    "resume=nowhere": "'nowhere' is not a run directory",
+    "resume=nowhere": "error: 'nowhere' is not a run directory",
     "resume=damaged": "study.journal' is damaged",
 }
 

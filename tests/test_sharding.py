@@ -111,7 +111,7 @@ def test_what_cannot_be_shared_is_refused(found):
         "lane_groups=12 does not divide over 8 devices",
         "devices=0: give a whole number of devices",
         "lane_groups=32 does not divide the 48 lanes",
-        "num_members=6 does not divide over 8 devices",
+        "members (num_seeds)=6 does not divide over 8 devices",
         "lanes (num_envs)=12 does not divide over 8 devices",
     ]
     for message, beginning in zip(found["refused"], expected, strict=True):

@@ -55,7 +55,8 @@ def test_joblib_runs_them_side_by_side_and_the_same_command_goes_on(script, tmp_
     assert run.returncode == 1, run.stderr
     assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
     assert run.stderr.endswith(
-        "error: some of the sweep's runs failed, with the messages above\n"
+        "error: some of the sweep's runs failed, with the messages above (of submitit's jobs: in "
+        ".submitit/ of the sweep's directory)\n"
     ), run.stderr
     runs = [tmp_path / "sweep" / str(i) for i in (1, 2)]
     whole = [load(run / "agent.eqx") for run in runs]
@@ -106,6 +107,13 @@ def test_without_a_launcher_the_extra_is_named(monkeypatch):
         assert f"'hydra-{package}-launcher'" in told and "eqx_q[sweep]" in told
     error = MissingConfigException("", "hydra/launcher/jobli", ["basic", "joblib"])
     assert app._explain(error) == "unknown hydra/launcher 'jobli': the nearest are joblib"
+
+
+def test_where_there_is_no_slurm_it_says_so(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, err = script("train", "-m", *SMALL, "hydra/launcher=slurm")
+    assert status == 1 and err.count("\n") == 1, err
+    assert err.startswith("error: ") and '"srun"' in err
 
 
 def test_submitit_runs_here_what_slurm_would_get(script, tmp_path, monkeypatch):

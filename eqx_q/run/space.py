@@ -65,7 +65,7 @@ def read_space(config: Config) -> Space:
     if not nodes:
         raise UsageError(
             "there is nothing to search: choose a space (search=pqn), or write one "
-            "(+search.agent.learning_rate=[1e-4,1e-3])"
+            "(search.agent.learning_rate=[1e-4,1e-3])"
         )
     return Space(
         distributions={name: _distribution(name, node, leaves) for name, node in nodes.items()},
@@ -118,7 +118,7 @@ def _nodes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         else:
             raise UsageError(
                 f"search.{name}={node}: give a list of choices, or low and high: "
-                f"'search.{name}=[1,2]' or '+search.{name}={{low: 1, high: 2}}'"
+                f"'search.{name}=[1,2]' or 'search.{name}={{low: 1, high: 2}}'"
             )
 
 
