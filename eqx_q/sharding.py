@@ -90,8 +90,10 @@ def make_mesh(devices: int | None) -> Mesh | None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise UsageError(f"devices={number!r}: give a whole number of devices, 1 or more")
     if number > len(there):
+        platform = there[0].platform
+        mend = f", or divide the CPU by cpu_devices={number}" if platform == "cpu" else ""
         raise UsageError(
-            f"devices={number}, and JAX sees {len(there)} ({there[0].platform}): give at most that"
+            f"devices={number}, and JAX sees {len(there)} ({platform}): give at most that{mend}"
         )
     if jax.process_count() > 1 and number != len(there):
         raise UsageError(

@@ -206,7 +206,7 @@ BAD_INPUT = {
     "eval.every=50 eval.max_episode_steps=-1": "eval.max_episode_steps=-1: give a whole number",
     "num_envs=1000000000000": "1,000,000,000,000 lanes are too many: lower num_envs",
     "resume=damaged": "config.yaml' is damaged: ",
-    "devices=2": "devices=2, and JAX sees 1 (cpu): give at most that",
+    "devices=2": "JAX sees 1 (cpu): give at most that, or divide the CPU by cpu_devices=2",
     "cpu_devices=0": "cpu_devices=0: give a whole number of at least 1",
     "agent.lane_groups=3": "lane_groups=3 does not divide the 4 lanes of a rollout",
     "hydra/launcher=slurm": "hydra/launcher=slurm starts the runs of a sweep: add -m",
