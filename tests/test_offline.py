@@ -127,6 +127,19 @@ def test_memory_that_is_free_at_a_resume_changes_nothing(dataset, tmp_path, monk
     assert differ(train_with_free(0.5, run_state=load_latest(tmp_path)[0], sampling=said), whole)
 
 
+def test_devices_that_share_a_memory_share_what_is_free(dataset, monkeypatch):
+    free = 1.5 * len(dataset) * ROW / _SHARE
+    monkeypatch.setattr("eqx_q.data.sampling._free_memory_of_host", lambda: free)
+
+    class Core:
+        def memory_stats(self):
+            return None
+
+    for cores, fits in ((1, True), (2, False)):
+        monkeypatch.setattr(jax, "local_devices", lambda cores=cores: [Core()] * cores)
+        assert (Blocks(dataset, Sampling()).num_blocks == 1) is fits
+
+
 def test_where_chunks_are_cut_changes_nothing(dataset, sampling):
     whole, history = train(make_agent(), dataset, sampling=sampling, log_every=30)
     for log_every in (1, 7, None):

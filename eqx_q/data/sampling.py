@@ -31,7 +31,7 @@ class Sampling:
     - `runs`: of a data set that holds several, those that are learnt from.
     - `shards_per_block`: learn from so many shards at a time, drawn at random (slimCQL: 3).
     - `updates_per_block`: after so many the next block's turn comes, where there are several.
-    - `memory_gb`: what data may take on the device; what does not fit comes in blocks. By default
+    - `memory_gb`: what data may take on each device; what does not fit comes in blocks. By default
         half of what is free.
     - `reward_clip`: whether rewards are clipped to [-1, 1].
     - `priority_exponent`: 0 draws uniformly, more by TD error (see `Priorities`).
@@ -265,10 +265,15 @@ def _joined(starts, stops) -> list[tuple[int, int]]:
 
 
 def _free_memory() -> float:
-    """Bytes that are free on the device."""
-    statistics = jax.local_devices()[0].memory_stats()
+    """Bytes that are free on each device, all of which hold the data; those of a CPU share its."""
+    devices = jax.local_devices()
+    statistics = devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return _free_memory_of_host() / len(devices)
+
+
+def _free_memory_of_host() -> float:
     with contextlib.suppress(OSError, StopIteration):  # Linux: with what caches would give back
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
