@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import eqx_q
 from eqx_q.data import Dataset, Writer
-from eqx_q.recording import describe, record
+from eqx_q.loops.recording import describe, record
 
 
 def play(game: str, path: Path, num_steps: int) -> Dataset:

@@ -16,22 +16,23 @@ from .agents import (
     Agent as Agent,
     Population as Population,
 )
-from .checkpoint import load as load, save as save
-from .evaluation import evaluate as evaluate
-from .exporting import export as export
-from .offline import (
+from .loops import callbacks as callbacks, evolution as evolution
+from .loops.evaluation import evaluate as evaluate
+from .loops.offline import (
     OfflineState as OfflineState,
     advance_offline as advance_offline,
     start_offline as start_offline,
     train_offline as train_offline,
 )
-from .training import (
+from .loops.training import (
     RunState as RunState,
     StopTraining as StopTraining,
     advance as advance,
     start as start,
     train as train,
 )
+from .saving.checkpoint import load as load, save as save
+from .saving.exporting import export as export
 from .types import (
     Decision as Decision,
     Episode as Episode,

@@ -18,9 +18,9 @@ from _app import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from eqx_q.checkpoint import newest_checkpoint
-from eqx_q.files import write_whole
 from eqx_q.run import finished, train_run
+from eqx_q.saving.checkpoint import newest_checkpoint
+from eqx_q.saving.files import write_whole
 from eqx_q.sharding import is_first_process, join_processes
 
 logger = logging.getLogger("eqx_q")

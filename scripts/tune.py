@@ -21,8 +21,8 @@ from _app import (
 from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
-from eqx_q.files import write_whole
 from eqx_q.run import search_run
+from eqx_q.saving.files import write_whole
 
 logger = logging.getLogger("eqx_q")
 

@@ -21,9 +21,9 @@ from environments import Guess  # noqa: E402
 from recordings import ACTIONS, VECTOR, random_episodes, write  # noqa: E402
 
 import eqx_q  # noqa: E402
-from eqx_q import offline, training  # noqa: E402
-from eqx_q.callbacks import Checkpoint, restore  # noqa: E402
 from eqx_q.data import Sampling  # noqa: E402
+from eqx_q.loops import offline, training  # noqa: E402
+from eqx_q.loops.callbacks import Checkpoint, restore  # noqa: E402
 from eqx_q.sharding import join_processes, make_mesh  # noqa: E402
 from eqx_q.wrappers import make_for  # noqa: E402
 

@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 
 import eqx_q
-from eqx_q import callbacks
-from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
-from eqx_q.checkpoint import load, newest_checkpoint
 from eqx_q.errors import UsageError
-from eqx_q.evaluation import Episodes
+from eqx_q.loops import callbacks
+from eqx_q.loops.callbacks import (
+    Checkpoint,
+    Evaluation,
+    Interrupt,
+    Progress,
+    TimeBudget,
+    Video,
+    restore,
+)
+from eqx_q.loops.evaluation import Episodes
+from eqx_q.saving.checkpoint import load, newest_checkpoint
 
 
 def make_agent(env, key=0, memory="none", burn_in=0):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from eqx_q.checkpoint import load, load_latest, read_header, save, save_checkpoint
 from eqx_q.errors import CorruptFileError, UsageError
+from eqx_q.saving.checkpoint import load, load_latest, read_header, save, save_checkpoint
 
 
 def small_file(path):

@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 import eqx_q
-from eqx_q.checkpoint import load, save
 from eqx_q.run import make_agent, make_env, provenance
 from eqx_q.run.settings import emulator_seed
+from eqx_q.saving.checkpoint import load, save
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
 

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 import eqx_q
 from eqx_q import run as runs
-from eqx_q.callbacks import Progress
-from eqx_q.checkpoint import save, save_checkpoint
 from eqx_q.data import Dataset, Writer
+from eqx_q.loops.callbacks import Progress
 from eqx_q.run import make_agent, make_env
+from eqx_q.saving.checkpoint import save, save_checkpoint
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SMALL = ["agent.rollout_length=16", "agent.network_options.hidden_sizes=[8]", "num_envs=2"]

@@ -8,7 +8,7 @@ from environments import Clock, Guess
 
 import eqx_q
 from eqx_q.errors import UsageError
-from eqx_q.evaluation import _play, compile_evaluation, play_episodes
+from eqx_q.loops.evaluation import _play, compile_evaluation, play_episodes
 
 
 def make_agent(env):

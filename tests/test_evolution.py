@@ -13,9 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import eqx_q
-from eqx_q.callbacks import Checkpoint, restore
 from eqx_q.errors import UnknownNameError, UsageError
-from eqx_q.evolution import PopulationBasedTraining, scale, spread
+from eqx_q.loops.callbacks import Checkpoint, restore
+from eqx_q.loops.evolution import PopulationBasedTraining, scale, spread
 from eqx_q.run import training
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from eqx_q.errors import UsageError
-from eqx_q.files import alone_in, write_whole
+from eqx_q.saving.files import alone_in, write_whole
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])

@@ -14,7 +14,7 @@ from PIL import Image
 from eqx_q import spaces, wrappers
 from eqx_q.agents.agent import Agent
 from eqx_q.errors import MissingExtraError, UsageError
-from eqx_q.media import record_episode, write_gif
+from eqx_q.loops.media import record_episode, write_gif
 from eqx_q.types import Decision, Episode, TimeStep
 from eqx_q.wrappers import Env
 from eqx_q.wrappers.host import closing

@@ -15,13 +15,13 @@ from environments import Guess
 from recordings import ACTIONS, STACK, VECTOR, describe, random_episodes, write
 
 import eqx_q
-from eqx_q.callbacks import Checkpoint, Evaluation, Interrupt, Progress
-from eqx_q.checkpoint import load, load_latest
 from eqx_q.data import Blocks, Rows, Sampling
 from eqx_q.data.sampling import _SHARE
 from eqx_q.errors import DivergedError, UsageError
+from eqx_q.loops.callbacks import Checkpoint, Evaluation, Interrupt, Progress
+from eqx_q.loops.training import start
+from eqx_q.saving.checkpoint import load, load_latest
 from eqx_q.tracking import JsonlTracker
-from eqx_q.training import start
 
 ROW = 12 + 4 + 4 + 3 + 8  # bytes of a row and of its indices
 
@@ -119,9 +119,9 @@ def test_memory_that_is_free_at_a_resume_changes_nothing(dataset, tmp_path, monk
     in_memory, _ = load_latest(tmp_path)
     for num_blocks in (1, 1000):
         known = dataclasses.replace(in_memory, num_blocks=jnp.asarray(num_blocks))
-        assert eqx_q.offline.blocks_of(known, dataset, some).num_blocks == 3
+        assert eqx_q.loops.offline.blocks_of(known, dataset, some).num_blocks == 3
     with pytest.raises(UsageError, match=r"in 1000 blocks, but .* give memory_gb"):
-        eqx_q.offline.blocks_of(known, dataset, Sampling())
+        eqx_q.loops.offline.blocks_of(known, dataset, Sampling())
     # Who says how much memory may be taken, decides.
     said = Sampling(updates_per_block=7, memory_gb=2 * len(dataset) * ROW / 2**30)
     assert differ(train_with_free(0.5, run_state=load_latest(tmp_path)[0], sampling=said), whole)

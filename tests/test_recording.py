@@ -10,12 +10,12 @@ import pytest
 from environments import Clock, Guess, Relay
 
 import eqx_q
-from eqx_q import recording
 from eqx_q.agents import decide
 from eqx_q.data import Rows, Writer
 from eqx_q.errors import UsageError
+from eqx_q.loops import recording
+from eqx_q.loops.recording import describe, record
 from eqx_q.nets import AbstractQNetwork, NetworkOutput
-from eqx_q.recording import describe, record
 from eqx_q.spaces import observation_box
 from eqx_q.types import TimeStep
 from eqx_q.wrappers import Recording

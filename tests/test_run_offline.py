@@ -9,9 +9,9 @@ import pytest
 from test_cli import QUIET, SMALL
 
 import eqx_q
-from eqx_q.callbacks import Evaluation
-from eqx_q.checkpoint import load
 from eqx_q.data import Dataset
+from eqx_q.loops.callbacks import Evaluation
+from eqx_q.saving.checkpoint import load
 
 LEARNER = [
     "tracker=jsonl",

@@ -20,10 +20,10 @@ import yaml
 from omegaconf import OmegaConf
 
 import eqx_q
-from eqx_q import training as loop
 from eqx_q.data import Description, Rows, Writer
 from eqx_q.errors import CorruptFileError, DivergedError, UsageError
-from eqx_q.offline import OfflineState
+from eqx_q.loops import training as loop
+from eqx_q.loops.offline import OfflineState
 from eqx_q.run import make_agent, make_env, search as searches, study as studies
 from eqx_q.run.space import check_space, read_space
 from eqx_q.run.study import SharedStudy

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqx_q.checkpoint import load
+from eqx_q.saving.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is compiled runs for a moment only.

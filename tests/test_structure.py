@@ -20,8 +20,8 @@ import pytest
 
 import eqx_q
 from eqx_q import spaces
-from eqx_q.checkpoint import load, read_header, save
 from eqx_q.errors import CorruptFileError, UsageError
+from eqx_q.saving.checkpoint import load, read_header, save
 from eqx_q.types import Decision
 
 
@@ -287,7 +287,7 @@ def test_loads_in_a_fresh_process(tmp_path):
     """Nothing but the path: no import of the classes beforehand."""
     save(tmp_path / "a", {"decision": Decision(jnp.arange(3), jnp.ones(3)), "f": jax.nn.relu})
     code = f"""
-        from eqx_q.checkpoint import load
+        from eqx_q.saving.checkpoint import load
         tree = load({str(tmp_path / "a")!r})
         print(tree["decision"].action.tolist(), tree["f"](-1.0))
     """
@@ -321,7 +321,7 @@ def rewrite(path, old, new):
         "builtins:eval",
         "antigravity:fly",
         "os.path:join",
-        "eqx_q.files:os.system",
+        "eqx_q.saving.files:os.system",
     ],
 )
 def test_standard_library_is_refused_before_it_is_imported(tmp_path, reference):

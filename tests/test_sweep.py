@@ -19,9 +19,9 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 from PIL import Image
 
-from eqx_q.checkpoint import checkpoints, load
 from eqx_q.run import summarize_sweep
 from eqx_q.run.statistics import human_normalised, interval, iqm
+from eqx_q.saving.checkpoint import checkpoints, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

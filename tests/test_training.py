@@ -8,8 +8,8 @@ import pytest
 from environments import Clock, Guess
 
 import eqx_q
-from eqx_q import training as loop
 from eqx_q.errors import DivergedError, UsageError
+from eqx_q.loops import training as loop
 
 
 def make_agent(env, key=0, **options):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from ..errors import CorruptFileError, UsageError
-from ..files import cannot_write, write_whole
+from ..saving.files import cannot_write, write_whole
 from .dataset import (
     BLOCK,
     COLUMNS,

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from ..agents import Agent, Population
-from ..callbacks import Interrupt, Progress
-from ..checkpoint import checkpoints, load, read_header
 from ..data import Dataset, Writer
 from ..errors import UsageError
-from ..recording import Recorded, describe, record
+from ..loops.callbacks import Interrupt, Progress
+from ..loops.recording import Recorded, describe, record
+from ..saving.checkpoint import checkpoints, load, read_header
 from ..wrappers import Env
 from ..wrappers.host import closing
 from .evaluation import trained_agent

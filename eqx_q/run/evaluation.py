@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from ..agents import Agent, Population
-from ..checkpoint import load, newest_checkpoint
 from ..errors import UsageError
-from ..evaluation import play_episodes
-from ..media import record_episode, write_gif
+from ..loops.evaluation import play_episodes
+from ..loops.media import record_episode, write_gif
+from ..saving.checkpoint import load, newest_checkpoint
 from ..wrappers.host import closing
 from .settings import (
     LANES_IN_JAX,

@@ -9,9 +9,9 @@ import jax
 
 from ..agents import Agent, Population
 from ..errors import CorruptFileError, UsageError
-from ..exporting import export
-from ..files import write_whole
 from ..policy import Policy
+from ..saving.exporting import export
+from ..saving.files import write_whole
 from ..wrappers.registry import SUITES
 from .evaluation import trained_agent
 from .settings import Config, env_name, given, learnt

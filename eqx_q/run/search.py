@@ -18,16 +18,16 @@ import numpy as np
 from jaxtyping import Float
 
 from ..agents import Population
-from ..callbacks import Evaluation, Interrupt, TimeBudget
 from ..clock import clock
 from ..data import Dataset
 from ..errors import MissingExtraError, UnknownNameError, UsageError
-from ..files import write_whole
-from ..offline import train_offline
+from ..loops.callbacks import Evaluation, Interrupt, TimeBudget
+from ..loops.offline import train_offline
+from ..loops.training import Metrics, train
 from ..progress import Display
+from ..saving.files import write_whole
 from ..sharding import make_mesh
 from ..tracking import Tracker, Trackers
-from ..training import Metrics, train
 from ..wrappers import Env
 from ..wrappers.host import closing
 from .settings import (

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..evaluation import Episodes
-from ..files import write_whole
+from ..loops.evaluation import Episodes
+from ..saving.files import write_whole
 from ..wrappers.registry import SUITES
 
 _SUITE_PACKAGES = (*(suite.package for suite in SUITES.values()), "mpe2")

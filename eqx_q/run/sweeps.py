@@ -12,7 +12,7 @@ import numpy as np
 
 from ..clock import clock
 from ..errors import MissingExtraError, UnknownNameError, UsageError
-from ..files import write_whole
+from ..saving.files import write_whole
 from .settings import Config, env_name
 from .statistics import human_normalised, interval, iqm
 from .summary import finished, write_json

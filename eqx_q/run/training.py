@@ -15,17 +15,30 @@ import jax
 import numpy as np
 
 from ..agents import Agent, OfflineAgent, Population
-from ..callbacks import Checkpoint, Evaluation, Interrupt, Progress, TimeBudget, Video, restore
-from ..checkpoint import save
 from ..clock import clock
 from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
-from ..evolution import PopulationBasedTraining, spread
-from ..files import alone_in
-from ..offline import blocks_of, check_shares as check_shares_offline, start_offline, train_offline
+from ..loops.callbacks import (
+    Checkpoint,
+    Evaluation,
+    Interrupt,
+    Progress,
+    TimeBudget,
+    Video,
+    restore,
+)
+from ..loops.evolution import PopulationBasedTraining, spread
+from ..loops.offline import (
+    blocks_of,
+    check_shares as check_shares_offline,
+    start_offline,
+    train_offline,
+)
+from ..loops.training import Metrics, check_shares, train
+from ..saving.checkpoint import save
+from ..saving.files import alone_in
 from ..sharding import is_first_process, make_mesh
 from ..tracking import JsonlTracker, Tracker, Trackers
-from ..training import Metrics, check_shares, train
 from ..wrappers import Env
 from ..wrappers.host import closing
 from ..wrappers.registry import SUITES

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from ..files import write_whole
+from ..saving.files import write_whole
 from .tracker import Tracker
 
 _logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..clock import clock
-from ..files import cannot_write, write_whole
+from ..saving.files import cannot_write, write_whole
 from .tracker import Tracker
 
 _logger = logging.getLogger(__name__)

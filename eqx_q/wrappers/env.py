@@ -14,7 +14,7 @@ from ..types import TimeStep
 
 
 class Recording(NamedTuple):
-    """What a data set holds of an environment; see `eqx_q.recording`.
+    """What a data set holds of an environment; see `eqx_q.loops.recording`.
 
     - `options`: suite options (for `replicate`) with which it plays the game's own episodes and
         pays the game's own rewards.

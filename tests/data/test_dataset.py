@@ -456,7 +456,7 @@ def test_a_disk_that_is_full_later(tmp_path, monkeypatch, when):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        where = {"commit": "eqx_q.data.writer", "progress": "eqx_q.files"}
+        where = {"commit": "eqx_q.data.writer", "progress": "eqx_q.saving.files"}
         patch.setattr(f"{where.get(when, 'eqx_q.data.writer')}.os.fsync", full)
         with pytest.raises(UsageError, match=r"cannot write .*No space left"):
             writer.finish() if when == "finish" else writer.commit("shard1")

@@ -12,7 +12,7 @@ from eqx_q.errors import UsageError
 from eqx_q.nets import Recurrent, make_network, recurrent
 from eqx_q.nets.layers import Linear
 from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES, MinGRU, linear_recurrence
-from eqx_q.structure import decode, encode
+from eqx_q.saving.structure import decode, encode
 
 KEY = jax.random.key(0)
 T, B, INPUTS, SIZE = 7, 3, 5, 4

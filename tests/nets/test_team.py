@@ -9,7 +9,7 @@ import pytest
 
 from eqx_q.errors import UsageError
 from eqx_q.nets import PerAgent, make_network
-from eqx_q.structure import decode, encode
+from eqx_q.saving.structure import decode, encode
 
 KEY = jax.random.key(0)
 T, N, M, ACTIONS = 4, 2, 3, 5

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from eqx_q.media import write_gif
+from eqx_q.loops.media import write_gif
 from eqx_q.tracking import AimTracker, aim as aim_module
 
 

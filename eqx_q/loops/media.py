@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, UInt8
 
-from .agents import Agent, decide
-from .errors import MissingExtraError, UsageError
-from .files import write_whole
-from .types import Memory, TimeStep
-from .wrappers import Env
+from ..agents import Agent, decide
+from ..errors import MissingExtraError, UsageError
+from ..saving.files import write_whole
+from ..types import Memory, TimeStep
+from ..wrappers import Env
 
 Frame = UInt8[np.ndarray, "height width 3"]
 

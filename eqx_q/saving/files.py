@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .agents import Agent, decide
-from .errors import UsageError
-from .types import AnyArray, Memory, Scalar, TimeStep
-from .wrappers import Env
+from ..agents import Agent, decide
+from ..errors import UsageError
+from ..types import AnyArray, Memory, Scalar, TimeStep
+from ..wrappers import Env
 
 
 class Episodes(eqx.Module):

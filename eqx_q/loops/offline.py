@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .agents import Agent, OfflineAgent
-from .data import Blocks, Dataset, Priorities, Replay, Sampling
-from .errors import UsageError
-from .sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
+from ..agents import Agent, OfflineAgent
+from ..data import Blocks, Dataset, Priorities, Replay, Sampling
+from ..errors import UsageError
+from ..sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
 from .training import Boundaries, Callback, Metrics, run
 
 logger = logging.getLogger(__name__)

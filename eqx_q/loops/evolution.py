@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .agents import Population
-from .agents.checks import RANGES
-from .errors import UnknownNameError, UsageError
+from ..agents import Population
+from ..agents.checks import RANGES
+from ..errors import UnknownNameError, UsageError
 from .training import Metrics
 
 

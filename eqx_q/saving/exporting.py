@@ -15,9 +15,9 @@ import jaxtyping
 import numpy as np
 from jax import export as jax_export
 
-from . import policy
-from .agents import Agent
-from .errors import MissingExtraError, UsageError
+from .. import policy
+from ..agents import Agent
+from ..errors import MissingExtraError, UsageError
 from .files import write_whole
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # JAX takes any word for one

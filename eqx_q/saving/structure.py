@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from . import spaces
-from .errors import CorruptFileError, UsageError
+from .. import spaces
+from ..errors import CorruptFileError, UsageError
+from .renames import todays_fields, todays_name
 
 # A space is built anew from what its constructor takes. Its random state is not kept.
 _SPACE_ARGUMENTS = {
@@ -198,7 +199,8 @@ class _Decoder:
         return value
 
     def _build(self, reference: str, fields: dict[str, Any]) -> Any:
-        cls = self._class(reference, object)
+        reference = todays_name(reference)
+        cls, fields = self._class(reference, object), todays_fields(reference, fields)
         names = _field_names(cls)
         if names is None:
             raise CorruptFileError(
@@ -227,6 +229,7 @@ class _Decoder:
         return cls
 
     def _import(self, reference: str) -> Any:
+        reference = todays_name(reference)
         try:
             # Before it is imported, and in case that another module lends it a name.
             found = None if _is_standard_library(reference) else _resolve(reference)

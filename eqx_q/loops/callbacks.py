@@ -1,8 +1,8 @@
 """Callbacks for training, online and offline: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
-`eqx_q.training.Callback`. Put those that add metrics (`Evaluation`) before those that log them
-(`eqx_q.tracking`).
+`eqx_q.loops.training.Callback`. Put those that add metrics (`Evaluation`) before those that log
+them (`eqx_q.tracking`).
 """
 
 import logging
@@ -18,16 +18,16 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .checkpoint import load_latest, newest_checkpoint, save_checkpoint
-from .clock import clock
-from .errors import UsageError
+from ..clock import clock
+from ..errors import UsageError
+from ..progress import Display
+from ..saving.checkpoint import load_latest, newest_checkpoint, save_checkpoint
+from ..tracking import Tracker
+from ..wrappers import Env
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
 from .offline import OfflineState
-from .progress import Display
-from .tracking import Tracker
 from .training import Metrics, RunState, StopTraining, start
-from .wrappers import Env
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ A file is a line of magic, a JSON header that `head -c 2000` shows, and the arra
      "tree": …}
     <little-endian arrays, each aligned to 64 bytes>
 
-Nothing is pickled: `tree` is JSON; see `eqx_q.structure` for what loading it may do.
+Nothing is pickled: `tree` is JSON; see `eqx_q.saving.structure` for what loading it may do.
 """
 
 import difflib
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .errors import CorruptFileError, UsageError
+from ..errors import CorruptFileError, UsageError
 from .files import write_whole
 from .structure import decode, dtype_of, encode
 

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
-from .agents import OnlineAgent, decide
-from .clock import clock
-from .errors import DivergedError, UsageError
-from .sharding import (
+from ..agents import OnlineAgent, decide
+from ..clock import clock
+from ..errors import DivergedError, UsageError
+from ..sharding import (
     Lay,
     Spreadable,
     agreed,
@@ -28,8 +28,8 @@ from .sharding import (
     make_mesh,
     put,
 )
-from .types import Memory, Rollout, Scalar, TimeStep
-from .wrappers import Env
+from ..types import Memory, Rollout, Scalar, TimeStep
+from ..wrappers import Env
 
 Metrics = dict[str, Any]
 State = TypeVar("State", bound=Spreadable)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from .agents import Agent, decide
-from .data import Description, Rows, Writer
-from .errors import UsageError
-from .types import AnyArray, Memory, Scalar, TimeStep
-from .wrappers import Env
+from ..agents import Agent, decide
+from ..data import Description, Rows, Writer
+from ..errors import UsageError
+from ..types import AnyArray, Memory, Scalar, TimeStep
+from ..wrappers import Env
 
 _CHUNK_SECONDS = 0.5  # between looks at the progress and at Ctrl-C
 _CHUNK_BYTES = 16 << 20

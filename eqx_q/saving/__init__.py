@@ -1,0 +1,1 @@
+"""Trees on disk: files that appear whole, checkpoints, exported agents."""
