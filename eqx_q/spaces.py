@@ -1,11 +1,23 @@
 """Gymnasium spaces that can be static fields of a PyTree: hashable, and compared quickly.
 
 Gymnasium's own spaces define equality without a hash, so `jit` cannot key on them.
+
+Observations of a space are PyTrees of arrays, *leaves*: a `Dict` is a dict, a `Tuple` a tuple, and
+everything else one array: `Discrete` a whole number, `MultiDiscrete` and `MultiBinary` arrays of
+them. Paths of leaves are written with dots: `"image"`, `"arm.joints"`, `"0"`; that of the only
+leaf of a plain space is `""`.
 """
 
-import gymnasium
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
-from .errors import UsageError
+import gymnasium
+import jax
+import numpy as np
+from jaxtyping import PyTree, Shaped
+
+from .errors import UnknownNameError, UsageError
+from .types import AnyArray, Observation
 
 
 class Box(gymnasium.spaces.Box):
@@ -32,22 +44,206 @@ class Discrete(gymnasium.spaces.Discrete):
         return hash((int(self.n), int(self.start)))
 
 
-def observation_box(space: gymnasium.Space) -> Box:
-    """`space` as a hashable `Box`. Raises `UsageError` for any other kind of space."""
-    if not isinstance(space, gymnasium.spaces.Box):
-        raise UsageError(
-            f"observations must be a Box, got {space}: "
-            "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        )
-    return Box(space)
+class MultiDiscrete(gymnasium.spaces.MultiDiscrete):
+    """A hashable [`gymnasium.spaces.MultiDiscrete`][]."""
+
+    def __init__(self, space: gymnasium.spaces.MultiDiscrete):
+        super().__init__(space.nvec, dtype=space.dtype.type, start=space.start)
+
+    def __hash__(self) -> int:
+        return hash((self.nvec.shape, self.nvec.tobytes(), self.start.tobytes()))
 
 
-def action_discrete(space: gymnasium.Space) -> Discrete:
-    """`space` as a hashable `Discrete` from 0. Raises `UsageError` for any other kind of space."""
-    if not isinstance(space, gymnasium.spaces.Discrete):
+class MultiBinary(gymnasium.spaces.MultiBinary):
+    """A hashable [`gymnasium.spaces.MultiBinary`][]."""
+
+    def __init__(self, space: gymnasium.spaces.MultiBinary):
+        super().__init__(space.n)
+
+    def __hash__(self) -> int:
+        return hash(self.shape)
+
+
+class Dict(gymnasium.spaces.Dict):
+    """A hashable [`gymnasium.spaces.Dict`][], sorted by its keys."""
+
+    def __init__(self, space: Any):
+        super().__init__({name: hashable(space[name]) for name in sorted(space)})
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.spaces.items()))
+
+
+class Tuple(gymnasium.spaces.Tuple):
+    """A hashable [`gymnasium.spaces.Tuple`][]."""
+
+    def __init__(self, space: Any):
+        super().__init__([hashable(child) for child in space.spaces])
+
+    def __hash__(self) -> int:
+        return hash(self.spaces)
+
+
+Leaf: TypeAlias = Box | Discrete | MultiDiscrete | MultiBinary
+Space: TypeAlias = Leaf | Dict | Tuple
+
+KINDS: dict[type[gymnasium.Space], type[Space]] = {
+    gymnasium.spaces.Box: Box,
+    gymnasium.spaces.Discrete: Discrete,
+    gymnasium.spaces.MultiDiscrete: MultiDiscrete,
+    gymnasium.spaces.MultiBinary: MultiBinary,
+    gymnasium.spaces.Dict: Dict,
+    gymnasium.spaces.Tuple: Tuple,
+}
+
+
+def hashable(space: gymnasium.Space, path: str = "") -> Space:
+    """`space` as one of those here.
+
+    **Raises:** `UsageError` where there is something in it that cannot be learnt from (`Text`,
+    `Sequence`, `Graph`, `OneOf`), by its path.
+    """
+    if type(space) in KINDS.values():
+        return space  # pyright: ignore[reportReturnType]
+    for theirs, ours in KINDS.items():
+        if isinstance(space, theirs):
+            for name, child in _children(space):
+                hashable(child, f"{path}.{name}".lstrip("."))  # for its path in the message
+            return ours(space)  # pyright: ignore[reportArgumentType]
+    kind = type(space).__name__
+    mend = f"leave it out by its name (leave_out=['{path}'])" if path else "wrap the environment"
+    what = f"'{path}', " if path else ""
+    raise UsageError(f"nothing can be learnt from {what}a space of kind {kind}: {mend}")
+
+
+def of_observations(space: gymnasium.Space) -> Space:
+    """A space of observations. Raises `UsageError` as `hashable` does, and for an empty one."""
+    space = hashable(space)
+    if not list(leaves(space)):
+        raise UsageError(f"there is nothing to see in observations of {space}")
+    return space
+
+
+def of_actions(space: gymnasium.Space) -> Leaf:
+    """A space of actions: `Discrete`, `MultiDiscrete`, `MultiBinary`, or a bounded `Box`.
+
+    **Raises:** `UsageError` for any other.
+    """
+    kinds = (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)
+    if isinstance(space, kinds) or not isinstance(space, tuple(KINDS)):
         raise UsageError(
-            f"Q-learning needs Discrete actions, got {space}: discretise the actions first"
+            f"actions must be Discrete, MultiDiscrete, MultiBinary or a bounded Box, got {space}: "
+            "wrap the environment in gymnasium.wrappers.TransformAction"
         )
-    if int(space.start) != 0:
-        raise UsageError(f"actions must count from 0, got {space}: shift them first")
-    return Discrete(space)
+    space = hashable(space)
+    if isinstance(space, Box) and not space.is_bounded():
+        raise UsageError(
+            f"actions of a Box are cut into bins, and {space} has no bounds: wrap the environment "
+            "in gymnasium.wrappers.RescaleAction"
+        )
+    assert isinstance(space, Leaf)
+    return space
+
+
+def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, Leaf]]:
+    """The leaves of a space by their paths, in the order in which JAX flattens observations."""
+    if isinstance(space, (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)):
+        for name, child in _children(space):
+            yield from leaves(child, f"{path}.{name}".lstrip("."))
+    else:
+        yield path, space  # pyright: ignore[reportReturnType]
+
+
+def shapes(space: gymnasium.Space, *axes: int) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and types of an observation's arrays in JAX, behind leading `axes`."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return {name: shapes(child, *axes) for name, child in _children(space)}
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return tuple(shapes(child, *axes) for child in space.spaces)
+    assert space.shape is not None and space.dtype is not None
+    dtype = jax.dtypes.canonicalize_dtype(space.dtype)
+    return jax.ShapeDtypeStruct((*axes, *space.shape), dtype)
+
+
+def without(space: gymnasium.Space, names: Iterable[str]) -> gymnasium.Space:
+    """A `Dict` (of `Dict`s) without the entries of these paths.
+
+    **Raises:** `UnknownNameError` for a path that is not there.
+    """
+    for name in names:
+        head, _, rest = name.partition(".")
+        known = list(space) if isinstance(space, gymnasium.spaces.Dict) else []
+        if not isinstance(space, gymnasium.spaces.Dict) or head not in known:
+            raise UnknownNameError("entry of observations", name, known)
+        children = dict(space.spaces)
+        if rest:
+            children[head] = without(children[head], [rest])
+        else:
+            del children[head]
+        space = gymnasium.spaces.Dict(children)
+    return space
+
+
+def select(space: gymnasium.Space, obs: Any) -> Observation:
+    """Of an observation what is in `space`: a dict may have more. NumPy or JAX arrays stay so.
+
+    **Raises:** `UsageError` where something is missing.
+    """
+    if isinstance(space, gymnasium.spaces.Dict):
+        missing = set(space) - set(obs) if isinstance(obs, dict) else set(space)
+        if missing:
+            found = f"only {sorted(obs)}" if isinstance(obs, dict) else type(obs).__name__
+            raise UsageError(f"an observation lacks {sorted(missing)}: there is {found}")
+        return {name: select(child, obs[name]) for name, child in _children(space)}
+    if isinstance(space, gymnasium.spaces.Tuple):
+        if not isinstance(obs, tuple | list) or len(obs) != len(space.spaces):
+            raise UsageError(f"an observation must be a tuple of {len(space.spaces)} entries")
+        return tuple(select(child, one) for child, one in zip(space.spaces, obs, strict=True))
+    return obs if isinstance(obs, jax.Array) else np.asarray(obs)
+
+
+def leading_axes(space: gymnasium.Space, obs: Observation) -> tuple[int, ...]:
+    """The axes that an observation's arrays have before those of their spaces: all the same ones.
+
+    **Raises:** `UsageError` where an array is not of its space's shape.
+    """
+    found: tuple[int, ...] | None = None
+    for (path, leaf), x in zip(leaves(space), jax.tree.leaves(obs), strict=True):
+        own = leaf.shape or ()
+        axes = tuple(x.shape[: len(x.shape) - len(own)])
+        if tuple(x.shape) != (*axes, *own):
+            what = f"obs['{path}']" if path else "obs"
+            raise UsageError(
+                f"{what} has shape {tuple(x.shape)}; its space has shape {own}, before which may "
+                "stand lanes"
+            )
+        if found is not None and axes != found:
+            raise UsageError(
+                f"the parts of an observation have different leading axes: {found} and {axes}"
+            )
+        found = axes
+    assert found is not None
+    return found
+
+
+def as_rows(space: gymnasium.Space, obs: Observation, *axes: int) -> PyTree[AnyArray]:
+    """An observation's arrays with `axes` (one may be -1) in place of their leading ones."""
+    own = [leaf.shape or () for _, leaf in leaves(space)]
+    arrays, structure = jax.tree.flatten(obs)
+    rows = [x.reshape(*axes, *shape) for x, shape in zip(arrays, own, strict=True)]
+    return jax.tree.unflatten(structure, rows)
+
+
+def cast(space: gymnasium.Space, obs: Observation) -> PyTree[Shaped[jax.Array, "..."]]:
+    """An observation's arrays as JAX's, of their spaces' types."""
+    kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for _, leaf in leaves(space)]
+    arrays, structure = jax.tree.flatten(obs)
+    cast = [jax.numpy.asarray(x, kind) for x, kind in zip(arrays, kinds, strict=True)]
+    return jax.tree.unflatten(structure, cast)
+
+
+def _children(space: gymnasium.Space) -> Iterator[tuple[Any, gymnasium.Space]]:
+    if isinstance(space, gymnasium.spaces.Dict):
+        yield from sorted(space.spaces.items())
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        yield from enumerate(space.spaces)

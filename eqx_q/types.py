@@ -1,7 +1,11 @@
 """The small types that environments, agents and loops share.
 
-Shapes: `N` lanes (parallel environments), `M` agents of a team, `A` actions, `T` steps.
-A leading time axis stands before the lane axis wherever steps are stacked.
+Shapes: `N` lanes (parallel environments), `M` agents of a team, `A` choices, `T` steps. A leading
+time axis stands before the lane axis wherever steps are stacked.
+
+An observation is a PyTree of arrays as its space says (see `eqx_q.spaces`). An action is what the
+environment takes, one array. `A` counts the choices of all factors of an action: the `n` actions
+of `Discrete(n)`, the sum of a `MultiDiscrete`'s, two for each bit of a `MultiBinary`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 AnyArray: TypeAlias = jax.Array | np.ndarray
 Scalar: TypeAlias = float | int | Shaped[AnyArray, ""]
 Memory: TypeAlias = PyTree[AnyArray] | None
+Observation: TypeAlias = PyTree[Shaped[AnyArray, "..."]]
 
 
 class Episode(eqx.Module):
@@ -37,9 +42,12 @@ class TimeStep(eqx.Module):
     true final observation; the next step ignores the action, resets the lane, and returns the
     first observation of the new episode with `first`, a reward of 0 and both flags down. The
     transition into a `first` timestep never happened, and must be masked out of learning.
+
+    `global_state` is what a team's environment shows to learning and to no agent, where it has
+    such a thing.
     """
 
-    obs: Shaped[AnyArray, "*lanes_and_obs"]
+    obs: Observation
     reward: Float[AnyArray, "*lanes"]
     terminated: Bool[AnyArray, "*lanes"]
     truncated: Bool[AnyArray, "*lanes"]
@@ -48,6 +56,7 @@ class TimeStep(eqx.Module):
     action_mask: Bool[AnyArray, "*lanes_and_actions"] | None = None
     agent_mask: Bool[AnyArray, "*lanes M"] | None = None
     agent_reward: Float[AnyArray, "*lanes M"] | None = None
+    global_state: Float[AnyArray, "*lanes S"] | None = None
 
     @property
     def ended(self) -> Bool[AnyArray, "*lanes"]:
@@ -57,28 +66,41 @@ class TimeStep(eqx.Module):
     @classmethod
     def initial(
         cls,
-        obs: Shaped[AnyArray, "N *obs"],
+        obs: Observation,
         action_mask: Bool[AnyArray, "N *M A"] | None = None,
         agent_mask: Bool[AnyArray, "N M"] | None = None,
         agent_reward: Float[AnyArray, "N M"] | None = None,
+        global_state: Float[AnyArray, "N S"] | None = None,
     ) -> "TimeStep":
         """What a loop of somebody's own sees after it has reset every lane.
 
         In a team whose agents have rewards of their own, those are 0 here.
         """
-        no, zero = np.zeros(obs.shape[0], bool), np.zeros(obs.shape[0], np.float32)
-        episode = Episode(no, zero, zero.astype(np.int32))
-        return cls(obs, zero, no, no, ~no, episode, action_mask, agent_mask, agent_reward)
+        num_envs = len(jax.tree.leaves(obs)[0])
+        no, zero = np.zeros(num_envs, bool), np.zeros(num_envs, np.float32)
+        return cls(
+            obs=obs,
+            reward=zero,
+            terminated=no,
+            truncated=no,
+            first=~no,
+            episode=Episode(no, zero, zero.astype(np.int32)),
+            action_mask=action_mask,
+            agent_mask=agent_mask,
+            agent_reward=agent_reward,
+            global_state=global_state,
+        )
 
     def then(
         self,
-        obs: Shaped[AnyArray, "N *obs"],
+        obs: Observation,
         reward: Shaped[AnyArray, " N"],
         terminated: Bool[AnyArray, " N"],
         truncated: Bool[AnyArray, " N"],
         action_mask: Bool[AnyArray, "N *M A"] | None = None,
         agent_mask: Bool[AnyArray, "N M"] | None = None,
         agent_reward: Float[AnyArray, "N M"] | None = None,
+        global_state: Float[AnyArray, "N S"] | None = None,
     ) -> "TimeStep":
         """What such a loop sees a step later, where lanes reset in the step after they ended.
 
@@ -102,13 +124,14 @@ class TimeStep(eqx.Module):
             action_mask,
             agent_mask,
             agent_reward,
+            global_state,
         )
 
 
 class Decision(eqx.Module):
     """What an agent does: the action, the greedy value max_a Q (legal actions only), its memory."""
 
-    action: Int[Array, "*lanes"]
+    action: Shaped[Array, "*lanes_and_action"]
     value: Float[Array, "*lanes"]
     memory: Memory = None
 
@@ -119,14 +142,15 @@ class Rollout(eqx.Module):
     **Fields:**
 
     - `timesteps`: stacked `[T+1, N, ...]`; `timesteps[t + 1]` is what `actions[t]` led to.
-    - `actions`: `[T, N]`, or `[T, N, M]` for a team.
+    - `actions`: as the environment takes them: `[T, N]`, or `[T, N, M]` for a team, then the axes
+        of the action space.
     - `memory`: the agent's memory before `timesteps[0]`; `None` where it has none.
     - `values`: `[T, N]`, the `Decision.value` that acting computed at `timesteps[:T]`; where it
         is `None`, `update` computes it anew.
     """
 
     timesteps: TimeStep
-    actions: Int[AnyArray, "T *lanes"]
+    actions: Shaped[AnyArray, "T *lanes_and_action"]
     memory: Memory = None
     values: Float[AnyArray, "T *lanes"] | None = None
 
@@ -156,10 +180,10 @@ class Transitions(eqx.Module):
     - `weight`: of each in the loss, where they were not drawn uniformly.
     """
 
-    obs: Shaped[AnyArray, "B *obs"]
-    action: Int[AnyArray, " B"]
+    obs: Observation
+    action: Shaped[AnyArray, "B *action"]
     reward: Float[AnyArray, "B n"]
     length: Int[AnyArray, " B"]
     terminated: Bool[AnyArray, " B"]
-    next_obs: Shaped[AnyArray, "B *obs"]
+    next_obs: Observation
     weight: Float[AnyArray, " B"] | None = None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_q.spaces import action_discrete, observation_box
+from eqx_q.spaces import of_actions, of_observations
 from eqx_q.types import Episode, TimeStep
 from eqx_q.wrappers import Env
 
@@ -28,11 +28,11 @@ class Clock(Env):
 
     @property
     def observation_space(self):
-        return observation_box(gymnasium.spaces.Box(0, np.inf, (2,), np.float32))
+        return of_observations(gymnasium.spaces.Box(0, np.inf, (2,), np.float32))
 
     @property
     def action_space(self):
-        return action_discrete(gymnasium.spaces.Discrete(2))
+        return of_actions(gymnasium.spaces.Discrete(2))
 
     def _emit(self, count, first):
         lengths = jnp.arange(self.num_envs) + self.shortest
@@ -75,11 +75,11 @@ class Guess(Env):
 
     @property
     def observation_space(self):
-        return observation_box(gymnasium.spaces.Box(0, 1, (3,), np.float32))
+        return of_observations(gymnasium.spaces.Box(0, 1, (3,), np.float32))
 
     @property
     def action_space(self):
-        return action_discrete(gymnasium.spaces.Discrete(3))
+        return of_actions(gymnasium.spaces.Discrete(3))
 
     def _emit(self, sign, first, reward):
         ended = ~first
@@ -125,11 +125,11 @@ class MatrixGame(Env):
 
     @property
     def observation_space(self):
-        return observation_box(gymnasium.spaces.Box(0, 1, (1,), np.float32))
+        return of_observations(gymnasium.spaces.Box(0, 1, (1,), np.float32))
 
     @property
     def action_space(self):
-        return action_discrete(gymnasium.spaces.Discrete(len(self.payoff)))
+        return of_actions(gymnasium.spaces.Discrete(len(self.payoff)))
 
     def _emit(self, first, reward):
         timestep = TimeStep(
@@ -175,11 +175,11 @@ class Relay(Env):
 
     @property
     def observation_space(self):
-        return observation_box(gymnasium.spaces.Box(0, 10, (3,), np.float32))
+        return of_observations(gymnasium.spaces.Box(0, 10, (3,), np.float32))
 
     @property
     def action_space(self):
-        return action_discrete(gymnasium.spaces.Discrete(3))
+        return of_actions(gymnasium.spaces.Discrete(3))
 
     def _masks(self, time):
         alive = jnp.stack([time < self.dies, time >= 0], -1)

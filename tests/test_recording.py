@@ -16,7 +16,7 @@ from eqx_q.errors import UsageError
 from eqx_q.loops import recording
 from eqx_q.loops.recording import describe, record
 from eqx_q.nets import AbstractQNetwork, NetworkOutput
-from eqx_q.spaces import observation_box
+from eqx_q.spaces import of_observations
 from eqx_q.types import TimeStep
 from eqx_q.wrappers import Recording
 
@@ -278,7 +278,7 @@ class Film(Clock):
 
     @property
     def observation_space(self):
-        return observation_box(gymnasium.spaces.Box(0, 255, (3, 2, 2), np.uint8))
+        return of_observations(gymnasium.spaces.Box(0, 255, (3, 2, 2), np.uint8))
 
     @property
     def recording(self):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
 from ..errors import UnknownNameError, UsageError
 from ..nets import AbstractQNetwork, NetworkOutput, as_network, make_network
 from ..returns import n_step, quantile_huber
-from ..spaces import Box, Discrete, action_discrete, observation_box
+from ..spaces import Box, Discrete, of_actions, of_observations
 from ..types import AnyArray, Decision, Memory, Scalar, Transitions
 from .acting import choose, lanes_of
 from .agent import OfflineAgent
@@ -120,8 +120,8 @@ class DQN(OfflineAgent):
 
         **Raises:** `UsageError` for spaces, names, options or sizes that cannot work.
         """
-        observation_space = observation_box(observation_space)
-        action_space = action_discrete(action_space)
+        observation_space = of_observations(observation_space)
+        action_space = of_actions(action_space)
         sizes = {
             "batch_size": batch_size,
             "n_step": n_step,

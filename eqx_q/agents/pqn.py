@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UIn
 from ..errors import UsageError
 from ..nets import AbstractQNetwork, NetworkOutput, as_network, make_network
 from ..returns import q_lambda
-from ..spaces import Box, Discrete, action_discrete, observation_box
+from ..spaces import Box, Discrete, of_actions, of_observations
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
 from .acting import choose, lanes_of
 from .agent import OnlineAgent
@@ -157,8 +157,8 @@ class PQN(OnlineAgent):
 
         **Raises:** `UsageError` for spaces, names, options or sizes that cannot work.
         """
-        observation_space = observation_box(observation_space)
-        action_space = action_discrete(action_space)
+        observation_space = of_observations(observation_space)
+        action_space = of_actions(action_space)
         sizes = {
             "rollout_length": rollout_length,
             "num_epochs": num_epochs,

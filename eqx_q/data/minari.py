@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..errors import CorruptFileError, MissingExtraError, UnknownNameError, UsageError
-from ..spaces import action_discrete, observation_box
+from ..spaces import of_actions, of_observations
 from .conversion import Part, Source
 from .dataset import Dataset, Description, Rows
 
@@ -53,8 +53,8 @@ def from_minari(dataset_id: str, *, env: str | None = None) -> Source:
         spec = data.env_spec
         description = Description(
             env=f"minari/{dataset_id}" if spec is None else f"gymnasium/{spec.id}",
-            observation_space=observation_box(data.observation_space),
-            action_space=action_discrete(data.action_space),
+            observation_space=of_observations(data.observation_space),
+            action_space=of_actions(data.action_space),
             source=source,
         )
     indices = np.asarray(data.episode_indices)

@@ -87,7 +87,7 @@ class _Encoder:
         if isinstance(node, np.dtype):
             return {"dtype": node.name}
         kind = type(node).__name__
-        hashable = type(node) in (spaces.Box, spaces.Discrete)
+        hashable = type(node) in spaces.KINDS.values()
         if kind in _SPACE_ARGUMENTS and (hashable or type(node) is getattr(gymnasium.spaces, kind)):
             arguments = {name: getattr(node, name) for name in _SPACE_ARGUMENTS[kind]}
             if kind == "Dict":  # which sorts a dict, and keeps the order of pairs

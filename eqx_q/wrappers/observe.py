@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
 
 from ..errors import UsageError
-from ..spaces import Box, observation_box
+from ..spaces import Box, of_observations
 from ..types import TimeStep
 from .env import Env, Recording
 
@@ -34,7 +34,7 @@ class Observe(Env):
 
     def __init__(self, env: Env, entries: Any):
         self.env = env
-        space = observation_box(env.observation_space)
+        space = of_observations(env.observation_space)
         self.entries = _checked(entries, space.shape)
         part = np.s_[..., list(self.entries)]
         box = gymnasium.spaces.Box(space.low[part], space.high[part], dtype=space.dtype.type)
