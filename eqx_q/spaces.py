@@ -85,9 +85,9 @@ class Tuple(gymnasium.spaces.Tuple):
 
 
 Leaf: TypeAlias = Box | Discrete | MultiDiscrete | MultiBinary
-Space: TypeAlias = Leaf | Dict | Tuple
+Space: TypeAlias = gymnasium.Space  # of these kinds; runtime checkers cannot read what `Dict` is
 
-KINDS: dict[type[gymnasium.Space], type[Space]] = {
+KINDS: dict[type, type] = {
     gymnasium.spaces.Box: Box,
     gymnasium.spaces.Discrete: Discrete,
     gymnasium.spaces.MultiDiscrete: MultiDiscrete,
@@ -104,12 +104,12 @@ def hashable(space: gymnasium.Space, path: str = "") -> Space:
     `Sequence`, `Graph`, `OneOf`), by its path.
     """
     if type(space) in KINDS.values():
-        return space  # pyright: ignore[reportReturnType]
+        return space
     for theirs, ours in KINDS.items():
         if isinstance(space, theirs):
             for name, child in _children(space):
                 hashable(child, f"{path}.{name}".lstrip("."))  # for its path in the message
-            return ours(space)  # pyright: ignore[reportArgumentType]
+            return ours(space)
     kind = type(space).__name__
     mend = f"leave it out by its name (leave_out=['{path}'])" if path else "wrap the environment"
     what = f"'{path}', " if path else ""
