@@ -78,6 +78,33 @@ def n_step(
     return jnp.sum(powers * reward, axis=-1) + discount**length * next_value
 
 
+def n_step_sequence(
+    reward: Float[AnyArray, "T *lanes"],
+    terminated: Bool[AnyArray, "T *lanes"],
+    truncated: Bool[AnyArray, "T *lanes"],
+    next_value: Float[AnyArray, "T *lanes"],
+    *,
+    discount: Scalar,
+    n: int,
+) -> Float[Array, "T *lanes"]:
+    """n-step targets of every step of sequences (Sutton & Barto 2018, equation 7.1).
+
+        G^1_t = r_t + γ (1 - terminated_t) next_value_t
+        G^n_t = r_t + γ (1 - terminated_t) [(1 - c_t) next_value_t + c_t G^{n-1}_{t+1}]
+
+    with c_t = 0 where the episode terminated or was truncated, and at the last step; else 1. So
+    the last `n - 1` steps have fewer than `n`. Arguments are those of `q_lambda`.
+    """
+    reward, terminated, truncated = map(jnp.asarray, (reward, terminated, truncated))
+    continues = ~(terminated | truncated).at[-1].set(True)
+    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
+    target = reward + discount * next_value
+    for _ in range(n - 1):
+        later = jnp.concatenate([target[1:], target[-1:]])
+        target = reward + discount * jnp.where(continues, later, next_value)
+    return target
+
+
 def quantile_huber(
     quantiles: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
 ) -> Float[Array, "*batch"]:

@@ -147,12 +147,14 @@ class Rollout(eqx.Module):
     - `memory`: the agent's memory before `timesteps[0]`; `None` where it has none.
     - `values`: `[T, N]`, the `Decision.value` that acting computed at `timesteps[:T]`; where it
         is `None`, `update` computes it anew.
+    - `weight`: of each lane in the loss, where recorded sequences were not drawn uniformly.
     """
 
     timesteps: TimeStep
     actions: Shaped[AnyArray, "T *lanes_and_action"]
     memory: Memory = None
     values: Float[AnyArray, "T *lanes"] | None = None
+    weight: Float[AnyArray, " N"] | None = None
 
     @classmethod
     def stack(
@@ -177,6 +179,7 @@ class Transitions(eqx.Module):
     - `length`: steps that it takes to `next_obs`: `n`, or fewer where the episode ends before.
     - `terminated`: whether the task ended at `next_obs`; a truncated episode is bootstrapped there.
     - `next_obs`: what they lead to.
+    - `next_action_mask`: what is legal there; `None`: everything.
     - `weight`: of each in the loss, where they were not drawn uniformly.
     """
 
@@ -186,4 +189,5 @@ class Transitions(eqx.Module):
     length: Int[AnyArray, " B"]
     terminated: Bool[AnyArray, " B"]
     next_obs: Observation
+    next_action_mask: Bool[AnyArray, "B A"] | None = None
     weight: Float[AnyArray, " B"] | None = None

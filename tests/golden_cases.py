@@ -99,7 +99,7 @@ CASES = {
     "dqn": lambda: offline(eqx_q.DQN.create, n_step=3, double=True, network_options=_SMALL),
     "cql": lambda: offline(eqx_q.CQL.create, network_options=_SMALL | {"head": "dueling"}),
     "cql_quantiles": lambda: offline(
-        eqx_q.CQL.create, network_options=_SMALL | {"num_quantiles": 5}
+        eqx_q.CQL.create, value={"name": "quantile", "num_quantiles": 5}, network_options=_SMALL
     ),
     "bc": lambda: offline(eqx_q.BC.create, network_options=_SMALL),
 }

@@ -2,10 +2,12 @@
 
 from .agent import (
     Agent as Agent,
-    OfflineAgent as OfflineAgent,
-    OnlineAgent as OnlineAgent,
+    Batches as Batches,
+    Rollouts as Rollouts,
     decide as decide,
 )
-from .dqn import BC as BC, CQL as CQL, DQN as DQN
+from .offline import BC as BC, CQL as CQL, DQN as DQN
 from .population import Population as Population
 from .pqn import PQN as PQN
+
+OnlineAgent = OfflineAgent = Agent  # TEMPORARY

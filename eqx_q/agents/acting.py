@@ -1,62 +1,173 @@
-"""From Q-values to decisions: what every agent's `act` shares."""
+"""From observations to decisions: what every agent that computes Q-values has in common."""
 
-import gymnasium
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
+from .. import spaces
 from ..errors import UsageError
-from ..types import AnyArray, Decision, Memory, Scalar
-from .exploration import epsilon_greedy, legal
+from ..nets import AbstractQNetwork, Inputs
+from ..types import AnyArray, Decision, Memory, Observation, Scalar
+from .actions import Actions, Bins
+from .agent import Agent
+from .exploration import AbstractExploration
+from .mixers import AbstractMixer
+from .model import Model
+from .values import AbstractValue
 
 
-def lanes_of(
-    shape: tuple[int, ...], space: gymnasium.spaces.Box, num_agents: int | None
-) -> tuple[int, ...]:
-    """The axes of `shape` before those of one observation: lanes, if any; agents, in a team.
+class AgentMemory(eqx.Module):
+    """What an agent remembers, a row per lane and agent.
 
-    **Raises:** `UsageError` where `shape` is not that of observations of `space`.
+    That is the network's memory, the last choice of each factor (-1 where there was none), and what
+    exploration remembers.
     """
-    own = space.shape
-    team = () if num_agents is None else (num_agents,)
-    lanes = shape[: len(shape) - len(own)]
-    if (
-        shape != (*lanes, *own)
-        or len(lanes) - len(team) not in (0, 1)
-        or (lanes[len(lanes) - len(team) :] != team)
-    ):
-        one = (*team, *own)
-        raise UsageError(
-            f"obs has shape {shape}; the agent expects {one}, "
-            f"or (lanes, {', '.join(map(str, one))})"
-        )
-    return lanes
+
+    network: PyTree[Array]
+    last_action: Int[Array, "R F"]
+    exploration: PyTree[Array] = ()
 
 
-def check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> None:
-    """Raises `UsageError` where a mask of actions has another shape."""
-    if mask is not None and mask.shape != shape:
-        raise UsageError(
-            f"action_mask has shape {mask.shape}, not {shape}: axes are lanes, agents of a team, "
-            "then actions"
-        )
+class QAgent(Agent):
+    """Acts by the Q-values of a network.
 
-
-def choose(
-    q_values: Float[Array, "*lanes A"],
-    action_mask: Bool[AnyArray, "..."] | None,
-    epsilon: Scalar,
-    key: PRNGKeyArray | None,
-    memory: Memory = None,
-) -> Decision:
-    """The best legal action, or with a key and probability `epsilon` any legal one.
-
-    **Raises:** `UsageError` where the mask has another shape than the Q-values.
+    **Attributes:** the parts of it; see their classes. `statistics`: running statistics of the
+    network's normalisation. `bins`: see `Actions`. `epsilon`: of acting with a key, where none is
+    given.
     """
-    check_mask(action_mask, q_values.shape)
-    mask = None if action_mask is None else jnp.asarray(action_mask)
-    q_values = legal(q_values, mask)
-    if key is None:
-        action = jnp.argmax(q_values, axis=-1)
-    else:
-        action = epsilon_greedy(q_values, epsilon, key, mask)
-    return Decision(action, jnp.max(q_values, axis=-1), memory)
+
+    network: AbstractVar[AbstractQNetwork]
+    mixer: AbstractVar[AbstractMixer]
+    value: AbstractVar[AbstractValue]
+    exploration: AbstractVar[AbstractExploration]
+    statistics: AbstractVar[PyTree[Array]]
+    bins: AbstractVar[Bins]
+    epsilon: AbstractVar[Float[Array, ""]]
+
+    @property
+    def actions(self) -> Actions:
+        """Converts between choices and actions."""
+        return Actions(self.action_space, self.bins)
+
+    @property
+    def model(self) -> Model:
+        """What is computed of observations."""
+        return Model(self.network, self.mixer, self.value, self.actions, self.observation_space)
+
+    @property
+    def num_members(self) -> None:
+        """One agent, not a population."""
+        return None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the network has memory."""
+        return bool(jax.tree.leaves(self.network.initial_memory(self.num_agents or 1)))
+
+    def initial_memory(self, num_envs: int) -> AgentMemory | None:
+        """See `Agent`."""
+        rows = num_envs * (self.num_agents or 1)
+        network = self.network.initial_memory(rows)
+        exploration = self.exploration.initial_memory(rows, self.actions.num_factors)
+        if not jax.tree.leaves((network, exploration)):
+            return None
+        last_action = jnp.full((rows, self.actions.num_factors), -1, jnp.int32)
+        return AgentMemory(network, last_action, exploration)
+
+    def act(
+        self,
+        obs: Observation,
+        memory: Memory = None,
+        *,
+        first: Bool[AnyArray, "..."] | None = None,
+        action_mask: Bool[AnyArray, "..."] | None = None,
+        reward: Float[AnyArray, "..."] | None = None,
+        epsilon: Scalar | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Decision:
+        """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
+        space, actions = self.observation_space, self.actions
+        obs = spaces.cast(space, spaces.select(space, obs))
+        lanes = self._lanes(obs)
+        rows = math.prod(lanes)
+        if memory is None:
+            memory = self.initial_memory(rows // (self.num_agents or 1))
+        self._check_memory(memory, rows)
+        _check_mask(action_mask, (*lanes, actions.num_choices))
+
+        def of_rows(x: Any) -> Array | None:
+            if x is None:
+                return None
+            x = jnp.asarray(x)
+            x = x if x.shape == lanes else jnp.broadcast_to(x[..., None], lanes)
+            return x.reshape(rows)
+
+        starts, reward = of_rows(first), of_rows(reward)
+        last_action = None if memory is None else memory.last_action
+        if starts is not None:
+            if last_action is not None:
+                last_action = jnp.where(starts[:, None], -1, last_action)
+            reward = None if reward is None else jnp.where(starts, 0.0, reward)
+        inputs = Inputs(
+            obs=spaces.as_rows(space, obs, 1, rows),
+            first=_step(starts),
+            last_action=_step(last_action),
+            last_reward=_step(reward),
+        )
+        output = self.network(inputs, self.statistics, () if memory is None else memory.network)
+        mask = None if action_mask is None else jnp.reshape(action_mask, (rows, -1))
+        q_values = self.model.q_values(output.values[0], mask)
+        after = () if memory is None else memory.exploration
+        if key is None:
+            index = jnp.argmax(q_values, axis=-1)
+        else:
+            epsilon = self.epsilon if epsilon is None else epsilon
+            is_legal = actions.legal(mask)
+            index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
+        action = actions.decode(index)
+        value = jnp.mean(jnp.max(q_values, axis=-1), axis=-1)
+        return Decision(
+            action.reshape(*lanes, *action.shape[1:]),
+            value.reshape(lanes),
+            None if memory is None else AgentMemory(output.memory, index, after),
+        )
+
+    def _lanes(self, obs: Observation) -> tuple[int, ...]:
+        """The axes before those of one agent's observation: lanes, if any; agents, in a team."""
+        lanes = spaces.leading_axes(self.observation_space, obs)
+        team = () if self.num_agents is None else (self.num_agents,)
+        if len(lanes) - len(team) not in (0, 1) or lanes[len(lanes) - len(team) :] != team:
+            expected = f"({', '.join(map(str, ('lanes', *team)))}), or {team} for one lane"
+            raise UsageError(
+                f"obs has leading axes {lanes} before those of its space: the agent expects "
+                f"{expected}"
+            )
+        return lanes
+
+    def _check_memory(self, memory: Memory, rows: int) -> None:
+        expected = self.initial_memory(rows // (self.num_agents or 1))
+        if expected is None:
+            return
+        if not isinstance(memory, AgentMemory) or len(memory.last_action) != rows:
+            raise UsageError(
+                f"memory does not match {rows // (self.num_agents or 1)} lanes of this agent: give "
+                "what agent.initial_memory or the decision before gave"
+            )
+
+
+def _step(x: Shaped[Array, "R ..."] | None) -> Shaped[Array, "1 R ..."] | None:
+    """One step of rows, as a network takes it."""
+    return None if x is None else x[None]
+
+
+def _check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> None:
+    if mask is not None and jnp.shape(mask) != shape:
+        raise UsageError(
+            f"action_mask has shape {jnp.shape(mask)}, not {shape}: axes are lanes, agents of a "
+            "team, then choices"
+        )

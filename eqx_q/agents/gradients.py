@@ -1,10 +1,39 @@
-"""What is done to gradients."""
+"""The gradient step that every agent takes."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..types import Scalar
+from .optimizers import Optimizer
+
+
+def descend(
+    loss: Callable[..., Any],
+    parameters: PyTree[Array],
+    optimizer: Optimizer,
+    optimizer_state: PyTree[Array],
+    learning_rate: Scalar,
+    max_grad_norm: Scalar,
+    *arguments: Any,
+) -> tuple[PyTree[Array], PyTree[Array], Any]:
+    """One step down the gradient of `loss(parameters, *arguments)`.
+
+    **Arguments:** `loss` gives, beside itself, `(told, metrics, scale)`: whatever it has to tell,
+    named metrics, and a factor for gradients and metrics or `None`.
+
+    **Returns:** parameters, the optimiser's state, and `(told, metrics)` with `grad_norm`.
+    """
+    gradients, (told, metrics, scale) = jax.grad(loss, has_aux=True)(parameters, *arguments)
+    if scale is not None:
+        gradients, metrics = jax.tree.map(lambda x: scale * x, (gradients, metrics))
+    gradients, metrics["grad_norm"] = clip_by_global_norm(gradients, max_grad_norm)
+    updates, optimizer_state = optimizer.step(gradients, optimizer_state, parameters, learning_rate)
+    parameters = jax.tree.map(jnp.add, parameters, updates)
+    return parameters, optimizer_state, (told, metrics)
 
 
 def clip_by_global_norm(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..agents import Population
-from ..agents.checks import RANGES
+from ..agents.hyperparameters import RANGES
 from ..errors import UnknownNameError, UsageError
 from .training import Metrics
 

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 
 from .. import spaces
 from ..errors import CorruptFileError, UsageError
-from .renames import todays_fields, todays_name
+from .renames import todays, todays_name
 
 # A space is built anew from what its constructor takes. Its random state is not kept.
 _SPACE_ARGUMENTS = {
@@ -199,8 +199,8 @@ class _Decoder:
         return value
 
     def _build(self, reference: str, fields: dict[str, Any]) -> Any:
-        reference = todays_name(reference)
-        cls, fields = self._class(reference, object), todays_fields(reference, fields)
+        reference, fields = todays(reference, fields)
+        cls = self._class(reference, object)
         names = _field_names(cls)
         if names is None:
             raise CorruptFileError(

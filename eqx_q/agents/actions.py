@@ -1,0 +1,168 @@
+"""Actions as factors: what an agent chooses, and what an environment takes.
+
+An action has one factor or several, each with choices of its own: `Discrete` has one factor,
+`MultiDiscrete` one for each entry, `MultiBinary` one for each bit, and a bounded `Box` one for each
+dimension, cut into bins. The value of a joint action is the mean of its factors' values, so that
+the best joint action is the best choice of each factor (decoupled Q-networks, Seyde et al. 2023,
+arXiv 2210.12566, equation 3).
+"""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from ..errors import UsageError
+from ..spaces import Box, Discrete, Leaf, MultiBinary, MultiDiscrete
+from ..types import AnyArray
+
+Bins = int | tuple[int, ...]
+
+
+class Actions(eqx.Module):
+    """Converts actions of a space to choices of `F` factors, and back.
+
+    **Attributes:**
+
+    - `space`: of one agent's actions.
+    - `bins`: choices of each dimension of a `Box`, evenly from its lower to its upper bound: 2 are
+        its ends (bang-bang control, Seyde et al. 2021, arXiv 2111.02552). One number for all, or
+        one each.
+    """
+
+    space: Leaf = eqx.field(static=True)
+    bins: Bins = eqx.field(static=True, default=2)
+
+    def __check_init__(self):
+        bins = (self.bins,) if isinstance(self.bins, int) else self.bins
+        if not all(isinstance(size, int) and size >= 2 for size in bins):
+            raise UsageError(f"bins={self.bins}: give whole numbers of at least 2")
+        size = math.prod(self.space.shape or ())
+        if isinstance(self.space, Box) and not isinstance(self.bins, int) and len(bins) != size:
+            raise UsageError(
+                f"bins={list(bins)} are {len(bins)} numbers, and actions have {size} dimensions: "
+                "give one each, or one number for all"
+            )
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """How many choices each factor has."""
+        space = self.space
+        if isinstance(space, Discrete):
+            return (int(space.n),)
+        if isinstance(space, MultiDiscrete):
+            return tuple(int(n) for n in space.nvec.reshape(-1))
+        size = math.prod(space.shape or ())
+        if isinstance(space, MultiBinary):
+            return (2,) * size
+        return (self.bins,) * size if isinstance(self.bins, int) else self.bins
+
+    @property
+    def num_factors(self) -> int:
+        """`F`."""
+        return len(self.choices)
+
+    @property
+    def num_choices(self) -> int:
+        """`A`: of all factors together."""
+        return sum(self.choices)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether `by_factor` pads: factors have different numbers of choices."""
+        return len(set(self.choices)) > 1
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether `encode` takes the nearest of more actions than there are choices."""
+        return isinstance(self.space, Box)
+
+    def decode(self, index: Int[Array, "*lanes F"]) -> Shaped[Array, "*lanes_and_action"]:
+        """The action that makes these choices, as the environment takes it."""
+        lanes, space = index.shape[:-1], self.space
+        if isinstance(space, Discrete):
+            return index[..., 0] + int(space.start)
+        if isinstance(space, Box):
+            low, step = self._low_and_step()
+            # Of the upper bound rounding must not make more than it.
+            action = jnp.minimum(low + step * index, space.high.reshape(-1).astype(np.float32))
+            return action.reshape(*lanes, *space.shape)
+        start = space.start.reshape(-1) if isinstance(space, MultiDiscrete) else 0
+        return (index + jnp.asarray(start, index.dtype)).reshape(*lanes, *(space.shape or ()))
+
+    def encode(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Int[Array, "*lanes F"]:
+        """The choices that an action makes; of a `Box` the nearest bins."""
+        action, space = jnp.asarray(action), self.space
+        own = len(space.shape or ())
+        lanes = action.shape[: action.ndim - own]
+        action = action.reshape(*lanes, self.num_factors)
+        if isinstance(space, Box):
+            low, step = self._low_and_step()
+            index = jnp.round((action - low) / step).astype(jnp.int32)
+            return jnp.clip(index, 0, jnp.asarray(self.choices) - 1)
+        if isinstance(space, Discrete):
+            start = int(space.start)
+        else:
+            start = space.start.reshape(-1) if isinstance(space, MultiDiscrete) else 0
+        return action.astype(jnp.int32) - jnp.asarray(start, jnp.int32)
+
+    def rounding(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Float[Array, "*lanes"]:
+        """How far an action is from the one that `encode` makes of it: root mean square.
+
+        Each dimension counts in parts of its range; 0 but for a `Box`.
+        """
+        if not isinstance(self.space, Box):
+            lanes = jnp.ndim(action) - len(self.space.shape or ())
+            return jnp.zeros(jnp.shape(action)[:lanes])
+        range_ = (self.space.high - self.space.low).astype(np.float32)
+        difference = (self.decode(self.encode(action)) - jnp.asarray(action)) / range_
+        axes = tuple(range(difference.ndim - len(self.space.shape), difference.ndim))
+        return jnp.sqrt(jnp.mean(jnp.square(difference), axis=axes))
+
+    def by_factor(
+        self, x: Shaped[Array, "*lanes A"], padding: float | bool
+    ) -> Shaped[Array, "*lanes F C"]:
+        """What belongs to choices, apart by factors; where one has fewer than `C`, `padding`."""
+        if not self.has_padding:
+            return x.reshape(*x.shape[:-1], self.num_factors, -1)
+        choices = np.asarray(self.choices)
+        place = np.arange(choices.max()) + (np.cumsum(choices) - choices)[:, None]
+        is_there = np.arange(choices.max()) < choices[:, None]
+        return jnp.where(is_there, x[..., np.where(is_there, place, 0)], padding)
+
+    def legal(self, mask: Bool[AnyArray, "*lanes A"] | None) -> Bool[Array, "*lanes F C"] | None:
+        """Legal choices by factors, padding never; `None` where every choice is legal.
+
+        Where nothing is legal for a factor (games say so when they are over) everything is.
+        """
+        if mask is None:
+            if not self.has_padding:
+                return None
+            return self.by_factor(jnp.ones(self.num_choices, bool), False)
+        by_factor = self.by_factor(jnp.asarray(mask), False)
+        over = ~jnp.any(by_factor, axis=-1, keepdims=True)
+        if not self.has_padding:
+            return by_factor | over
+        return by_factor | (over & self.by_factor(jnp.ones(self.num_choices, bool), False))
+
+    def take(
+        self, x: Float[Array, "*lanes A K"], index: Int[Array, "*lanes F"]
+    ) -> Float[Array, "*lanes F K"]:
+        """What belongs to the chosen choice of each factor."""
+        choices = np.asarray(self.choices)
+        place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
+        return jnp.take_along_axis(x, place[..., None], axis=-2)
+
+    def _low_and_step(self) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
+        assert isinstance(self.space, Box)
+        low = self.space.low.reshape(-1).astype(np.float32)
+        high = self.space.high.reshape(-1).astype(np.float32)
+        return low, (high - low) / (np.asarray(self.choices, np.float32) - 1)
+
+
+def as_bins(given: int | Sequence[int]) -> Bins:
+    """`bins` as a static field holds it."""
+    return given if isinstance(given, int) else tuple(given)

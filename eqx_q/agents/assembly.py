@@ -1,0 +1,168 @@
+"""An agent's parts, from their names: what every agent's `create` does."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from .. import spaces
+from ..errors import UsageError
+from ..nets import AbstractQNetwork, Inputs, NetworkOutput, as_network, make_network
+from ..nets.parameters import split_parameters
+from ..types import Observation
+from .actions import Actions, as_bins
+from .exploration import AbstractExploration, make_exploration
+from .mixers import AbstractMixer, make_mixer
+from .model import state_size as size_of_observations
+from .optimizers import Optimizer, make_optimizer
+from .values import AbstractValue, make_value
+
+Choice = str | Mapping[str, Any]  # of a part: its name, or {"name": ..., **options}
+
+
+def make_parts(
+    observation_space: gymnasium.Space,
+    action_space: gymnasium.Space,
+    *,
+    key: PRNGKeyArray,
+    num_agents: int | None,
+    state_size: int | None,
+    network: str | eqx.Module,
+    network_options: Mapping[str, Any] | None,
+    value: Choice | AbstractValue,
+    bins: int | Sequence[int],
+    mixer: Choice | AbstractMixer,
+    exploration: Choice | AbstractExploration,
+    optimizer: Choice | Optimizer,
+) -> dict[str, Any]:
+    """The fields of an agent that are its parts, and their first state.
+
+    **Arguments:**
+
+    - `observation_space`, `action_space`: Gymnasium spaces of one lane, in a team of one agent.
+    - `key`: for the parameters.
+    - `num_agents`: `M` of a team, else `None`.
+    - `state_size`: numbers of the global state, for mixers that look at it. `None`: they look at
+        all observations side by side.
+    - `network`: the name of a shipped network (`eqx_q.nets.make_network`), or an Equinox module: an
+        `AbstractQNetwork`, or any that maps one observation to values `[A]` (`[A, K]` where the
+        value has `K` numbers a choice).
+    - `network_options`: options of the named network.
+    - `value`, `mixer`, `exploration`, `optimizer`: a part each: a name, a mapping with `name` and
+        options, or an object.
+    - `bins`: see `Actions`.
+
+    **Raises:** `UsageError` for spaces, names, options or sizes that cannot work together.
+    """
+    observation_space = spaces.of_observations(observation_space)
+    actions = Actions(spaces.of_actions(action_space), as_bins(bins))
+    value = make_value(value)
+    if "num_agents" in (network_options or {}):
+        raise UsageError("num_agents is no option of the network: give it to create itself")
+    if "num_quantiles" in (network_options or {}):
+        raise UsageError(
+            "num_quantiles is an option of the value: value={'name': 'quantile', "
+            "'num_quantiles': ...} (agent.value=quantile agent.value.num_quantiles=...)"
+        )
+    if isinstance(network, str):
+        network = make_network(
+            network,
+            observation_space,
+            actions.choices,
+            num_values=value.num_outputs,
+            num_agents=num_agents,
+            key=key,
+            **(network_options or {}),
+        )
+    elif network_options:
+        raise UsageError("network_options are for named networks: drop them, or name a network")
+    network = as_network(network, value.num_outputs)
+    check_network(network, observation_space, actions, value, num_agents or 1)
+    if state_size is None:
+        state_size = size_of_observations(observation_space, num_agents)
+    mixer = make_mixer(
+        mixer, num_agents=num_agents or 1, state_size=state_size, key=jax.random.fold_in(key, 1)
+    )
+    check_together(value, mixer)
+    optimizer = make_optimizer(optimizer)
+    parameters, _ = split_parameters((network, mixer))
+    return {
+        "network": network,
+        "mixer": mixer,
+        "value": value,
+        "exploration": make_exploration(exploration),
+        "optimizer": optimizer,
+        "statistics": network.initial_statistics(),
+        "optimizer_state": optimizer.init(parameters),
+        "observation_space": observation_space,
+        "action_space": actions.space,
+        "bins": actions.bins,
+        "num_agents": num_agents,
+    }
+
+
+def check_together(value: AbstractValue, mixer: AbstractMixer) -> None:
+    """Refuses what no literature defines.
+
+    **Raises:** `UsageError` where a joint mixer would mix quantiles.
+    """
+    if mixer.is_joint and value.num_samples > 1:
+        raise UsageError(
+            f"{type(mixer).__name__} mixes expected values, from which quantiles cannot be learnt: "
+            "choose value=scalar or value=hl_gauss, or mixer=independent"
+        )
+
+
+def check_network(
+    network: AbstractQNetwork,
+    observation_space: spaces.Space,
+    actions: Actions,
+    value: AbstractValue,
+    num_agents: int,
+) -> None:
+    """Tries a network on one observation of each agent, without computing anything.
+
+    **Raises:** `UsageError` where it does not take it, does not give values for each choice, or
+    does not give back memory and statistics of the shapes and types that it started with.
+    """
+    rows = (1, num_agents)
+    action = jax.ShapeDtypeStruct((*rows, actions.num_factors), jnp.int32)
+    reward = jax.ShapeDtypeStruct(rows, jnp.float32)
+
+    def compute(obs: Observation, action: Array, reward: Array):
+        kept = network.initial_statistics(), network.initial_memory(num_agents)
+        inputs = Inputs(obs=obs, last_action=action, last_reward=reward)
+        return kept, network(inputs, *kept)
+
+    try:
+        (statistics, memory), output = eqx.filter_eval_shape(
+            compute, spaces.shapes(observation_space, *rows), action, reward
+        )
+    except (TypeError, ValueError, LookupError) as error:
+        raise UsageError(
+            f"the network cannot take observations of {observation_space}: {error}"
+        ) from error
+    if not isinstance(output, NetworkOutput):
+        raise UsageError(f"a network gives a NetworkOutput, not {type(output).__name__}")
+    for name, before, after in (
+        ("memory", memory, output.memory),
+        ("statistics", statistics, output.statistics),
+    ):
+        if not eqx.tree_equal(before, after):  # of shapes and types
+            raise UsageError(
+                f"the network's {name} must keep its shapes and types: before a step it is "
+                f"{before}, after it {after}"
+            )
+    if any(x.shape[:1] != (num_agents,) for x in jax.tree.leaves(memory)):
+        raise UsageError("the network's memory must have a leading axis of lanes")
+    expected = (*rows, actions.num_choices, value.num_outputs)
+    if output.values.shape != expected:
+        raise UsageError(
+            f"the network gives values of shape {output.values.shape[2:]}, and there are "
+            f"{expected[2]} choices of action with {expected[3]} values each: its output must have "
+            f"shape {expected[2:]}"
+        )

@@ -1,0 +1,168 @@
+"""What an agent computes: raw values of choices, their worth, and what is regressed on targets.
+
+Shapes: `T` steps, `N` lanes, `M` agents of a lane (1 where it is no team), `F` factors of an
+action, `A` choices of all factors, `K` raw values of a choice. Of what is regressed there are `P`
+predictions a lane: one for a team whose mixer is joint, else one for each agent; and `L` samples of
+each target.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .. import spaces
+from ..nets import AbstractQNetwork, Inputs
+from ..types import AnyArray, TimeStep
+from .actions import Actions
+from .mixers import AbstractMixer
+from .values import AbstractValue, Scalar
+
+
+class Unrolled(NamedTuple):
+    """What a network makes of `T` steps."""
+
+    values: Float[Array, "T N M A K"]
+    memory: PyTree[Array]
+    statistics: PyTree[Array]
+    features: Float[Array, "T R H"] | None
+
+
+class Predictions(NamedTuple):
+    """What is regressed on targets, and by which loss."""
+
+    raw: Float[Array, "*steps P K"]
+    value: AbstractValue
+
+
+class Model(eqx.Module):
+    """Network, mixer, value and actions of an agent, with all axes `[T, N, M, ...]`.
+
+    The network sees rows: the agents of all lanes, side by side.
+    """
+
+    network: AbstractQNetwork
+    mixer: AbstractMixer
+    value: AbstractValue
+    actions: Actions
+    observation_space: spaces.Space = eqx.field(static=True)
+
+    def unroll(
+        self,
+        statistics: PyTree[Array],
+        timesteps: TimeStep,
+        memory: PyTree[Array] = (),
+        last_action: Int[Array, "T N M F"] | None = None,
+        acting: Bool[Array, "T N M"] | None = None,
+    ) -> Unrolled:
+        """Raw values at all timesteps of teams (`obs` is `[T, N, M, ...]`).
+
+        **Arguments:**
+
+        - `statistics`: running statistics of normalisation.
+        - `timesteps`: whose `first` and rewards networks with memory look at.
+        - `memory`: the network's, before the first of them; by default of a network without.
+        - `last_action`: choices that led to each, for networks with memory.
+        - `acting`: in training, what counts for normalisation.
+        """
+        lengths = spaces.leading_axes(self.observation_space, timesteps.obs)
+
+        def rows(x: Array) -> Array:  # of each agent, or of all agents of a lane
+            x = jnp.asarray(x)
+            x = x if x.ndim > 2 else jnp.broadcast_to(x[..., None], lengths)
+            return x.reshape(lengths[0], -1, *x.shape[3:])
+
+        first, last_reward = rows(timesteps.first), None
+        if last_action is not None:
+            last_action = jnp.where(first[..., None], -1, rows(last_action))
+            reward = timesteps.reward if timesteps.agent_reward is None else timesteps.agent_reward
+            last_reward = jnp.where(first, 0.0, rows(reward))
+        inputs = Inputs(
+            obs=spaces.as_rows(self.observation_space, timesteps.obs, lengths[0], -1),
+            first=first,
+            last_action=last_action,
+            last_reward=last_reward,
+            batch_mask=None if acting is None else rows(acting),
+        )
+        output = self.network(inputs, statistics, memory)
+        values = output.values.reshape(*lengths, *output.values.shape[2:])
+        return Unrolled(values, output.memory, output.statistics, output.features)
+
+    def q_values(
+        self, values: Float[Array, "*lanes A K"], action_mask: Bool[AnyArray, "*lanes A"] | None
+    ) -> Float[Array, "*lanes F C"]:
+        """Q-values by factors, -inf where a choice is illegal or padding."""
+        q_values = self.actions.by_factor(self.value.expected(values), -jnp.inf)
+        is_legal = self.actions.legal(action_mask)
+        return q_values if is_legal is None else jnp.where(is_legal, q_values, -jnp.inf)
+
+    def of_action(
+        self, values: Float[Array, "*lanes A K"], index: Int[Array, "*lanes F"]
+    ) -> Float[Array, "*lanes K"]:
+        """Raw values of a joint action: of a single factor its own."""
+        taken = self.actions.take(values, index)
+        return taken[..., 0, :] if self.actions.num_factors == 1 else self.value.join(taken)
+
+    def samples(
+        self,
+        values: Float[Array, "*lanes A K"],
+        action_mask: Bool[AnyArray, "*lanes A"] | None,
+        chooser: Float[Array, "*lanes F C"] | None = None,
+    ) -> Float[Array, "*lanes L"]:
+        """Samples of the best legal action's return: by its own Q-values, or a `chooser`'s."""
+        q_values = self.q_values(values, action_mask)
+        if chooser is None and self.predicts_means:  # then nothing but the maximum is needed
+            return jnp.mean(jnp.max(q_values, axis=-1), axis=-1, keepdims=True)
+        index = jnp.argmax(q_values if chooser is None else chooser, axis=-1)
+        raw = self.of_action(values, index)
+        return (
+            self.value.expected(raw)[..., None]
+            if self.predicts_means
+            else (self.value.samples(raw))
+        )
+
+    def mixed_samples(
+        self, samples: Float[Array, "*lanes M L"], timesteps: TimeStep
+    ) -> Float[Array, "*lanes P L"]:
+        """Samples of what is predicted, from those of agents (0 of agents that are dead)."""
+        if not self.mixer.is_joint:
+            return samples
+        return self.mixer.mix(samples[..., 0], self.global_state(timesteps))[..., None]
+
+    def predict(
+        self,
+        raw: Float[Array, "*steps M K"],
+        acting: Bool[Array, "*steps M"],
+        global_state: Float[AnyArray, "*steps S"] | None,
+    ) -> Predictions:
+        """What is regressed, from raw values of the agents' actions.
+
+        A joint mixer mixes expected values, and its prediction is one too, whatever the value is.
+        """
+        if not self.mixer.is_joint:
+            return Predictions(raw, self.value)
+        chosen = jnp.where(acting, self.value.expected(raw), 0.0)
+        return Predictions(self.mixer.mix(chosen, global_state)[..., None], Scalar())
+
+    def global_state(self, timesteps: TimeStep) -> Float[AnyArray, "*lanes S"] | None:
+        """What a joint mixer sees: the environment's state, or all observations side by side."""
+        if not self.mixer.is_joint:
+            return None
+        if timesteps.global_state is not None:
+            return timesteps.global_state
+        axes = spaces.leading_axes(self.observation_space, timesteps.obs)[:-1]
+        leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(timesteps.obs)]
+        return jnp.concatenate([x.reshape(*axes, -1) for x in leaves], axis=-1)
+
+    @property
+    def predicts_means(self) -> bool:
+        """Whether a target is one number, formed of expected values."""
+        return self.mixer.is_joint or self.value.num_samples == 1
+
+
+def state_size(space: spaces.Space, num_agents: int | None) -> int:
+    """How many numbers all observations of a team are, side by side."""
+    sizes = [x.size for x in jax.tree.leaves(spaces.shapes(space))]
+    return sum(sizes) * (num_agents or 1)

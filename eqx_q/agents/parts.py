@@ -1,0 +1,81 @@
+"""Parts that an agent is made of, and how one is chosen: by name, with options, or as an object."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+
+from ..errors import UnknownNameError, UsageError
+
+
+class Part(eqx.Module):
+    """A part of an agent whose scalar fields are hyperparameters of the agent.
+
+    See `hyperparameters`. Networks and mixers are none: what they hold is trained.
+    """
+
+
+_Chosen = TypeVar("_Chosen", bound=eqx.Module)
+
+
+def make_part(
+    kind: str,
+    given: str | Mapping[str, Any] | _Chosen,
+    base: type[_Chosen],
+    known: Mapping[str, Callable[..., _Chosen]],
+    **context: Any,
+) -> _Chosen:
+    """A part by its name, by a mapping `{"name": ..., **options}`, or the one that is given.
+
+    Options that are `None` keep their default.
+
+    **Arguments:** `kind`: what messages call it; `base`: the class of all such parts; `known`: how
+    to make those that have a name; `context`: what the agent knows: each maker is given what it has
+    a parameter for.
+
+    **Raises:** `UnknownNameError` for a name or an option that there is not.
+    """
+    if isinstance(given, base):
+        return given
+    name, options = name_and_options(kind, given, known)
+    parameters = inspect.signature(known[name]).parameters
+    check_options(kind, name, options, [each for each in parameters if each not in context])
+    context = {each: value for each, value in context.items() if each in parameters}
+    return known[name](**options, **context)
+
+
+def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a name, or a mapping with one, asks for, without what is `None`."""
+    options = {"name": given} if isinstance(given, str) else given
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise UsageError(
+            f"{kind}={given!r} names nothing: give one of {', '.join(sorted(known))}, "
+            'or a mapping {"name": ..., **options}'
+        )
+    options = {option: value for option, value in options.items() if value is not None}
+    name = options.pop("name")
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+    return name, options
+
+
+def check_options(kind: str, name: str, options: Mapping[str, Any], known: Any) -> None:
+    """Raises `UnknownNameError` for an option that is not known."""
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of {kind} '{name}':", option, known)
+
+
+def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults: Any) -> Any:
+    """What was given as a name or a mapping, with options that were not, where there are such."""
+    options = {"name": given} if isinstance(given, str) else given
+    if not isinstance(options, Mapping) or options.get("name") not in known:
+        return given
+    parameters = inspect.signature(known[options["name"]]).parameters
+    missing = {
+        name: default
+        for name, default in defaults.items()
+        if name in parameters and options.get(name) is None
+    }
+    return {**options, **missing}

@@ -1,0 +1,102 @@
+"""Regression of raw values on targets: the part of learning that every agent shares.
+
+Shapes are those of `eqx_q.agents.model`.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..types import AnyArray, Rollout, TimeStep
+from .model import Model
+
+
+class Items(eqx.Module):
+    """What is learnt from: choices, their targets, and whose transition happened.
+
+    `acting` is false where a transition led into a reset, and for an agent that was dead.
+    """
+
+    index: Int[Array, "*steps M F"]
+    target: Float[Array, "*steps P L"]
+    acting: Bool[Array, "*steps M"]
+    global_state: Float[AnyArray, "*steps S"] | None
+
+
+class Fit(NamedTuple):
+    """How well values fit their targets.
+
+    **Fields:** the `loss` of each prediction, 0 where it is not `real`; `metrics` of each, by name.
+    """
+
+    loss: Float[Array, "*steps P"]
+    real: Bool[Array, "*steps P"]
+    metrics: dict[str, Float[Array, "*steps P"]]
+
+
+def fit(model: Model, values: Float[Array, "*steps M A K"], items: Items) -> Fit:
+    """Compares values of what was done with its targets."""
+    raw = model.of_action(values, items.index)
+    raw, value = model.predict(raw, items.acting, items.global_state)
+    real = model.mixer.acts(items.acting)
+    # What never happened may have any target, NaN included.
+    target = jnp.where(real[..., None], items.target, 0.0)
+    predicted, mean = value.expected(raw), jnp.mean(target, axis=-1)
+    metrics = {"td_error": jnp.abs(mean - predicted), "q_value": predicted, "target": mean}
+    metrics |= value.metrics(raw, target)
+    return Fit(jnp.where(real, value.loss(raw, target), 0.0), real, metrics)
+
+
+def average(
+    weight: Float[Array, "*steps P"], metrics: dict[str, Float[Array, "*steps P"]]
+) -> dict[str, Float[Array, ""]]:
+    """Weighted sums of metrics."""
+    return {name: jnp.sum(jnp.where(weight > 0, weight * x, 0.0)) for name, x in metrics.items()}
+
+
+def acting_in(rollout: Rollout) -> Bool[Array, "T N M"]:
+    """Whose transition happened: it led into no reset, and the agent was alive."""
+    timesteps = rollout.timesteps
+    real = jnp.asarray(rollout.real)[..., None]
+    if timesteps.agent_mask is None:
+        return jnp.broadcast_to(real, rollout.actions.shape[:3])
+    return real & jnp.asarray(timesteps.agent_mask)[:-1]
+
+
+class Outcome(NamedTuple):
+    """What steps led to, for each prediction and each of its samples."""
+
+    reward: Float[Array, "T N P L"]
+    terminated: Bool[Array, "T N P L"]
+    truncated: Bool[Array, "T N P L"]
+    next_value: Float[Array, "T N P L"]
+
+
+def outcome(
+    model: Model,
+    samples: Float[Array, "steps N M L"],
+    timesteps: TimeStep,
+    reward_scale: Float[Array, ""],
+) -> Outcome:
+    """What `T` steps led to, given samples at all `T + 1` timesteps.
+
+    To the dead nothing more is to happen.
+    """
+    later = _later(timesteps)
+    samples, terminated = samples[1:], later.terminated[..., None]
+    if later.agent_mask is not None:
+        samples = jnp.where(later.agent_mask[..., None], samples, 0.0)
+        terminated = terminated | ~model.mixer.acts(later.agent_mask)
+    next_value = model.mixed_samples(samples, later)
+    others = (model.mixer.reward(later) * reward_scale, terminated, later.truncated[..., None])
+    reward, terminated, truncated = (
+        jnp.broadcast_to(x[..., None], next_value.shape) for x in others
+    )
+    return Outcome(reward, terminated, truncated, next_value)
+
+
+def _later(timesteps: TimeStep) -> TimeStep:
+    return jax.tree.map(lambda x: jnp.asarray(x)[1:], timesteps)

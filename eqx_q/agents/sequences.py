@@ -1,0 +1,100 @@
+"""Rollouts as agents see them: with an axis of agents, checked, unrolled, warmed up.
+
+An agent on its own is a team of one.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from .. import spaces
+from ..errors import UsageError
+from ..types import AnyArray, Memory, Rollout
+from .acting import AgentMemory, QAgent
+from .model import Model, Unrolled
+
+
+def as_team(agent: QAgent, rollout: Rollout, burn_in: int) -> Rollout:
+    """The rollout with an axis of agents after that of lanes.
+
+    **Raises:** `UsageError` where it is no rollout of this agent, or has nothing after its burn-in.
+    """
+    own = agent.action_space.shape or ()
+    team = () if agent.num_agents is None else (agent.num_agents,)
+    shape = rollout.actions.shape
+    axes = shape[: len(shape) - len(own)]
+    if shape != (*axes, *own) or len(axes) != 2 + len(team) or axes[2:] != team:
+        expected = ", ".join(["steps", "lanes", *map(str, (*team, *own))])
+        raise UsageError(f"actions have shape {shape}, not ({expected})")
+    num_steps, *lanes = axes
+    seen = (num_steps + 1, *lanes)
+    timesteps = rollout.timesteps
+    found = spaces.leading_axes(agent.observation_space, timesteps.obs)
+    if found != seen:
+        raise UsageError(
+            f"timesteps.obs has leading axes {found}, not {seen}: axes are steps (a rollout has "
+            "one timestep more than actions), lanes, agents of a team, then those of the space"
+        )
+    _check_shape("action_mask", timesteps.action_mask, (*seen, agent.actions.num_choices))
+    _check_shape("agent_mask", timesteps.agent_mask, seen)
+    if num_steps <= burn_in:
+        raise UsageError(
+            f"a rollout of {num_steps} steps leaves nothing after burn_in={burn_in}: give "
+            "the last steps of the rollout before, then new ones"
+        )
+    if team:
+        return rollout
+
+    def parts(x: Rollout) -> tuple[PyTree, ...]:
+        return x.timesteps.obs, x.timesteps.action_mask, x.actions, x.values
+
+    widened = jax.tree.map(lambda x: x[:, :, None], parts(rollout))
+    return eqx.tree_at(parts, rollout, widened, is_leaf=lambda x: x is None)
+
+
+def _check_shape(name: str, x: AnyArray | None, expected: tuple[int, ...]) -> None:
+    if x is not None and x.shape != expected:
+        raise UsageError(
+            f"{name} has shape {x.shape}, not {expected}: axes are steps (a rollout has one "
+            "timestep more than actions), lanes, agents of a team, then one's own"
+        )
+
+
+def unroll(
+    model: Model,
+    statistics: PyTree[Array],
+    rollout: Rollout,
+    acting: Bool[Array, "T N M"] | None = None,
+) -> Unrolled:
+    """What the model makes of all timesteps of a team's rollout, from the memory at its start."""
+    memory = rollout.memory
+    if memory is None:
+        return model.unroll(statistics, rollout.timesteps, acting=acting)
+    index = model.actions.encode(rollout.actions)
+    last_action = jnp.concatenate([memory.last_action.reshape(1, *index.shape[1:]), index])
+    return model.unroll(statistics, rollout.timesteps, memory.network, last_action, acting)
+
+
+def warmed_up(model: Model, statistics: PyTree[Array], rollout: Rollout, burn_in: int) -> Rollout:
+    """The rollout after its burn-in, with the memory that today's parameters have there.
+
+    Nothing is learnt from the burn-in (R2D2, Kapturowski et al. 2019, §3).
+    """
+    if not burn_in:
+        return rollout
+    before = part(rollout, slice(burn_in), rollout.memory)
+    # Without a batch mask: only what is learnt from counts for normalisation.
+    index = model.actions.encode(before.actions)
+    last_action = before.memory.last_action.reshape(1, *index.shape[1:])
+    last_action = jnp.concatenate([last_action, index[:-1]])
+    unrolled = model.unroll(statistics, before.timesteps, before.memory.network, last_action)
+    memory = jax.lax.stop_gradient(unrolled.memory)
+    rows = index[-1].reshape(-1, index.shape[-1])
+    return part(rollout, slice(burn_in, None), AgentMemory(memory, rows))
+
+
+def part(rollout: Rollout, steps: slice, memory: Memory) -> Rollout:
+    """Some timesteps of a rollout and the actions at them."""
+    timesteps = jax.tree.map(lambda x: x[steps], rollout.timesteps)
+    return Rollout(timesteps, rollout.actions[steps], memory)
