@@ -70,6 +70,7 @@ class Game:
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
     num_agents: None = None
+    state_size: None = None
 
     def __post_init__(self):
         obs, _ = jax.eval_shape(self.env.reset_env, jax.random.key(0), self.params)

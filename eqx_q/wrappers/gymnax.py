@@ -46,6 +46,7 @@ class Game:
     observation_space: Box = dataclasses.field(init=False)
     action_space: Discrete = dataclasses.field(init=False)
     num_agents: None = None
+    state_size: None = None
     lanes_per_reset: None = None
 
     def __post_init__(self):

@@ -62,6 +62,7 @@ class Game:
     action_space: Discrete = dataclasses.field(init=False)
     num_agents: int = dataclasses.field(init=False)
     max_episode_steps: int | None = dataclasses.field(init=False)
+    state_size: int | None = dataclasses.field(init=False)
     lanes_per_reset: None = None
     action_mask: Bool[np.ndarray, "M A"] | None = dataclasses.field(init=False)
 
@@ -87,6 +88,9 @@ class Game:
         object.__setattr__(self, "action_mask", None if mask.all() else mask)
         object.__setattr__(self, "num_agents", len(self.env.agents))
         object.__setattr__(self, "max_episode_steps", self.rules.longest(self.env))
+        _, state = jax.eval_shape(self.env.reset, jax.random.key(0))
+        seen = jax.eval_shape(lambda state: self.rules.global_state(self.env, state), state)
+        object.__setattr__(self, "state_size", None if seen is None else seen.shape[0])
 
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Starts an episode in one lane."""
@@ -136,6 +140,7 @@ class Game:
             self.rules.agent_mask(self.env, state),
             reward + shaped,
             game_reward,
+            self.rules.global_state(self.env, state),
         )
 
     def _by_agent(self, values: Mapping[str, Array]) -> Float[Array, " M"]:
