@@ -1,6 +1,6 @@
 """Probe environments: small, pure, with returns that can be worked out by hand."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import gymnasium
@@ -223,6 +223,71 @@ class Relay(Env):
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any):
         return Relay(num_envs, self.limit, self.dies)
+
+    def render(self, state, lane=0):
+        return None
+
+    def close(self):
+        pass
+
+
+class TwoStep(Env):
+    """The two-step game of Rashid et al. 2018, §6.1: two agents, who both see the state.
+
+    In the first step the first agent chooses the state of the second, unpaid: 2A by its action 0,
+    2B by 1. There the team is paid by a matrix of both actions: 7 whatever they do in 2A; in 2B 0,
+    1, 1 or 8. The best is 8, and who believes in sums (VDN) goes for 7. Beyond the end the state is
+    of zeros.
+    """
+
+    num_envs: int = eqx.field(static=True)
+    num_agents: int = eqx.field(static=True, default=2)
+    on_host: bool = eqx.field(static=True, default=False)
+    max_episode_steps: int = eqx.field(static=True, default=2)
+
+    PAYOFFS: ClassVar = np.array([[[7, 7], [7, 7]], [[0, 1], [1, 8]]], np.float32)
+    START, END = 0, 3  # 2A and 2B are between
+
+    @property
+    def observation_space(self):
+        return of_observations(gymnasium.spaces.Box(0, 1, (3,), np.float32))
+
+    @property
+    def action_space(self):
+        return of_actions(gymnasium.spaces.Discrete(2))
+
+    @property
+    def state_size(self):
+        return 3
+
+    def _emit(self, place, first, reward):
+        ended = place == self.END
+        state = jax.nn.one_hot(place, 3)
+        timestep = TimeStep(
+            obs=jnp.repeat(state[:, None], 2, axis=1),
+            reward=reward,
+            terminated=ended,
+            truncated=jnp.zeros(self.num_envs, bool),
+            first=first,
+            episode=Episode(ended, reward, jnp.clip(place, 0, 1) + ended),
+            global_state=state,
+        )
+        return place, timestep
+
+    def reset(self, key):
+        start = jnp.full(self.num_envs, self.START)
+        return self._emit(start, start == self.START, jnp.zeros(self.num_envs))
+
+    def step(self, state, action, key):
+        in_second = (state != self.START) & (state != self.END)
+        paid = jnp.asarray(self.PAYOFFS)[jnp.clip(state - 1, 0, 1), action[:, 0], action[:, 1]]
+        place = jnp.where(in_second, self.END, 1 + action[:, 0])
+        over = state == self.END
+        place = jnp.where(over, self.START, place)
+        return self._emit(place, over, jnp.where(in_second, paid, 0.0))
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any):
+        return TwoStep(num_envs)
 
     def render(self, state, lane=0):
         return None

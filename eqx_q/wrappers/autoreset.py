@@ -27,6 +27,7 @@ class Report(eqx.Module):
     agent_mask: Bool[Array, "*lanes M"] | None = None
     agent_reward: Float[Array, "*lanes M"] | None = None
     game_reward: Float[Array, "*lanes"] | None = None
+    global_state: Float[Array, "*lanes S"] | None = None
 
 
 class Running(eqx.Module):
@@ -67,6 +68,7 @@ class Running(eqx.Module):
             report.action_mask,
             report.agent_mask,
             agent_reward,
+            report.global_state,
         )
         return Running(ended, returns, length), timestep
 

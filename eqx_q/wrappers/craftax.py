@@ -67,20 +67,10 @@ class Game:
     max_episode_steps: int
     time_limit: TimeLimit
     lanes_per_reset: int | None
-    observation_space: Box = dataclasses.field(init=False)
-    action_space: Discrete = dataclasses.field(init=False)
+    observation_space: Box
+    action_space: Discrete
     num_agents: None = None
-
-    def __post_init__(self):
-        obs, _ = jax.eval_shape(self.env.reset_env, jax.random.key(0), self.params)
-        if len(obs.shape) == 3:
-            box = gymnasium.spaces.Box(0, 255, obs.shape, np.uint8)
-        else:
-            box = gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
-        object.__setattr__(self, "observation_space", Box(box))
-        object.__setattr__(
-            self, "action_space", Discrete(gymnasium.spaces.Discrete(int(self.env.num_actions)))
-        )
+    state_size: None = None
 
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Generates a world."""
@@ -209,7 +199,16 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
         ours["max_episode_steps"],
         ours["time_limit"],
         None if ours["optimistic_resets"] == 1 else ours["optimistic_resets"],
+        _observations(env, params),
+        Discrete(gymnasium.spaces.Discrete(int(env.num_actions))),
     )
+
+
+def _observations(env: Any, params: Any) -> Box:
+    obs, _ = jax.eval_shape(env.reset_env, jax.random.key(0), params)
+    if len(obs.shape) == 3:
+        return Box(gymnasium.spaces.Box(0, 255, obs.shape, np.uint8))
+    return Box(gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32))
 
 
 def _fields(params: Any) -> set[str]:

@@ -54,6 +54,11 @@ class Env(eqx.Module):
     max_episode_steps: AbstractVar[int | None]
 
     @property
+    def state_size(self) -> int | None:
+        """`S` of `TimeStep.global_state`, or `None`. A suite that has one overrides this."""
+        return None
+
+    @property
     def recording(self) -> Recording:
         """What a data set holds of it. A suite overrides this where there is something to say."""
         return Recording()

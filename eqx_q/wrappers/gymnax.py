@@ -43,29 +43,11 @@ class Game:
     options: dict[str, Any]
     env: Environment
     params: Any
-    observation_space: Box = dataclasses.field(init=False)
-    action_space: Discrete = dataclasses.field(init=False)
+    observation_space: Box
+    action_space: Discrete
     num_agents: None = None
+    state_size: None = None
     lanes_per_reset: None = None
-
-    def __post_init__(self):
-        if not _is_discrete(self.env, self.params):
-            raise UsageError(
-                f"{self.env.name} has continuous actions: Q-learning needs discrete ones"
-            )
-        key = jax.random.key(0)
-        state, first = jax.eval_shape(self.reset, key)
-        _, later = jax.eval_shape(self.step, state, jnp.int32(0), key)
-        if first.obs.shape != later.obs.shape:
-            raise UsageError(
-                f"{self.env.name} gives observations of shape {first.obs.shape} after reset, "
-                f"but {later.obs.shape} after step: they must be the same"
-            )
-        box = gymnasium.spaces.Box(-np.inf, np.inf, first.obs.shape, np.float32)
-        object.__setattr__(self, "observation_space", Box(box))
-        object.__setattr__(
-            self, "action_space", Discrete(gymnasium.spaces.Discrete(int(self.env.num_actions)))
-        )
 
     @property
     def max_episode_steps(self) -> int:
@@ -75,7 +57,7 @@ class Game:
         """Starts an episode in one lane."""
         obs, state = self.env.reset_env(key, self.params)
         no = jnp.array(False)
-        return state, Report(self._observe(obs), jnp.array(0.0), no, no)
+        return state, Report(_observe(self.env, self.params, obs), jnp.array(0.0), no, no)
 
     def step(
         self, state: PyTree, action: Int[Array, ""], key: PRNGKeyArray
@@ -84,7 +66,7 @@ class Game:
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         truncated = self.env.is_truncated(state, self.params)
         reward = jnp.asarray(reward, jnp.float32)
-        return state, Report(self._observe(obs), reward, terminated, truncated)
+        return state, Report(_observe(self.env, self.params, obs), reward, terminated, truncated)
 
     def render(self, state: PyTree) -> UInt8[np.ndarray, "height width 3"] | None:
         """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here.
@@ -105,15 +87,6 @@ class Game:
     def replace(self, options: dict[str, Any]) -> "Game":
         """The same with other options."""
         return _game(self.source, self.options | options)
-
-    def _observe(self, obs: Any) -> Float[Array, "*obs"]:
-        """As `float32`; one-hot where gymnax gives an index."""
-        if not isinstance(obs, jax.Array):
-            raise UsageError(f"{self.env.name} must observe one array, not a {type(obs).__name__}")
-        space = self.env.observation_space(self.params)
-        if isinstance(space, spaces.Discrete):
-            return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
-        return obs.astype(jnp.float32)
 
 
 def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None:
@@ -166,7 +139,7 @@ def _game(source: Any, options: dict[str, Any]) -> Game:
         # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
         return _named_game(source, pickle.dumps(sorted(options.items())))
     env, params = source if isinstance(source, tuple) else (source, source.default_params)
-    return Game(source, options, env, _replace(params, options))
+    return _configured(source, options, env, _replace(params, options))
 
 
 @functools.cache
@@ -176,7 +149,38 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
     constructor = {key: options[key] for key in options if key in arguments}
     rest = {key: options[key] for key in options if key not in arguments}
     env, params = gymnax.make(name, **constructor) if constructor else _default(name)
-    return Game(name, options, env, _replace(params, rest, tuple(arguments)))
+    return _configured(name, options, env, _replace(params, rest, tuple(arguments)))
+
+
+def _configured(source: Any, options: dict[str, Any], env: Environment, params: Any) -> Game:
+    """With spaces that are true of what is seen and done."""
+    if not _is_discrete(env, params):
+        raise UsageError(f"{env.name} has continuous actions: Q-learning needs discrete ones")
+
+    def seen(key: PRNGKeyArray) -> tuple[Array, Array]:
+        first, state = env.reset_env(key, params)
+        later = env.step_env(key, state, jnp.int32(0), params)[0]
+        return _observe(env, params, first), _observe(env, params, later)
+
+    first, later = jax.eval_shape(seen, jax.random.key(0))
+    if first.shape != later.shape:
+        raise UsageError(
+            f"{env.name} gives observations of shape {first.shape} after reset, "
+            f"but {later.shape} after step: they must be the same"
+        )
+    observations = Box(gymnasium.spaces.Box(-np.inf, np.inf, first.shape, np.float32))
+    actions = Discrete(gymnasium.spaces.Discrete(int(env.num_actions)))
+    return Game(source, options, env, params, observations, actions)
+
+
+def _observe(env: Environment, params: Any, obs: Any) -> Float[Array, "*obs"]:
+    """As `float32`; one-hot where gymnax gives an index."""
+    if not isinstance(obs, jax.Array):
+        raise UsageError(f"{env.name} must observe one array, not a {type(obs).__name__}")
+    space = env.observation_space(params)
+    if isinstance(space, spaces.Discrete):
+        return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
+    return obs.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -58,35 +58,13 @@ class Game:
     pad: bool
     shaped_reward_horizon: float
     shaped_reward_lanes: int
-    observation_space: Box = dataclasses.field(init=False)
-    action_space: Discrete = dataclasses.field(init=False)
-    num_agents: int = dataclasses.field(init=False)
-    max_episode_steps: int | None = dataclasses.field(init=False)
+    observation_space: Box
+    action_space: Discrete
+    num_agents: int
+    max_episode_steps: int | None
+    state_size: int | None
+    action_mask: Bool[np.ndarray, "M A"] | None
     lanes_per_reset: None = None
-    action_mask: Bool[np.ndarray, "M A"] | None = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        counts = [self._num_actions(agent) for agent in self.env.agents]
-        shapes = self._observation_shapes()
-        for what, values in (("observations of shapes", shapes), ("numbers of actions", counts)):
-            if len(set(values)) > 1 and not self.pad:
-                raise UsageError(
-                    f"the agents of {self.env.name} have different {what} "
-                    f"({', '.join(map(str, sorted(set(values))))}): give pad=true to fill up"
-                )
-        if len({len(shape) for shape in shapes}) > 1:
-            raise UsageError(
-                f"the agents of {self.env.name} observe {sorted(set(shapes))}: "
-                "only shapes of equally many axes can be padded"
-            )
-        mask = np.arange(max(counts)) < np.array(counts)[:, None]
-        shape = tuple(int(size) for size in np.max(shapes, axis=0))
-        box = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
-        object.__setattr__(self, "observation_space", Box(box))
-        object.__setattr__(self, "action_space", Discrete(gymnasium.spaces.Discrete(max(counts))))
-        object.__setattr__(self, "action_mask", None if mask.all() else mask)
-        object.__setattr__(self, "num_agents", len(self.env.agents))
-        object.__setattr__(self, "max_episode_steps", self.rules.longest(self.env))
 
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Starts an episode in one lane."""
@@ -136,6 +114,7 @@ class Game:
             self.rules.agent_mask(self.env, state),
             reward + shaped,
             game_reward,
+            self.rules.global_state(self.env, state),
         )
 
     def _by_agent(self, values: Mapping[str, Array]) -> Float[Array, " M"]:
@@ -152,30 +131,6 @@ class Game:
             return None if self.action_mask is None else jnp.asarray(self.action_mask)
         shape = (int(self.action_space.n),)
         return jnp.stack([_fill(jnp.asarray(masks[a], bool), shape) for a in self.env.agents])
-
-    def _num_actions(self, agent: Any) -> int:
-        space = self.env.action_space(agent)
-        if not isinstance(space, spaces.Discrete):
-            raise UsageError(
-                f"{self.env.name} has actions of {type(space).__name__}: "
-                "Q-learning needs Discrete ones"
-            )
-        return int(space.n)
-
-    def _observation_shapes(self) -> list[tuple[int, ...]]:
-        key = jax.random.key(0)
-        first, state = jax.eval_shape(self.env.reset, key)
-        actions = {agent: jnp.int32(0) for agent in self.env.agents}
-        if not isinstance(first, dict) or not all(hasattr(first.get(a), "shape") for a in actions):
-            raise UsageError(f"{self.env.name} must observe one array for each of its agents")
-        later = jax.eval_shape(self.env.step_env, key, state, actions)[0]
-        for agent in actions:
-            if first[agent].shape != later[agent].shape:
-                raise UsageError(
-                    f"{agent} of {self.env.name} observes shape {first[agent].shape} after reset, "
-                    f"but {later[agent].shape} after step: they must be the same"
-                )
-        return [first[agent].shape for agent in actions]
 
 
 def ids() -> list[str]:
@@ -285,7 +240,61 @@ def _configured(
     require_count("shaped_reward_lanes", ours["shaped_reward_lanes"])
     if horizon > 0 and not rules.shaped:
         raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
-    return Game(source, options, env, rules, **ours)
+    return Game(source, options, env, rules, **ours, **_described(env, rules, ours["pad"]))
+
+
+def _described(env: MultiAgentEnv, rules: Rules, pad: bool) -> dict[str, Any]:
+    """The fields of a `Game` that the environment itself decides."""
+    counts = [_num_actions(env, agent) for agent in env.agents]
+    shapes = _observation_shapes(env)
+    for what, values in (("observations of shapes", shapes), ("numbers of actions", counts)):
+        if len(set(values)) > 1 and not pad:
+            raise UsageError(
+                f"the agents of {env.name} have different {what} "
+                f"({', '.join(map(str, sorted(set(values))))}): give pad=true to fill up"
+            )
+    if len({len(shape) for shape in shapes}) > 1:
+        raise UsageError(
+            f"the agents of {env.name} observe {sorted(set(shapes))}: "
+            "only shapes of equally many axes can be padded"
+        )
+    mask = np.arange(max(counts)) < np.array(counts)[:, None]
+    shape = tuple(int(size) for size in np.max(shapes, axis=0))
+    _, state = jax.eval_shape(env.reset, jax.random.key(0))
+    seen = jax.eval_shape(lambda state: rules.global_state(env, state), state)
+    return {
+        "observation_space": Box(gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)),
+        "action_space": Discrete(gymnasium.spaces.Discrete(max(counts))),
+        "action_mask": None if mask.all() else mask,
+        "num_agents": len(env.agents),
+        "max_episode_steps": rules.longest(env),
+        "state_size": None if seen is None else seen.shape[0],
+    }
+
+
+def _num_actions(env: MultiAgentEnv, agent: Any) -> int:
+    space = env.action_space(agent)
+    if not isinstance(space, spaces.Discrete):
+        raise UsageError(
+            f"{env.name} has actions of {type(space).__name__}: Q-learning needs Discrete ones"
+        )
+    return int(space.n)
+
+
+def _observation_shapes(env: MultiAgentEnv) -> list[tuple[int, ...]]:
+    key = jax.random.key(0)
+    first, state = jax.eval_shape(env.reset, key)
+    actions = {agent: jnp.int32(0) for agent in env.agents}
+    if not isinstance(first, dict) or not all(hasattr(first.get(a), "shape") for a in actions):
+        raise UsageError(f"{env.name} must observe one array for each of its agents")
+    later = jax.eval_shape(env.step_env, key, state, actions)[0]
+    for agent in actions:
+        if first[agent].shape != later[agent].shape:
+            raise UsageError(
+                f"{agent} of {env.name} observes shape {first[agent].shape} after reset, "
+                f"but {later[agent].shape} after step: they must be the same"
+            )
+    return [first[agent].shape for agent in actions]
 
 
 def _constructor_options(kind: type) -> set[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxmarl import environments
 from jaxmarl.environments.smax.heuristic_enemy_smax_env import EnemySMAX
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..types import AnyArray
 from .drawing import draw_discs, draw_grid
@@ -27,6 +27,8 @@ class Rules:
     - `longest`: the steps of an episode that only the limit ends; `None` where there is no limit.
     - `agent_mask`: which agents live.
     - `action_masks`: by agent, the actions that are legal.
+    - `global_state`: what learning may see of all, and no agent does. JaxNav's is left out: it is
+        one for each agent, with what that agent sees.
     - `metrics`: what else to say of an episode.
     - `draw`: a picture. (Of Hanabi's cards and of the riddle there is none, of JaxNav not yet.)
     - `team_reward`: how the agents' rewards make the team's, where the caller does not say.
@@ -37,6 +39,7 @@ class Rules:
     longest: Callable[[Any], int | None] = lambda env: None
     agent_mask: Callable[..., Bool[Array, " M"] | None] = lambda env, state: None
     action_masks: Callable[..., Mapping[str, Array] | None] = lambda env, state: None
+    global_state: Callable[..., Float[Array, " S"] | None] = lambda env, state: None
     metrics: Callable[..., dict[str, AnyArray]] = lambda env, state: {}
     draw: Callable[..., UInt8[np.ndarray, "height width 3"] | None] = lambda env, state: None
     team_reward: TeamReward = "sum"
@@ -134,6 +137,7 @@ _BATTLE = Rules(
     longest=_steps_and_one,
     agent_mask=lambda env, state: _units(state).unit_alive[: env.num_agents],
     action_masks=lambda env, state: env.get_avail_actions(state),
+    global_state=lambda env, state: env.get_world_state(state).astype(jnp.float32),
     metrics=_battle_won,
     draw=_draw_battle,
 )

@@ -22,7 +22,7 @@ class Game(Protocol):
 
     **Attributes:**
 
-    - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`: as in
+    - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`, `state_size`: as in
         [`eqx_q.wrappers.Env`][].
     - `lanes_per_reset`: `None`: a reset is cheap, and computed in every lane and step. A number:
         it is dear, and computed for one in so many lanes at once; see `autoreset.step`.
@@ -36,6 +36,8 @@ class Game(Protocol):
     def num_agents(self) -> int | None: ...
     @property
     def max_episode_steps(self) -> int | None: ...
+    @property
+    def state_size(self) -> int | None: ...
     @property
     def lanes_per_reset(self) -> int | None: ...
 
@@ -77,6 +79,10 @@ class Lanes(Env):
         self.num_agents = game.num_agents
         self.on_host = False
         self.max_episode_steps = game.max_episode_steps
+
+    @property
+    def state_size(self) -> int | None:
+        return self.game.state_size
 
     def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
         return autoreset.reset(self.game.reset, key, self.num_envs)

@@ -46,6 +46,11 @@ class Observe(Env):
         self.max_episode_steps = env.max_episode_steps
 
     @property
+    def state_size(self) -> int | None:
+        """That of the environment, of which nothing is hidden."""
+        return self.env.state_size
+
+    @property
     def recording(self) -> Recording:
         """That of the environment; it hides nothing of the axis along which frames are stacked."""
         inner = self.env.recording

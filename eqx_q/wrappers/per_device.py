@@ -71,6 +71,11 @@ class PerDevice(Env):
         self.max_episode_steps = one.max_episode_steps
 
     @property
+    def state_size(self) -> int | None:
+        """That of each."""
+        return self.envs[0].state_size
+
+    @property
     def recording(self) -> Recording:
         """That of each."""
         return self.envs[0].recording

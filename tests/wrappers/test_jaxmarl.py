@@ -18,6 +18,7 @@ from rollouts import CHUNK, lane_keys, play, roll
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import UsageError
+from eqx_q.wrappers.observe import Observe
 
 LANES = 2
 FRAIL = jnp.full(6, 20.0)  # units that die soon, so that battles end within few steps
@@ -171,6 +172,18 @@ def test_equals_jaxmarl_stepped_by_hand(name):
             [],
             [env.max_episode_steps] * timesteps.truncated.sum(),
         )
+
+
+@pytest.mark.parametrize("name", ["HeuristicEnemySMAX", "SMAX"])
+def test_the_global_state_is_that_of_jaxmarl_step_by_step(name):
+    env, raw, timesteps, log = played(name)
+    for t, lane, _, obs, *_ in log:
+        np.testing.assert_allclose(
+            timesteps.global_state[t, lane], obs["world_state"], rtol=1e-4, atol=1e-4
+        )
+    assert timesteps.global_state.shape[2:] == (env.state_size,) == (raw.state_size,)
+    assert Observe(env, [0]).state_size == env.state_size
+    assert (timesteps.global_state[1:] != timesteps.global_state[:-1]).any(-1).all()
 
 
 def test_action_masks_change_with_the_state():
@@ -349,6 +362,7 @@ def test_every_id_fits_the_contract(name):
     ):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert timestep.obs.shape == (LANES, env.num_agents, *env.observation_space.shape)
+    assert (timestep.global_state is None) == ("SMAX" not in name) == (env.state_size is None)
     assert (timestep.action_mask is None) == (
         name not in ("HeuristicEnemySMAX", "SMAX", "hanabi", *DIFFERENT_ACTIONS)
     )
