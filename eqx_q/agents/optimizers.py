@@ -1,0 +1,138 @@
+"""Optimisers: optax's, by name, or a transformation of one's own."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+from optax import contrib
+
+from ..errors import UsageError
+from ..types import Scalar
+from .hyperparameters import check_ranges
+from .parts import Part, check_options, name_and_options
+
+
+@functools.wraps(optax.adam)
+def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
+    """As optax's, but the state is that of `scale_by_adam` alone."""
+    adam = optax.scale_by_adam(**options)
+
+    def update(gradients, state, parameters=None):
+        updates, state = adam.update(gradients, state, parameters)
+        return jax.tree.map(lambda x: -learning_rate * x, updates), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _takes_a_rate(name: str, make: Any) -> bool:
+    """Whether it makes a transformation that needs gradients and a rate at each step, no more."""
+    if name.startswith(("_", "scale_by")) or name in {"lbfgs", "noisy_sgd", "rprop"}:
+        return False
+    is_function = inspect.isfunction(make) or isinstance(make, functools.partial)
+    return is_function and "learning_rate" in inspect.signature(make).parameters
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    name: make for name, make in vars(optax).items() if _takes_a_rate(name, make)
+} | {"adam": _adam, "muon": contrib.muon}
+
+
+class Optimizer(Part):
+    """Makes updates of parameters from gradients, at a learning rate that each step is given.
+
+    **Attributes:**
+
+    - `transformation`: a name of `OPTIMIZERS`; a function from a learning rate to an optax
+        transformation; or such a transformation, whose updates are multiplied by the learning rate.
+        The last should be made with a rate of 1, as `optax.adamw(1.0)` is.
+    - `options`: *traced*; the numbers that the name was given with. What was not given keeps
+        optax's default, and is no hyperparameter.
+    - `settings`: other options that the name was given with.
+    """
+
+    transformation: str | optax.GradientTransformation | Callable = eqx.field(static=True)
+    options: dict[str, Float[Array, ""]]
+    settings: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+
+    def init(self, parameters: PyTree) -> PyTree:
+        """The state before the first step."""
+        return self._at(0.0).init(parameters)
+
+    def step(
+        self, gradients: PyTree, state: PyTree, parameters: PyTree, learning_rate: Scalar
+    ) -> tuple[PyTree, PyTree]:
+        """**Returns:** what to add to the parameters (`optax.apply_updates`), and the new state."""
+        return self._at(learning_rate).update(gradients, state, parameters)
+
+    def _at(self, learning_rate: Any) -> optax.GradientTransformation:
+        if isinstance(self.transformation, optax.GradientTransformation):
+            return optax.chain(self.transformation, optax.scale(learning_rate))
+        if isinstance(self.transformation, str):
+            make = OPTIMIZERS[self.transformation]
+            return make(learning_rate, **self.options, **dict(self.settings))
+        return self.transformation(learning_rate)
+
+
+def make_optimizer(
+    given: str | Mapping[str, Any] | optax.GradientTransformation | Callable | Optimizer,
+) -> Optimizer:
+    """An optimiser by its name in optax, by a mapping `{"name": ..., **options}`, or one's own.
+
+    Options are those of optax's function of that name; those that are `None` keep their default. A
+    number is a leaf of the agent, unless optax's default is a whole number or a switch.
+
+    One's own is a function of the learning rate, or a transformation made with a rate of 1 (see
+    `Optimizer`). An agent can be saved with a function that can be imported by its name, and not
+    with a transformation.
+
+    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for what
+    makes no step from gradients, parameters and a learning rate.
+    """
+    if isinstance(given, Optimizer):
+        return given
+    if not isinstance(given, str | Mapping):
+        return _tried(Optimizer(given, {}, ()))
+    name, options = name_and_options("optimizer", given, OPTIMIZERS)
+    known = dict(inspect.signature(OPTIMIZERS[name]).parameters)
+    del known["learning_rate"]
+    check_options("optimizer", name, options, known)
+    numbers = {
+        option: value
+        for option, value in options.items()
+        if _is_number(value) and not isinstance(known[option].default, int)
+    }
+    check_ranges({f"optimizer.{option}": value for option, value in numbers.items()})
+    settings = {
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in options.items()
+        if option not in numbers
+    }
+    numbers = {option: jnp.asarray(value, jnp.float32) for option, value in numbers.items()}
+    return _tried(Optimizer(name, numbers, tuple(sorted(settings.items()))))
+
+
+def _is_number(value: Any) -> bool:
+    return eqx.is_array_like(value) and not isinstance(value, bool) and jnp.ndim(value) == 0
+
+
+def _tried(optimizer: Optimizer) -> Optimizer:
+    """The same, after a step without computing anything."""
+    parameters = {"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    try:
+        eqx.filter_eval_shape(
+            lambda x: optimizer.step(x, optimizer.init(x), x, jnp.zeros(())), parameters
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        options = {**optimizer.options, **dict(optimizer.settings)}
+        named = ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+        raise UsageError(
+            f"optimizer {optimizer.transformation!r} with {named} makes no step from gradients, "
+            f"parameters and a learning rate: {error}"
+        ) from error
+    return optimizer

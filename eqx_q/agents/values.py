@@ -1,0 +1,300 @@
+"""Values: what a network's raw numbers say of the return, and how they learn from targets.
+
+A network gives `K` numbers for each choice. A value makes an expected return of them, gives the
+samples that targets bootstrap from, and a loss against such targets.
+"""
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from ..errors import UnknownNameError, UsageError
+from ..returns import quantile_huber
+from ..types import Scalar as Number
+from .hyperparameters import check_ranges
+from .parts import Part, make_part
+
+
+class AbstractValue(Part):
+    """The meaning of `K` raw numbers, and their loss. None of its arrays are trained.
+
+    Shapes: any leading axes, then `K` raw numbers, `L` samples of a target, `F` factors of an
+    action.
+    """
+
+    @property
+    @abc.abstractmethod
+    def num_outputs(self) -> int:
+        """`K`."""
+
+    @abc.abstractmethod
+    def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
+        """The expected return: the Q-value."""
+
+    @abc.abstractmethod
+    def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
+        """Raw numbers of a joint action, from those of the choices of its factors.
+
+        What is expected of them is the mean over the factors (Seyde et al. 2023, arXiv 2210.12566).
+        """
+
+    @abc.abstractmethod
+    def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch L"]:
+        """Samples of the return, for targets to bootstrap from."""
+
+    @abc.abstractmethod
+    def loss(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> Float[Array, "*batch"]:
+        """The loss against samples of the target; its mean over them."""
+
+    @abc.abstractmethod
+    def metrics(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> dict[str, Float[Array, "*batch"]]:
+        """What there is to tell besides the loss, by name."""
+
+
+class Scalar(AbstractValue):
+    """One number, the expected return itself.
+
+    **Attributes:** `td_loss`: of the TD error, `"half_squared"`, `"squared"`, or `"huber"` (with
+    δ = 1).
+    """
+
+    td_loss: str = eqx.field(static=True)
+
+    def __init__(self, td_loss: str = "half_squared"):
+        if td_loss not in _TD_LOSSES:
+            raise UnknownNameError("td_loss", td_loss, _TD_LOSSES)
+        self.td_loss = td_loss
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
+
+    def expected(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch"]:
+        return raw[..., 0]
+
+    def join(self, raw: Float[Array, "*batch F 1"]) -> Float[Array, "*batch 1"]:
+        return jnp.mean(raw, axis=-2)
+
+    def samples(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch 1"]:
+        return raw
+
+    def loss(
+        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
+    ) -> Float[Array, "*batch"]:
+        return jnp.mean(_TD_LOSSES[self.td_loss](targets - raw), axis=-1)
+
+    def metrics(
+        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
+    ) -> dict[str, Float[Array, "*batch"]]:
+        return {}
+
+
+class HLGauss(AbstractValue):
+    """A histogram of the return, learnt as a classification of smoothed targets (HL-Gauss).
+
+    Farebrother et al., "Stop Regressing", 2024 (arXiv 2403.03950). The raw numbers are logits of
+    bins of equal width between `v_min` and `v_max`, and the expected return is the mean of the
+    bins' centres. A target becomes a Gaussian around it, cut to the range, of which each bin gets
+    the mass between its edges (§3.1); the loss is the cross entropy.
+
+    With `symlog` the bins are of equal width in the space of symlog(x) = sign(x) log(1 + |x|)
+    (Hafner et al. 2023, arXiv 2301.04104, equation 9), for returns of many magnitudes. Edges,
+    centres and the Gaussian are there; the expected return is the mean of symexp of the centres.
+    So it stays linear in the probabilities, and what targets bootstrap from is a mean of returns,
+    not of their logarithms.
+
+    A projection keeps the mean of its target. Of the plain Gaussian that is not so where it is
+    cut, near the ends of the range, nor under symlog, where it is too high by a factor of about
+    exp(width²/2) that bootstrapping would compound. So what is projected is a mixture of the
+    Gaussian around the target and of another that is shifted by the larger of a bin and a standard
+    deviation, with the weights that keep the mean. Elsewhere the second has practically no weight;
+    and as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner et al. Only closer
+    to an end than about 0.7 bins (with the default `sigma`) the mean stays inside the target: a
+    range should be a little wider than what is to be learnt.
+
+    **Attributes:**
+
+    - `num_bins`: `K`.
+    - `v_min`, `v_max`: *traced*; the outer edges of the bins, as returns (also with `symlog`).
+        Targets outside are clipped to them.
+    - `sigma`: *traced*; the Gaussian's standard deviation, in widths of a bin.
+    - `symlog`: whether bins are of equal width under symlog.
+    """
+
+    v_min: Float[Array, ""]
+    v_max: Float[Array, ""]
+    sigma: Float[Array, ""]
+    num_bins: int = eqx.field(static=True)
+    symlog: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_bins: int = 51,
+        v_min: Number = -10.0,
+        v_max: Number = 10.0,
+        sigma: Number = 0.75,
+        symlog: bool = False,
+    ):
+        """The defaults are the paper's for Atari, whose rewards are clipped."""
+        _check_whole("num_bins", num_bins, 2)
+        check_ranges({"value.v_min": v_min, "value.v_max": v_max, "value.sigma": sigma})
+        is_known = not isinstance(v_min, Tracer) and not isinstance(v_max, Tracer)
+        if is_known and not float(v_min) < float(v_max):
+            raise UsageError(f"v_min={v_min} must be below v_max={v_max}: they bound the returns")
+        self.v_min, self.v_max, self.sigma = (
+            jnp.asarray(x, jnp.float32) for x in (v_min, v_max, sigma)
+        )
+        self.num_bins, self.symlog = num_bins, symlog
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_bins
+
+    @property
+    def edges(self) -> Float[Array, " edges"]:
+        """Of the bins; with `symlog`, in its space."""
+        low, high = self._squash(self.v_min), self._squash(self.v_max)
+        return jnp.linspace(low, high, self.num_bins + 1)
+
+    @property
+    def centres(self) -> Float[Array, " K"]:
+        """The returns that the bins stand for."""
+        edges = self.edges
+        centres = (edges[:-1] + edges[1:]) / 2
+        return symexp(centres) if self.symlog else centres
+
+    def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
+        return jnp.sum(jax.nn.softmax(raw) * self.centres, axis=-1)
+
+    def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
+        """The logarithm of the mixture of the factors' distributions."""
+        log_mass = jax.nn.log_softmax(raw)
+        return jax.nn.logsumexp(log_mass, axis=-2) - jnp.log(raw.shape[-2])
+
+    def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch 1"]:
+        return self.expected(raw)[..., None]
+
+    def loss(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> Float[Array, "*batch"]:
+        """See `AbstractValue`. No gradient goes to the targets."""
+        mass = jnp.mean(self.project(jax.lax.stop_gradient(targets)), axis=-2)
+        return -jnp.sum(mass * jax.nn.log_softmax(raw), axis=-1)
+
+    def metrics(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> dict[str, Float[Array, "*batch"]]:
+        """`out_of_range`: the share of targets that had to be clipped."""
+        outside = (targets < self.v_min) | (targets > self.v_max)
+        return {"out_of_range": jnp.mean(outside, axis=-1, dtype=jnp.float32)}
+
+    def project(self, targets: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
+        """The probability of each bin, for targets."""
+        edges, centres = self.edges, self.centres
+        targets = jnp.clip(targets, self.v_min, self.v_max)
+        width = edges[1] - edges[0]
+        deviation = self.sigma * width
+
+        def gaussian(mean):
+            below = jax.scipy.special.ndtr((edges - mean[..., None]) / deviation)
+            mass = jnp.diff(below)
+            return mass / jnp.sum(mass, axis=-1, keepdims=True)
+
+        location = self._squash(targets)
+        first = gaussian(location)
+        missing = targets - jnp.sum(first * centres, axis=-1)
+        shift = jnp.sign(missing) * jnp.maximum(width, deviation)
+        second = gaussian(jnp.clip(location + shift, edges[0], edges[-1]))
+        gained = jnp.sum((second - first) * centres, axis=-1)
+        weight = jnp.where(gained == 0, 0.0, missing / jnp.where(gained == 0, 1.0, gained))
+        return first + jnp.clip(weight, 0.0, 1.0)[..., None] * (second - first)
+
+    def _squash(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        return symlog(x) if self.symlog else x
+
+
+class Quantile(AbstractValue):
+    """Quantiles of the return, learnt with the quantile Huber loss.
+
+    Dabney et al. 2018 (QR-DQN, arXiv 1710.10044). Their mean is the expected return. Each is a
+    sample that targets bootstrap from.
+
+    **Attributes:** `num_quantiles`: `K`, of the fractions (2i + 1) / 2K.
+    """
+
+    num_quantiles: int = eqx.field(static=True)
+
+    def __init__(self, num_quantiles: int = 200):
+        _check_whole("num_quantiles", num_quantiles, 1)
+        self.num_quantiles = num_quantiles
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_quantiles
+
+    def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
+        return jnp.mean(raw, axis=-1)
+
+    def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
+        """Quantile by quantile."""
+        return jnp.mean(raw, axis=-2)
+
+    def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+        return raw
+
+    def loss(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> Float[Array, "*batch"]:
+        return quantile_huber(raw, targets)
+
+    def metrics(
+        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
+    ) -> dict[str, Float[Array, "*batch"]]:
+        return {}
+
+
+VALUES = {"scalar": Scalar, "hl_gauss": HLGauss, "quantile": Quantile}
+
+
+def make_value(given: str | Mapping[str, Any] | AbstractValue) -> AbstractValue:
+    """A value of `VALUES` by name, by a mapping `{"name": ..., **options}`, or the one given.
+
+    Options that are `None` keep their default.
+
+    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for
+    ranges and sizes that make no sense.
+    """
+    return make_part("value", given, AbstractValue, VALUES)
+
+
+def symlog(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """sign(x) log(1 + |x|) (Hafner et al. 2023, equation 9)."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+_TD_LOSSES = {
+    "half_squared": lambda error: 0.5 * error**2,
+    "squared": lambda error: error**2,
+    "huber": optax.huber_loss,
+}
+
+
+def _check_whole(name: str, number: Any, least: int) -> None:
+    if not isinstance(number, int) or number < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, got {number!r}")
