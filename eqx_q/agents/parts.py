@@ -41,9 +41,7 @@ def make_part(
     return known[name](**options)
 
 
-def name_and_options(
-    kind: str, given: Any, known: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """What a name, or a mapping with one, asks for, without what is `None`."""
     options = {"name": given} if isinstance(given, str) else given
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):

@@ -5,6 +5,7 @@ samples that targets bootstrap from, and a loss against such targets.
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,14 +115,14 @@ class HLGauss(AbstractValue):
     So it stays linear in the probabilities, and what targets bootstrap from is a mean of returns,
     not of their logarithms.
 
-    A projection keeps the mean of its target. Of the plain Gaussian that is not so where it is
-    cut, near the ends of the range, nor under symlog, where it is too high by a factor of about
-    exp(width²/2) that bootstrapping would compound. So what is projected is a mixture of the
-    Gaussian around the target and of another that is shifted by the larger of a bin and a standard
-    deviation, with the weights that keep the mean. Elsewhere the second has practically no weight;
-    and as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner et al. Only closer
-    to an end than about 0.7 bins (with the default `sigma`) the mean stays inside the target: a
-    range should be a little wider than what is to be learnt.
+    The mean of a projection is its target. A Gaussian alone does not give that where it is cut,
+    near the ends of the range, nor under symlog, where its mean is too far from 0, by a factor of
+    about exp(s²/2) for a standard deviation s, which bootstrapping would compound. So a target
+    becomes a mixture of the Gaussian around it and a second one, shifted by a bin or a standard
+    deviation (the larger), with the weights that give the mean. Elsewhere the second has
+    practically no weight; as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner
+    et al. Only of a target that is closer to an end than about 0.7 bins (with the default `sigma`)
+    the mean falls short: choose a range that is a little wider than the returns.
 
     **Attributes:**
 
@@ -207,8 +208,8 @@ class HLGauss(AbstractValue):
         deviation = self.sigma * width
 
         def gaussian(mean):
-            below = jax.scipy.special.ndtr((edges - mean[..., None]) / deviation)
-            mass = jnp.diff(below)
+            below = jax.lax.erf((edges - mean[..., None]) / (deviation * math.sqrt(2)))
+            mass = jnp.maximum(jnp.diff(below), 0)  # erf is monotone but for rounding
             return mass / jnp.sum(mass, axis=-1, keepdims=True)
 
         location = self._squash(targets)
@@ -218,7 +219,8 @@ class HLGauss(AbstractValue):
         second = gaussian(jnp.clip(location + shift, edges[0], edges[-1]))
         gained = jnp.sum((second - first) * centres, axis=-1)
         weight = jnp.where(gained == 0, 0.0, missing / jnp.where(gained == 0, 1.0, gained))
-        return first + jnp.clip(weight, 0.0, 1.0)[..., None] * (second - first)
+        weight = jnp.clip(weight, 0.0, 1.0)[..., None]
+        return (1 - weight) * first + weight * second
 
     def _squash(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         return symlog(x) if self.symlog else x
