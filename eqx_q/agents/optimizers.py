@@ -23,8 +23,8 @@ def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
     """As optax's, but the state is that of `scale_by_adam` alone."""
     adam = optax.scale_by_adam(**options)
 
-    def update(gradients, state, parameters=None):
-        updates, state = adam.update(gradients, state, parameters)
+    def update(updates, state, params=None):
+        updates, state = adam.update(updates, state, params)
         return jax.tree.map(lambda x: -learning_rate * x, updates), state
 
     return optax.GradientTransformation(adam.init, update)
