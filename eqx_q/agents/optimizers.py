@@ -23,23 +23,27 @@ def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
     """As optax's, but the state is that of `scale_by_adam` alone."""
     adam = optax.scale_by_adam(**options)
 
-    def update(gradients, state, parameters=None):
-        updates, state = adam.update(gradients, state, parameters)
+    def update(updates, state, params=None):
+        updates, state = adam.update(updates, state, params)
         return jax.tree.map(lambda x: -learning_rate * x, updates), state
 
     return optax.GradientTransformation(adam.init, update)
 
 
-def _takes_a_rate(name: str, make: Any) -> bool:
-    """Whether it makes a transformation that needs gradients and a rate at each step, no more."""
-    if name.startswith(("_", "scale_by")) or name in {"lbfgs", "noisy_sgd", "rprop"}:
+# Those need a loss or a key at each step, or take their rate at the start; one is deprecated.
+_OTHERS = {"lbfgs", "noisy_sgd", "rprop", "optimistic_adam"}
+
+
+def _is_optimizer(name: str, make: Any) -> bool:
+    """Whether it is one that needs gradients, parameters and a rate at each step."""
+    if name.startswith(("_", "scale_by")) or name in _OTHERS:
         return False
     is_function = inspect.isfunction(make) or isinstance(make, functools.partial)
     return is_function and "learning_rate" in inspect.signature(make).parameters
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    name: make for name, make in vars(optax).items() if _takes_a_rate(name, make)
+    name: make for name, make in vars(optax).items() if _is_optimizer(name, make)
 } | {"adam": _adam, "muon": contrib.muon}
 
 
