@@ -1,6 +1,11 @@
 """Encoders: from observations `[B, ...]` to features `[B, features]`.
 
-Each is a function of the shape of one observation that composes layers. They share these options:
+`ENCODERS` are for numbers and pictures; each is a function of the shape of one observation that
+composes layers. Without hidden layers (`hidden_sizes=()`) an encoder is the *stem* that flattens
+one leaf of an observation, to be joined with those of others. `STEMS` are such for what is counted
+(`Discrete`, `MultiDiscrete`): functions of how many values each number has, and which is the first.
+
+The encoders share these options:
 
 - `hidden_sizes`: of the linear layers after the convolutions.
 - `norm`, `activation`, `init`: names in `layers.NORMS`, `layers.ACTIVATIONS`,
@@ -10,6 +15,7 @@ Each is a function of the shape of one observation that composes layers. They sh
 - `lowering`: how convolutions are computed, see `layers.Conv`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +27,12 @@ from .layers import (
     AbstractLayer,
     Activation,
     Conv,
+    Embedding,
     Flatten,
     Linear,
     Lowering,
     MaxPool,
+    OneHot,
     Padding,
     Product,
     Residual,
@@ -237,3 +245,26 @@ def hadamax(
         height, width, inputs, raw = -(-height // stride), -(-width // stride), size, {}
     style = style._replace(init=init or "he_normal")
     return style.dense(layers, shape, hidden_sizes, dense_key)
+
+
+def one_hot(sizes: Shape, starts: Shape, *, key: PRNGKeyArray) -> OneHot:
+    """Every number as one-hot."""
+    del key  # there is nothing to learn
+    return OneHot(sizes, starts)
+
+
+def embedding(
+    sizes: Shape, starts: Shape, *, key: PRNGKeyArray, embedding_size: int = 16
+) -> Embedding:
+    """A learnt vector for every value of every number."""
+    return Embedding(sizes, starts, embedding_size, key=key)
+
+
+ENCODERS: dict[str, Callable[..., Sequential]] = {
+    "mlp": mlp,
+    "minatar_cnn": minatar_cnn,
+    "nature_cnn": nature_cnn,
+    "impala": impala,
+    "hadamax": hadamax,
+}
+STEMS: dict[str, Callable[..., AbstractLayer]] = {"one_hot": one_hot, "embedding": embedding}

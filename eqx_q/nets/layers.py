@@ -1,9 +1,9 @@
 """Layers: everything that networks are composed of.
 
 A layer works on a batch, is given its running statistics and gives back new ones:
-`layer(x[B, ...], statistics, batch_mask) -> (y[B, ...], statistics)`. Layers without statistics
-pass `None` along. Fields that are not arrays are plain numbers, strings and tuples of them, so
-that a layer can be written down as data.
+`layer(x[B, ...], statistics, batch_mask) -> (y[B, ...], statistics)`. A layer without statistics
+has `None` for them, one that is made of others a tuple of theirs. Fields that are not arrays are
+plain numbers, strings and tuples of them, so that a layer can be written down as data.
 """
 
 import abc
@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
@@ -24,6 +25,7 @@ from ..errors import UnknownNameError
 Padding: TypeAlias = Literal["VALID", "SAME"]
 Lowering: TypeAlias = Literal["auto", "patches", "conv"]
 Batch: TypeAlias = Shaped[Array, "B ..."]
+Batches: TypeAlias = PyTree[Batch]
 BatchMask: TypeAlias = Bool[Array, "B"] | None
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -55,11 +57,11 @@ class AbstractLayer(eqx.Module):
 
     @abc.abstractmethod
     def initial_statistics(self) -> PyTree:
-        """Statistics before any data; `None` where the layer keeps none."""
+        """Statistics before any data; a tree without leaves where the layer keeps none."""
 
     @abc.abstractmethod
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         """**Arguments:**
 
@@ -71,38 +73,59 @@ class AbstractLayer(eqx.Module):
         """
 
 
-def output_shape(layer: AbstractLayer, shape: tuple[int, ...], dtype=jnp.float32) -> tuple:
+def output_shape(layer: AbstractLayer, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one row of the layer's output for rows of `shape`. Computes nothing."""
-    x = jax.ShapeDtypeStruct((1, *shape), dtype)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     y, _ = jax.eval_shape(lambda x: layer(x, layer.initial_statistics()), x)
     return y.shape[1:]
+
+
+def by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *args: Array) -> Array:
+    """`cpu(*args)` in a program for CPUs, else `default(*args)`.
+
+    It is decided when the program is made for a device, and not when it is traced: so it holds
+    where an agent is exported, compiled ahead or put on another device. The program has only the
+    one that was chosen.
+    """
+    # Functions of their own, since JAX hashes them: a module's method cannot be.
+    return lax.platform_dependent(*args, cpu=lambda *a: cpu(*a), default=lambda *a: default(*a))
 
 
 # Composition -----------------------------------------------------------------------------------
 
 
-def gather_statistics(*layers: AbstractLayer) -> PyTree:
-    """Initial statistics of layers that make up one; `None` where none of them keeps any."""
-    statistics = tuple(layer.initial_statistics() for layer in layers)
-    return None if all(kept is None for kept in statistics) else statistics
-
-
 class Sequential(AbstractLayer):
-    """One layer after the other."""
+    """One layer after the other. What the first one takes may be a tree."""
 
     layers: tuple[AbstractLayer, ...]
 
     def initial_statistics(self) -> PyTree:
-        return gather_statistics(*self.layers)
+        return tuple(layer.initial_statistics() for layer in self.layers)
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batches, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         updated = []
-        for layer, kept in zip(self.layers, statistics or [None] * len(self.layers), strict=True):
+        for layer, kept in zip(self.layers, statistics, strict=True):
             x, kept = layer(x, kept, batch_mask)
             updated.append(kept)
-        return x, None if statistics is None else tuple(updated)
+        return x, tuple(updated)
+
+
+class Join(AbstractLayer):
+    """Features of a tree of arrays: a layer for each leaf, their outputs `[B, features]` joined."""
+
+    stems: tuple[AbstractLayer, ...]
+
+    def initial_statistics(self) -> PyTree:
+        return tuple(stem.initial_statistics() for stem in self.stems)
+
+    def __call__(
+        self, x: Batches, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        leaves = zip(self.stems, jax.tree.leaves(x), statistics, strict=True)
+        joined, updated = zip(*(stem(x, kept, batch_mask) for stem, x, kept in leaves), strict=True)
+        return jnp.concatenate(joined, axis=-1), updated
 
 
 class Product(AbstractLayer):
@@ -112,15 +135,14 @@ class Product(AbstractLayer):
     right: AbstractLayer
 
     def initial_statistics(self) -> PyTree:
-        return gather_statistics(self.left, self.right)
+        return self.left.initial_statistics(), self.right.initial_statistics()
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        kept_left, kept_right = statistics or (None, None)
-        left, kept_left = self.left(x, kept_left, batch_mask)
-        right, kept_right = self.right(x, kept_right, batch_mask)
-        return left * right, None if statistics is None else (kept_left, kept_right)
+        left, kept_left = self.left(x, statistics[0], batch_mask)
+        right, kept_right = self.right(x, statistics[1], batch_mask)
+        return left * right, (kept_left, kept_right)
 
 
 class Residual(AbstractLayer):
@@ -132,7 +154,7 @@ class Residual(AbstractLayer):
         return self.layer.initial_statistics()
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         y, statistics = self.layer(x, statistics, batch_mask)
         return x + y, statistics
@@ -148,7 +170,7 @@ class Identity(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         return x, None
 
@@ -166,7 +188,7 @@ class Activation(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         return ACTIVATIONS[self.name](x), None
 
@@ -180,7 +202,7 @@ class Scale(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         x = x.astype(jnp.float32)
         return x if self.factor == 1 else x * self.factor, None
@@ -193,7 +215,7 @@ class ChannelsLast(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         return jnp.moveaxis(x, 1, -1), None
 
@@ -205,9 +227,63 @@ class Flatten(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         return x.reshape(x.shape[0], -1), None
+
+
+def one_hots(x: Int[Array, "*rows F"], sizes: tuple[int, ...]) -> Float[Array, "*rows features"]:
+    """Whole numbers, each below its size, as one-hot side by side; out of range all are zero."""
+    if len(set(sizes)) == 1:
+        return jax.nn.one_hot(x, sizes[0]).reshape(*x.shape[:-1], -1)
+    entry = np.repeat(np.arange(len(sizes)), sizes)
+    value = np.concatenate([np.arange(size) for size in sizes])
+    return (x[..., entry] == value).astype(jnp.float32)
+
+
+class OneHot(AbstractLayer):
+    """Whole numbers `[B, ...]`, each from its start on, to `[B, features]` as one-hot."""
+
+    sizes: tuple[int, ...] = eqx.field(static=True)
+    starts: tuple[int, ...] = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return one_hots(_from_zero(x, self.starts), self.sizes), None
+
+
+class Embedding(AbstractLayer):
+    """Whole numbers `[B, ...]`, each from its start on, to learnt vectors `[B, features]`."""
+
+    table: Float[Array, "numbers size"]
+    sizes: tuple[int, ...] = eqx.field(static=True)
+    starts: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self, sizes: tuple[int, ...], starts: tuple[int, ...], size: int, *, key: PRNGKeyArray
+    ):
+        """Vectors of `size`, one for every value of every number, start from N(0, 1)."""
+        self.table = jax.random.normal(key, (sum(sizes), size))
+        self.sizes = sizes
+        self.starts = starts
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        before = np.cumsum((0, *self.sizes[:-1]))
+        vectors = self.table[_from_zero(x, self.starts) + before]
+        return vectors.reshape(x.shape[0], -1), None
+
+
+def _from_zero(x: Shaped[Array, "B ..."], starts: tuple[int, ...]) -> Int[Array, "B F"]:
+    return x.reshape(x.shape[0], -1).astype(jnp.int32) - np.array(starts, np.int32)
 
 
 class MaxPool(AbstractLayer):
@@ -220,7 +296,7 @@ class MaxPool(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         window, strides = (1, self.window, self.window, 1), (1, self.stride, self.stride, 1)
         return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME"), None
@@ -252,7 +328,7 @@ class Linear(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         dimensions = (((x.ndim - 1,), (1 if self.transposed else 0,)), ((), ()))
         return lax.dot_general(x, self.weight, dimensions) + self.bias, None
@@ -342,7 +418,7 @@ class Conv(AbstractLayer):
         - `init`: one of `INITIALIZERS`; the bias starts at 0.
         - `input_scale`: a factor for the input.
         - `channels_first`: whether the input is `[B, C, H, W]`. The output never is.
-        - `lowering`: `"patches"` (a matrix product), `"conv"` (`lax.conv`), or by backend.
+        - `lowering`: `"patches"` (a matrix product), `"conv"` (`lax.conv`), or by platform.
         """
         kernel = _initialize(init, key, (window, window, inputs, outputs))
         self.kernel = jnp.moveaxis(kernel, -1, 0)
@@ -357,14 +433,14 @@ class Conv(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        lowering = self.lowering
-        if lowering == "auto":
-            lowering = "patches" if jax.default_backend() == "cpu" else "conv"
         # The scale goes to the kernel, which is smaller than the images.
         kernel = self.kernel if self.input_scale == 1 else self.kernel * self.input_scale
-        y = self._patches(x, kernel) if lowering == "patches" else self._conv(x, kernel)
+        if self.lowering == "auto":
+            y = by_platform(self._patches, self._conv, x, kernel)
+        else:
+            y = self._patches(x, kernel) if self.lowering == "patches" else self._conv(x, kernel)
         return y + self.bias, None
 
     def _conv(self, x: Shaped[Array, "B _ _ _"], kernel: Array) -> Float[Array, "B h w outputs"]:
@@ -401,10 +477,12 @@ class Conv(AbstractLayer):
 
 def _row_means(x: Float[Array, "rows features"]) -> Float[Array, "rows 1"]:
     """On CPU a matrix product: XLA's own reductions of rows take several times as long there."""
-    if jax.default_backend() != "cpu":
-        return jnp.mean(x, axis=-1, keepdims=True)
-    features = x.shape[-1]
-    return x @ jnp.full((features, 1), 1 / features, x.dtype)
+
+    def product(x):
+        features = x.shape[-1]
+        return x @ jnp.full((features, 1), 1 / features, x.dtype)
+
+    return by_platform(product, lambda x: jnp.mean(x, axis=-1, keepdims=True), x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -449,7 +527,7 @@ class LayerNorm(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         rows = x.reshape(-1, self.scale.size)
         y = jnp.reshape(jnp.asarray(standardize(rows, self.epsilon)), x.shape)
@@ -522,7 +600,7 @@ class BatchNorm(AbstractLayer):
         return _running_statistics(self.size)
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         x = x.astype(jnp.float32)
         if batch_mask is None:
@@ -574,7 +652,7 @@ class BatchRenorm(AbstractLayer):
         return _running_statistics(self.scale.shape[0])
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         running_std = jnp.sqrt(statistics.variance + self.epsilon)
         if batch_mask is None:

@@ -1,30 +1,62 @@
-"""The network contract: what computes Q."""
+"""The network contract: what computes Q. And the networks that are composed, or people's own."""
 
 import abc
+import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..types import Memory
+from ..errors import UsageError
+from ..types import AnyArray, Observation
+from .layers import AbstractLayer, one_hots
+from .recurrent import AbstractRecurrence
+
+
+class Inputs(eqx.Module):
+    """What a network is given of `T` steps of `B` rows.
+
+    **Fields:**
+
+    - `obs`: observations, time-major, as the environment gives them (images `uint8`).
+    - `first`: where an episode starts: memory is reset *before* that observation. `None`: nowhere.
+    - `last_action`, `last_reward`: what led to each observation, for networks with memory: of each
+        factor of the action the index of its choice, -1 at an episode's start; the reward, 0 there.
+    - `batch_mask`: given in training only. Normalisation then uses (and updates the running
+        statistics with) the statistics of this batch, over the rows that are `True`.
+    """
+
+    obs: Observation
+    first: Bool[AnyArray, "T B"] | None = None
+    last_action: Int[AnyArray, "T B F"] | None = None
+    last_reward: Float[AnyArray, "T B"] | None = None
+    batch_mask: Bool[AnyArray, "T B"] | None = None
+
+    @property
+    def num_steps_and_rows(self) -> tuple[int, int]:
+        """`T` and `B`."""
+        return jax.tree.leaves(self.obs)[0].shape[:2]
 
 
 class NetworkOutput(eqx.Module):
     """What a network gives.
 
-    **Fields:** `q_values`; `memory` after the last step; `statistics` to keep; `quantiles` of the
-    return where it computes its distribution, of which `q_values` are the means; `features` that
-    the last layer reads, where the network tells them.
+    **Fields:** raw `values`, `K` numbers for each of the `A` choices, what they mean is their
+    agent's business; `memory` after the last step; `statistics` to keep; `features` that the head
+    reads, where the network tells them.
     """
 
-    q_values: Float[Array, "T B A"]
-    memory: Memory = None
+    values: Float[Array, "T B A K"]
+    memory: PyTree = ()
     statistics: PyTree = None
-    quantiles: Float[Array, "T B A K"] | None = None
-    features: Float[Array, "T B F"] | None = None
+    features: Float[Array, "T B H"] | None = None
 
 
 class AbstractQNetwork(eqx.Module):
-    """Computes Q-values of sequences. One call serves acting (`T = 1`) and learning.
+    """Computes values of sequences. One call serves acting (`T = 1`) and learning.
 
     Parameters are the module's inexact arrays. Running normalisation statistics are not
     parameters: they come in as `statistics` and go out in the output, so that gradients, `vmap`
@@ -33,32 +65,127 @@ class AbstractQNetwork(eqx.Module):
 
     @abc.abstractmethod
     def initial_statistics(self) -> PyTree:
-        """Running statistics before any data; `None` where the network keeps none."""
+        """Running statistics before any data; a tree without leaves where there are none."""
 
     @abc.abstractmethod
-    def initial_memory(self, num_lanes: int) -> Memory:
-        """Memory at the start of an episode, with a leading lane axis; `None` without memory."""
+    def initial_memory(self, num_lanes: int) -> PyTree:
+        """Memory at an episode's start, with a leading axis of rows; `()` where there is none."""
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        obs: Shaped[Array, "T B *obs"],
-        statistics: PyTree,
-        memory: Memory = None,
-        *,
-        first: Bool[Array, "T B"] | None = None,
-        last_action: Int[Array, "T B"] | None = None,
-        last_reward: Float[Array, "T B"] | None = None,
-        batch_mask: Bool[Array, "T B"] | None = None,
-    ) -> NetworkOutput:
+    def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
         """**Arguments:**
 
-        - `obs`: observations, time-major, as the environment gives them (images `uint8`).
+        - `inputs`: of `T` steps of `B` rows.
         - `statistics`: running normalisation statistics.
-        - `memory`: memory before `obs[0]`.
-        - `first`: where an episode starts: memory is reset *before* that observation.
-        - `last_action`, `last_reward`: what led to each observation, given to networks with memory:
-            -1 and 0 at an episode's start. The reward is `None` where the caller has none.
-        - `batch_mask`: given in training only. Normalisation then uses (and updates the running
-            statistics with) the statistics of this batch, over the rows that are `True`.
+        - `memory`: memory before the first step.
         """
+
+
+class Network(AbstractQNetwork):
+    """Encoder, recurrences one upon the other, head.
+
+    The first recurrence sees the features of the observation, then the action that led to it as
+    one-hot (with `last_action`) and the reward that came with it (with `last_reward`). The memory
+    is a tuple, of one for each recurrence. Without any, every observation stands by itself.
+
+    **Attributes:** `encoder`: from observations, whose leaves are `[B, ...]`, to features `[B, H]`.
+    `head`: from those to values `[B, A, K]`. `choices`: how many each factor of an action has.
+    """
+
+    encoder: AbstractLayer
+    recurrences: tuple[AbstractRecurrence, ...]
+    head: AbstractLayer
+    choices: tuple[int, ...] = eqx.field(static=True)
+    last_action: bool = eqx.field(static=True, default=False)
+    last_reward: bool = eqx.field(static=True, default=False)
+
+    def initial_statistics(self) -> PyTree:
+        return self.encoder.initial_statistics(), self.head.initial_statistics()
+
+    def initial_memory(self, num_lanes: int) -> tuple[PyTree[Array], ...]:
+        return tuple(recurrence.initial_memory(num_lanes) for recurrence in self.recurrences)
+
+    def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
+        """See `AbstractQNetwork`.
+
+        **Raises:** `UsageError` where the network needs what the caller does not give.
+        """
+        steps_and_rows = inputs.num_steps_and_rows
+        of_encoder, of_head = statistics
+        mask = None if inputs.batch_mask is None else jnp.reshape(inputs.batch_mask, -1)
+        rows = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), inputs.obs)
+        x, of_encoder = self.encoder(rows, of_encoder, mask)
+        x = self._with_last(x.reshape(*steps_and_rows, -1), inputs)
+        first = jnp.zeros(steps_and_rows, bool) if inputs.first is None else inputs.first
+        after = []
+        for recurrence, before in zip(self.recurrences, memory, strict=True):
+            x, before = recurrence(x, before, jnp.asarray(first))
+            after.append(before)
+        values, of_head = self.head(x.reshape(-1, x.shape[-1]), of_head, mask)
+        values = values.reshape(*steps_and_rows, *values.shape[1:])
+        return NetworkOutput(values, tuple(after), (of_encoder, of_head), x)
+
+    def _with_last(self, features: Float[Array, "T B _"], inputs: Inputs) -> Float[Array, "T B _"]:
+        seen = [features]
+        if self.last_action:
+            action = jnp.asarray(_given("last_action", inputs.last_action))
+            seen.append(one_hots(action, self.choices))
+        if self.last_reward:
+            seen.append(jnp.asarray(_given("last_reward", inputs.last_reward))[..., None])
+        return jnp.concatenate(seen, axis=-1)
+
+
+def _given(name: str, value: AnyArray | None) -> AnyArray:
+    if value is None:
+        raise UsageError(
+            f"this network sees {name}, which it was not given: give it {name}, or make it with "
+            f"{name}=False"
+        )
+    return value
+
+
+class FromModule(AbstractQNetwork):
+    """A module that maps one observation to values, `eqx.nn.MLP` for example.
+
+    **Attributes:** `module`: gives `[A]`, or `[A, K]` or `[A * K]`, the values of one choice side
+    by side. `num_values`: `K`.
+    """
+
+    module: Callable[[Any], Array]
+    num_values: int = eqx.field(static=True, default=1)
+
+    def initial_statistics(self) -> None:
+        return None
+
+    def initial_memory(self, num_lanes: int) -> tuple[()]:
+        return ()
+
+    def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
+        values = jax.vmap(jax.vmap(self.module))(inputs.obs)
+        if math.prod(values.shape[2:]) % self.num_values:
+            raise UsageError(
+                f"the network gives values of shape {values.shape[2:]} for one observation: it "
+                f"must be {self.num_values} for each choice"
+            )
+        return NetworkOutput(values.reshape(*values.shape[:2], -1, self.num_values))
+
+
+def as_network(module: object, num_values: int = 1) -> AbstractQNetwork:
+    """The module itself if it is a network, else one that maps it over time and batch.
+
+    **Arguments:**
+
+    - `module`: an `AbstractQNetwork`, or a module that maps *one* observation, as the environment
+        gives it, to values of every choice: `[A]`, or `[A, K]` or `[A * K]`.
+    - `num_values`: `K`.
+
+    **Raises:** `UsageError` where it is neither.
+    """
+    if isinstance(module, AbstractQNetwork):
+        return module
+    if isinstance(module, eqx.Module) and callable(module):
+        return FromModule(module, num_values)
+    raise UsageError(
+        f"a network is an Equinox module that maps one observation to Q-values, got {module!r}: "
+        "name a shipped network, or define `__call__` on an eqx.Module"
+    )

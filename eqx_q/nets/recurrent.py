@@ -1,4 +1,4 @@
-"""Networks with memory: recurrences over time, and the network that is made of them.
+"""Recurrences over time: the memory of networks.
 
 A recurrence maps a sequence `[T, B, inputs]` and the memory before it to outputs
 `[T, B, features]` and the memory after it. Where an observation is the `first` of an episode, it
@@ -14,12 +14,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ..errors import UsageError
-from ..types import Memory
-from .layers import AbstractLayer, Linear, gather_statistics
-from .network import AbstractQNetwork, NetworkOutput
+from .layers import Linear, by_platform
 
 Sequence: TypeAlias = Float[Array, "T B ..."]
 Start: TypeAlias = Bool[Array, "T B"]
@@ -171,7 +168,7 @@ class GRU(AbstractRecurrence):
     def __call__(
         self, x: Sequence, memory: Float[Array, "B size"], first: Start
     ) -> tuple[Sequence, Float[Array, "B size"]]:
-        projected, _ = self.projection(x)
+        projected, _ = self.projection(x, None)
         zeros = jnp.zeros_like(self.bias)
         y, (memory,) = _unroll_compiled(
             _gru_cell,
@@ -218,7 +215,7 @@ class LSTM(AbstractRecurrence):
         memory: tuple[Float[Array, "B size"], Float[Array, "B size"]],
         first: Start,
     ) -> tuple[Sequence, tuple[Float[Array, "B size"], Float[Array, "B size"]]]:
-        projected, _ = self.projection(x)
+        projected, _ = self.projection(x, None)
         zeros = jnp.zeros(self.weight.shape[0])  # the projection has a bias already
         return _unroll_compiled(
             _lstm_cell, _split(self.weight, 4), (zeros,) * 4, _split(projected, 4), memory, first
@@ -240,20 +237,26 @@ def linear_recurrence(
     return _linear_recurrence(decay, x, start)[0]
 
 
-def _scan(decay, x, reverse=False):
-    if jax.default_backend() == "cpu":  # T small steps: two thirds of the time of log T large ones
+def _in_turn(decay, x, reverse):  # T small steps: on CPU two thirds of the time of log T large ones
+    def step(h, inputs):
+        decay, x = inputs
+        h = decay * h + x
+        return h, h
 
-        def step(h, inputs):
-            decay, x = inputs
-            h = decay * h + x
-            return h, h
+    return lax.scan(step, jnp.zeros_like(x[0]), (decay, x), reverse=reverse)[1]
 
-        return lax.scan(step, jnp.zeros_like(x[0]), (decay, x), reverse=reverse)[1]
 
+def _in_parallel(decay, x, reverse):
     def compose(earlier, later):
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
     return lax.associative_scan(compose, (decay, x), reverse=reverse)[1]
+
+
+def _scan(decay, x, reverse=False):
+    return by_platform(
+        partial(_in_turn, reverse=reverse), partial(_in_parallel, reverse=reverse), decay, x
+    )
 
 
 def _linear_recurrence(decay, x, start):
@@ -303,7 +306,7 @@ class MinGRU(AbstractRecurrence):
     def __call__(
         self, x: Sequence, memory: Float[Array, "B size"], first: Start
     ) -> tuple[Sequence, Float[Array, "B size"]]:
-        gate, new = jnp.split(self.projection(x)[0], 2, axis=-1)
+        gate, new = jnp.split(self.projection(x, None)[0], 2, axis=-1)
         keep = _forget(jax.nn.sigmoid(-gate), first)  # nothing of the step before, where `first`
         y = linear_recurrence(keep, jax.nn.sigmoid(gate) * new, memory)
         return y, y[-1]
@@ -314,75 +317,3 @@ RECURRENCES: dict[str, Callable[..., AbstractRecurrence]] = {
     "lstm": LSTM,
     "mingru": MinGRU,
 }
-
-
-# The network -----------------------------------------------------------------------------------
-
-
-class Recurrent(AbstractQNetwork):
-    """Encoder, recurrences one upon the other, head.
-
-    The first recurrence sees the features of the observation, then the action that led to it as
-    one-hot (with `last_action`) and the reward that came with it (with `last_reward`); both are
-    zero where an episode starts. The memory is a tuple, of one for each recurrence.
-    """
-
-    encoder: AbstractLayer
-    recurrences: tuple[AbstractRecurrence, ...]
-    head: AbstractLayer
-    num_actions: int = eqx.field(static=True)
-    last_action: bool = eqx.field(static=True)
-    last_reward: bool = eqx.field(static=True)
-
-    def initial_statistics(self) -> PyTree:
-        return gather_statistics(self.encoder, self.head)
-
-    def initial_memory(self, num_lanes: int) -> tuple[PyTree[Array], ...]:
-        return tuple(recurrence.initial_memory(num_lanes) for recurrence in self.recurrences)
-
-    def __call__(
-        self,
-        obs: Shaped[Array, "T B *obs"],
-        statistics: PyTree,
-        memory: Memory = None,
-        *,
-        first: Bool[Array, "T B"] | None = None,
-        last_action: Int[Array, "T B"] | None = None,
-        last_reward: Float[Array, "T B"] | None = None,
-        batch_mask: Bool[Array, "T B"] | None = None,
-    ) -> NetworkOutput:
-        """See `AbstractQNetwork`. Without `memory` it is that of the start, without `first` no
-        episode starts.
-
-        **Raises:** `UsageError` where the network needs what the caller does not give.
-        """
-        lanes = obs.shape[:2]
-        first = jnp.zeros(lanes, bool) if first is None else first
-        memories = self.initial_memory(lanes[1]) if memory is None else memory
-        kept_encoder, kept_head = statistics or (None, None)
-        mask = None if batch_mask is None else batch_mask.reshape(-1)
-        x, kept_encoder = self.encoder(obs.reshape(-1, *obs.shape[2:]), kept_encoder, mask)
-        inputs = [x.reshape(*lanes, -1)]
-        if self.last_action:
-            action = jax.nn.one_hot(_given("last_action", last_action), self.num_actions)
-            inputs.append(_forget(action, first))
-        if self.last_reward:
-            reward = _given("last_reward", last_reward)[..., None]
-            inputs.append(_forget(reward, first))
-        x = jnp.concatenate(inputs, axis=-1)
-        after = []
-        for recurrence, before in zip(self.recurrences, memories, strict=True):
-            x, before = recurrence(x, before, first)
-            after.append(before)
-        q_values, kept_head = self.head(x.reshape(-1, x.shape[-1]), kept_head, mask)
-        statistics = None if statistics is None else (kept_encoder, kept_head)
-        return NetworkOutput(q_values.reshape(*lanes, -1), tuple(after), statistics)
-
-
-def _given(name: str, value: Array | None) -> Array:
-    if value is None:
-        raise UsageError(
-            f"this network sees {name}, which it was not given: give it {name}, or make it with "
-            f"{name}=False"
-        )
-    return value

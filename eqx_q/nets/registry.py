@@ -1,9 +1,9 @@
-"""Networks by name. To add one: a function from shape to layers, and a line in `ENCODERS`."""
+"""Networks by name. To add an encoder: a function in `encoders`, and a line in a table there."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import gymnasium
@@ -11,31 +11,31 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from .. import spaces
 from ..errors import UnknownNameError, UsageError
-from . import encoders
-from .feedforward import FeedForward
+from .encoders import ENCODERS, STEMS, mlp
 from .heads import HEADS
-from .layers import AbstractLayer, BatchNorm, ChannelsLast, Scale, Sequential, output_shape
-from .network import AbstractQNetwork
-from .quantiles import Quantiles
-from .recurrent import RECURRENCES, Recurrent
+from .layers import (
+    AbstractLayer,
+    BatchNorm,
+    ChannelsLast,
+    Flatten,
+    Join,
+    Scale,
+    Sequential,
+    output_shape,
+)
+from .network import AbstractQNetwork, Network
+from .recurrent import RECURRENCES
 from .team import AgentId, PerAgent
 
-ENCODERS: dict[str, Callable[..., Sequential]] = {
-    "mlp": encoders.mlp,
-    "minatar_cnn": encoders.minatar_cnn,
-    "nature_cnn": encoders.nature_cnn,
-    "impala": encoders.impala,
-    "hadamax": encoders.hadamax,
-}
 
-
-def has_channels_first(space: gymnasium.spaces.Box) -> bool:
+def has_channels_first(space: spaces.Leaf) -> bool:
     """Whether these are pictures `[C, H, W]`: bytes, with fewer channels than columns.
 
     Grids of features are floats, and have their features last, however many those are.
     """
-    shape = space.shape
+    shape = _shape(space)
     return space.dtype == np.uint8 and len(shape) == 3 and shape[0] < shape[-1]
 
 
@@ -48,155 +48,123 @@ def choose_encoder(shape: tuple[int, ...]) -> str:
 
 def make_network(
     name: str,
-    observation_space: gymnasium.spaces.Box,
-    num_actions: int,
+    observation_space: spaces.Space,
+    choices: tuple[int, ...],
     *,
+    num_values: int = 1,
     key: PRNGKeyArray,
+    encoders: Mapping[str, str] | None = None,
     normalize_input: bool = False,
     input_scale: float | None = None,
     channels_first: bool | None = None,
     head: str = "linear",
     init: str | None = None,
-    num_quantiles: int | None = None,
     memory: str = "none",
     memory_size: int = 256,
     num_memory_layers: int = 1,
     last_action: bool = True,
     last_reward: bool = False,
     num_agents: int | None = None,
-    share_parameters: bool = True,
+    share_parameters: bool | str = True,
+    agent_kinds: Iterable[int] | None = None,
     agent_id: bool = True,
     **options: Any,
 ) -> AbstractQNetwork:
     """A shipped network: input, encoder, memory, head.
 
+    Where an observation has several parts, each has an encoder without hidden layers; what these
+    give is joined, and the hidden layers follow. Their defaults are those of the first picture's
+    encoder, or else of `mlp`.
+
     **Arguments:**
 
-    - `name`: one of `ENCODERS`, or `"auto"` to choose by the shape of the observations.
+    - `name`: of the encoder of all parts that it fits: one of `ENCODERS` (for numbers, `mlp`, and
+        pictures) or `STEMS` (for whole numbers from a limited range), or `"auto"` to choose by
+        their spaces and shapes.
     - `observation_space`: of one lane.
-    - `num_actions`: `A`.
+    - `choices`: how many each factor of an action has.
+    - `num_values`: `K`, for each choice.
     - `key`: for the parameters.
-    - `normalize_input`: batch normalisation of the raw observations, instead of scaling them.
-    - `input_scale`: a factor for the observations; by default 1/255 for `uint8`, else 1.
+    - `encoders`: of parts that are to have another one, by path (`"camera"`, `"arm.joints"`).
+    - `normalize_input`: batch normalisation of raw observations (`Box`), instead of scaling them.
+    - `input_scale`: a factor for those; by default 1/255 for `uint8`, else 1.
     - `channels_first`: whether images are `[C, H, W]`; by default bytes with fewer channels than
         columns are, and floats are not.
     - `head`: `"linear"` or `"dueling"`.
     - `init`: of the weights, one of `layers.INITIALIZERS`. By default each encoder's own, and
         `lecun_normal` after it, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the
         memory), is like CleanRL.
-    - `num_quantiles`: of each action's return, where its distribution is to be learnt (QR-DQN).
     - `memory`: `"none"`, or one of `RECURRENCES`, between encoder and head.
     - `memory_size`, `num_memory_layers`: features of each recurrence, and how many of them.
     - `last_action`, `last_reward`: whether the memory sees those too.
     - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: there is no team.
-    - `share_parameters`: whether one network serves all agents of a team, or each has its own.
-    - `agent_id`: whether a network that is shared sees which agent it computes for, as one-hot
-        beside the observation's last axis (in pictures: constant channels).
-    - `options`: of the encoder: `hidden_sizes`, `norm`, `activation`, and more, see there.
+    - `share_parameters`: whether one network serves all agents of a team, or each has its own;
+        `"kind"`: those of a kind have one.
+    - `agent_kinds`: for that, of each agent which kind it is, counted from 0: `(0, 0, 1)`.
+    - `agent_id`: whether a network that serves all agents sees which one it computes for, as
+        one-hot beside the observation's last axis (in pictures: constant channels), or beside the
+        features of its parts.
+    - `options`: of the encoders: `hidden_sizes`, `norm`, `activation`, and more, see there.
 
     **Raises:** `UsageError` for a name, an option or a shape that cannot work.
     """
-    shape = observation_space.shape
-    channels_first = (
-        has_channels_first(observation_space) if channels_first is None else channels_first
-    )
-    if name == "auto":
-        name = choose_encoder((*shape[1:], shape[0]) if channels_first else shape)
-    if name not in ENCODERS:
-        raise UnknownNameError("network", name, [*ENCODERS, "auto"])
     if head not in HEADS:
         raise UnknownNameError("head", head, HEADS)
     if memory not in {"none", *RECURRENCES}:
         raise UnknownNameError("memory", memory, ["none", *RECURRENCES])
-    known = set(inspect.signature(ENCODERS[name]).parameters) - {"shape", "key"}
-    for option in options:
-        if option not in known:
-            raise UnknownNameError(f"option of network '{name}':", option, known | _OPTIONS)
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     sizes = {"memory_size": memory_size, "num_memory_layers": num_memory_layers}
-    sizes |= {"num_quantiles": 1 if num_quantiles is None else num_quantiles}
-    for option, size in {**sizes, "num_agents": 1 if num_agents is None else num_agents}.items():
+    sizes |= {"num_values": num_values, "num_agents": 1 if num_agents is None else num_agents}
+    for option, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
-    if num_quantiles is not None and (head, memory, num_agents) != ("linear", "none", None):
-        raise UsageError("num_quantiles goes with a linear head, without memory and without a team")
-    if input_scale is None:
-        input_scale = 1 / 255 if observation_space.dtype == np.uint8 else 1.0
+    kinds = _kinds(num_agents, share_parameters, agent_kinds)
+    parts = _parts(name, encoders or {}, observation_space, channels_first)
+    if init is not None:
+        options["init"] = init
     options = {
         k: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v
         for k, v in options.items()
     }
-    if init is not None:
-        options["init"] = init
+    known = set(_LINEAR).union(*(part.takes for part in parts))
+    for option in options:
+        if option not in known:
+            names = "+".join(dict.fromkeys(part.encoder for part in parts))
+            raise UnknownNameError(f"option of network '{names}':", option, known | _OPTIONS)
+    together = isinstance(observation_space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple)
+    joined = together or parts[0].encoder in STEMS
     make_encoder = partial(
-        _make_encoder,
-        ENCODERS[name],
-        shape,
-        num_agents=num_agents if share_parameters and agent_id else None,
+        _join if joined else _read,
+        parts if joined else parts[0],
+        num_agents=num_agents if kinds is None and agent_id else None,
         normalize_input=normalize_input,
-        input_scale=float(input_scale),
-        channels_first=channels_first,
+        input_scale=input_scale,
         options=options,
     )
     init = init or "lecun_normal"
 
-    def make(key: PRNGKeyArray) -> AbstractQNetwork:
+    def make(key: PRNGKeyArray) -> Network:
         encoder_key, head_key, memory_key = jax.random.split(key, 3)
-        layers, features = make_encoder(encoder_key)
-        if num_quantiles is not None:
-            q_head = HEADS[head](features, num_actions * num_quantiles, key=head_key, init=init)
-            return Quantiles(FeedForward(Sequential(tuple(layers)), q_head), num_quantiles)
-        if memory == "none":
-            q_head = HEADS[head](features, num_actions, key=head_key, init=init)
-            return FeedForward(Sequential(tuple(layers)), q_head)
-        inputs = features + num_actions * last_action + last_reward
+        encoder, features = make_encoder(encoder_key)
         recurrences = []
-        for k in jax.random.split(memory_key, num_memory_layers):
-            recurrences.append(RECURRENCES[memory](inputs, memory_size, key=k, init=init))
-            inputs = memory_size
-        q_head = HEADS[head](inputs, num_actions, key=head_key, init=init)
-        return Recurrent(
-            Sequential(tuple(layers)),
+        if memory != "none":
+            features += sum(choices) * last_action + last_reward
+            for k in jax.random.split(memory_key, num_memory_layers):
+                recurrences.append(RECURRENCES[memory](features, memory_size, key=k, init=init))
+                features = memory_size
+        return Network(
+            encoder,
             tuple(recurrences),
-            q_head,
-            num_actions,
-            last_action,
-            last_reward,
+            HEADS[head](features, choices, num_values, key=head_key, init=init),
+            choices,
+            last_action and memory != "none",
+            last_reward and memory != "none",
         )
 
-    if num_agents is None or share_parameters:
+    if kinds is None:
         return make(key)
-    return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, num_agents)), num_agents)
-
-
-def _make_encoder(
-    encoder: Callable[..., Sequential],
-    shape: tuple[int, ...],
-    key: PRNGKeyArray,
-    *,
-    num_agents: int | None,
-    normalize_input: bool,
-    input_scale: float,
-    channels_first: bool,
-    options: dict[str, Any],
-) -> tuple[list[AbstractLayer], int]:
-    """Layers from raw observations to features, and how many features there are."""
-    layers: list[AbstractLayer] = []
-    if channels_first and (normalize_input or num_agents is not None):
-        layers.append(ChannelsLast())
-        shape, channels_first = (*shape[1:], shape[0]), False
-    if normalize_input:
-        layers.append(BatchNorm(shape[-1]))
-        input_scale = 1.0
-    if num_agents is not None:
-        layers += [Scale(input_scale), AgentId(num_agents)]
-        shape, input_scale = (*shape[:-1], shape[-1] + num_agents), 1.0
-    layers.append(
-        encoder(shape, key=key, input_scale=input_scale, channels_first=channels_first, **options)
-    )
-    (features,) = output_shape(layers[-1], shape)
-    return layers, features
+    return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, max(kinds) + 1)), kinds)
 
 
 _OPTIONS = {
@@ -204,3 +172,153 @@ _OPTIONS = {
     for name, parameter in inspect.signature(make_network).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "key"
 }
+# Of the linear layers after what is joined.
+_LINEAR = {"hidden_sizes", "norm", "activation", "init"}
+
+
+def _kinds(
+    num_agents: int | None, share_parameters: bool | str, agent_kinds: Iterable[int] | None
+) -> tuple[int, ...] | None:
+    """Which parameters each agent uses; `None` where all share them."""
+    if not isinstance(share_parameters, bool) and share_parameters != "kind":
+        raise UnknownNameError("share_parameters", str(share_parameters), ["true", "false", "kind"])
+    if num_agents is None or share_parameters is True:
+        return None
+    if share_parameters is False:
+        return tuple(range(num_agents))
+    kinds = () if agent_kinds is None else tuple(agent_kinds)
+    if len(kinds) != num_agents or set(kinds) != set(range(len(set(kinds)))):
+        raise UsageError(
+            f"share_parameters='kind' needs the kind of each of {num_agents} agents, counted from "
+            f"0, got agent_kinds={agent_kinds!r}: give them, or set share_parameters to true"
+        )
+    return kinds
+
+
+# Encoders --------------------------------------------------------------------------------------
+
+
+def _shape(space: gymnasium.Space) -> tuple[int, ...]:
+    return space.shape or ()
+
+
+class _Part(NamedTuple):
+    """A leaf of observations, and the encoder that reads it."""
+
+    space: spaces.Leaf
+    channels_first: bool
+    encoder: str
+
+    @property
+    def takes(self) -> set[str]:
+        """The options of its encoder."""
+        make = (ENCODERS | STEMS)[self.encoder]
+        return set(inspect.signature(make).parameters) - {"shape", "sizes", "starts", "key"}
+
+
+def _parts(
+    name: str, named: Mapping[str, str], space: spaces.Space, channels_first: bool | None
+) -> list[_Part]:
+    """Every leaf with the encoder it is `named`, or `name` where that fits, or the usual one."""
+    leaves = dict(spaces.leaves(space))
+    for path in named:
+        if path not in leaves:
+            raise UnknownNameError("part of observations", path, leaves)
+    for encoder in (name, *named.values()):
+        if encoder not in {"auto", *ENCODERS, *STEMS}:
+            raise UnknownNameError("network", encoder, [*ENCODERS, *STEMS, "auto"])
+    parts, fits = [], name in {"auto", "mlp"}
+    for path, leaf in leaves.items():
+        shape = _shape(leaf)
+        first = has_channels_first(leaf) if channels_first is None else channels_first
+        first = first and len(shape) == 3
+        if isinstance(leaf, gymnasium.spaces.Discrete | gymnasium.spaces.MultiDiscrete):
+            usual, fit = "one_hot", name in STEMS
+        else:
+            usual = choose_encoder((*shape[1:], shape[0]) if first else shape)
+            fit = name == "mlp" or (name in ENCODERS and usual != "mlp")
+        chosen = named.get(path, name if fit else "auto")
+        parts.append(_Part(leaf, first, usual if chosen == "auto" else chosen))
+        fits |= fit or path in named
+    # What fits nothing is tried, for the message that says what it needs.
+    return parts if fits else [part._replace(encoder=name) for part in parts]
+
+
+def _numbers(name: str, space: spaces.Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each whole number in a leaf: how many values it has, and the first of them."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return (int(space.n),), (int(space.start),)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return tuple(map(int, space.nvec.ravel())), tuple(map(int, space.start.ravel()))
+    raise UsageError(f"'{name}' reads Discrete or MultiDiscrete, not {space}: use network 'auto'")
+
+
+def _read(
+    part: _Part,
+    key: PRNGKeyArray,
+    *,
+    num_agents: int | None,
+    normalize_input: bool,
+    input_scale: float | None,
+    options: dict[str, Any],
+) -> tuple[AbstractLayer, int]:
+    """Layers from a leaf of raw observations to features, and how many features there are."""
+    space, channels_first, name = part
+    shape = _shape(space)
+    options = {option: value for option, value in options.items() if option in part.takes}
+    if name in STEMS:
+        stem = STEMS[name](*_numbers(name, space), key=key, **options)
+        (features,) = output_shape(stem, shape)
+        return stem, features
+    layers: list[AbstractLayer] = []
+    if channels_first and (normalize_input or num_agents is not None):
+        layers.append(ChannelsLast())
+        shape, channels_first = (*shape[1:], shape[0]), False
+    if not shape:
+        layers.append(Flatten())
+        shape = (1,)
+    if not isinstance(space, gymnasium.spaces.Box):
+        normalize_input, input_scale = False, 1.0
+    if normalize_input:
+        layers.append(BatchNorm(shape[-1]))
+        input_scale = 1.0
+    if input_scale is None:
+        input_scale = 1 / 255 if space.dtype == np.uint8 else 1.0
+    if num_agents is not None:
+        layers += [Scale(float(input_scale)), AgentId(num_agents)]
+        shape, input_scale = (*shape[:-1], shape[-1] + num_agents), 1.0
+    options |= {"input_scale": float(input_scale), "channels_first": channels_first}
+    layers.append(ENCODERS[name](shape, key=key, **options))
+    (features,) = output_shape(layers[-1], shape)
+    return Sequential(tuple(layers)), features
+
+
+def _join(
+    parts: list[_Part],
+    key: PRNGKeyArray,
+    *,
+    num_agents: int | None,
+    options: dict[str, Any],
+    **raw: Any,
+) -> tuple[AbstractLayer, int]:
+    """Stems of all parts joined, then linear layers: see `_read`, which takes `raw`."""
+    linear_key, *keys = jax.random.split(key, 1 + len(parts))
+    of_stems = options | {"hidden_sizes": ()}
+    stems, sizes = zip(
+        *(
+            _read(part, k, num_agents=None, options=of_stems, **raw)
+            for part, k in zip(parts, keys, strict=True)
+        ),
+        strict=True,
+    )
+    layers: list[AbstractLayer] = [Join(stems)]
+    if num_agents is not None:
+        layers.append(AgentId(num_agents))
+    pictures = (part.encoder for part in parts if part.encoder in ENCODERS.keys() - {"mlp"})
+    usual = inspect.signature(ENCODERS[next(pictures, "mlp")]).parameters
+    linear = {name: options.get(name, usual[name].default) for name in _LINEAR}
+    linear["init"] = linear["init"] or "he_normal"  # Hadamax's, of its linear layers
+    features = sum(sizes) + (num_agents or 0)
+    layers.append(mlp((features,), key=linear_key, **linear))
+    (features,) = output_shape(layers[-1], (features,))
+    return Sequential(tuple(layers)), features

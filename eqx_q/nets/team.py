@@ -7,12 +7,13 @@ A team that shares its parameters needs no network of its own: each lane is comp
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+import numpy as np
+from jaxtyping import PyTree
 
 from ..errors import UsageError
-from ..types import Memory
+from ..types import AnyArray
 from .layers import AbstractLayer, Batch, BatchMask
-from .network import AbstractQNetwork, NetworkOutput
+from .network import AbstractQNetwork, Inputs, NetworkOutput
 
 
 class AgentId(AbstractLayer):
@@ -24,7 +25,7 @@ class AgentId(AbstractLayer):
         return None
 
     def __call__(
-        self, x: Batch, statistics: PyTree = None, batch_mask: BatchMask = None
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         """Raises `UsageError` where the rows are not those of whole teams."""
         num_teams = _num_teams(x.shape[0], self.num_agents)
@@ -35,67 +36,57 @@ class AgentId(AbstractLayer):
 
 
 class PerAgent(AbstractQNetwork):
-    """A team whose agents have parameters (statistics, memory) of their own.
+    """A team whose agents have parameters of their own, or those of their kind.
 
-    **Attributes:** `members`: a network whose arrays have a leading axis `M`, as `eqx.filter_vmap`
-    over keys makes it. Statistics have that axis too; memory has a leading axis of lanes.
+    **Attributes:** `members`: a network whose arrays have a leading axis of kinds, as
+    `eqx.filter_vmap` over keys makes it. `kinds`: of each of the `M` agents, which of them it uses:
+    `(0, 1, 2)` is one each, `(0, 0, 1)` one network for each kind. Statistics have a leading axis
+    `M`; memory has one of lanes.
     """
 
     members: AbstractQNetwork
-    num_agents: int = eqx.field(static=True)
+    kinds: tuple[int, ...] = eqx.field(static=True)
 
     def initial_statistics(self) -> PyTree:
-        return eqx.filter_vmap(lambda member: member.initial_statistics())(self.members)
+        return eqx.filter_vmap(lambda member: member.initial_statistics())(self._agents())
 
-    def initial_memory(self, num_lanes: int) -> Memory:
-        num_teams = _num_teams(num_lanes, self.num_agents)
+    def initial_memory(self, num_lanes: int) -> PyTree:
+        num_teams = _num_teams(num_lanes, len(self.kinds))
         make = eqx.filter_vmap(lambda member: member.initial_memory(num_teams), out_axes=1)
-        return _merge(make(self.members), axis=0)
+        return _merge(make(self._agents()), axis=0)
 
-    def __call__(
-        self,
-        obs: Shaped[Array, "T B *obs"],
-        statistics: PyTree,
-        memory: Memory = None,
-        *,
-        first: Bool[Array, "T B"] | None = None,
-        last_action: Int[Array, "T B"] | None = None,
-        last_reward: Float[Array, "T B"] | None = None,
-        batch_mask: Bool[Array, "T B"] | None = None,
-    ) -> NetworkOutput:
+    def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
         """See `AbstractQNetwork`. Raises `UsageError` where the lanes are not whole teams."""
 
         def call(member, statistics, memory, inputs):
-            obs, first, last_action, last_reward, batch_mask = inputs
-            output = member(
-                obs,
-                statistics,
-                memory,
-                first=first,
-                last_action=last_action,
-                last_reward=last_reward,
-                batch_mask=batch_mask,
-            )
-            return output.q_values, output.memory, output.statistics
+            output = member(inputs, statistics, memory)
+            return (output.values, output.features), output.memory, output.statistics
 
-        inputs = self._split((obs, first, last_action, last_reward, batch_mask), axis=1)
         call = eqx.filter_vmap(call, in_axes=(eqx.if_array(0), 0, 1, 2), out_axes=(2, 1, 0))
-        q_values, memory, statistics = call(
-            self.members, statistics, self._split(memory, axis=0), inputs
+        told, memory, statistics = call(
+            self._agents(), statistics, self._split(memory, axis=0), self._split(inputs, axis=1)
         )
-        return NetworkOutput(_merge(q_values, axis=1), _merge(memory, axis=0), statistics)
+        values, features = _merge(told, axis=1)
+        return NetworkOutput(values, _merge(memory, axis=0), statistics, features)
 
-    def _split(self, tree: PyTree[Array], axis: int) -> PyTree[Array]:
+    def _agents(self) -> AbstractQNetwork:
+        """The network with a leading axis of agents."""
+        if self.kinds == tuple(range(len(self.kinds))):
+            return self.members
+        arrays, rest = eqx.partition(self.members, eqx.is_array)
+        return eqx.combine(jax.tree.map(lambda x: x[np.array(self.kinds)], arrays), rest)
+
+    def _split(self, tree: PyTree, axis: int) -> PyTree:
         """Lanes `N * M` at `axis` as `N, M`."""
 
-        def split(x: Array) -> Array:
-            num_teams = _num_teams(x.shape[axis], self.num_agents)
-            return x.reshape(*x.shape[:axis], num_teams, self.num_agents, *x.shape[axis + 1 :])
+        def split(x: AnyArray) -> AnyArray:
+            num_teams = _num_teams(x.shape[axis], len(self.kinds))
+            return x.reshape(*x.shape[:axis], num_teams, len(self.kinds), *x.shape[axis + 1 :])
 
         return jax.tree.map(split, tree)
 
 
-def _merge(tree: PyTree[Array], axis: int) -> PyTree[Array]:
+def _merge(tree: PyTree, axis: int) -> PyTree:
     """Undoes `_split`."""
     return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), tree)
 
