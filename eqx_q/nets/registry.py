@@ -35,7 +35,7 @@ def has_channels_first(space: spaces.Leaf) -> bool:
 
     Grids of features are floats, and have their features last, however many those are.
     """
-    shape = space.shape or ()
+    shape = _shape(space)
     return space.dtype == np.uint8 and len(shape) == 3 and shape[0] < shape[-1]
 
 
@@ -198,6 +198,10 @@ def _kinds(
 # Encoders --------------------------------------------------------------------------------------
 
 
+def _shape(space: gymnasium.Space) -> tuple[int, ...]:
+    return space.shape or ()
+
+
 class _Part(NamedTuple):
     """A leaf of observations, and the encoder that reads it."""
 
@@ -225,7 +229,7 @@ def _parts(
             raise UnknownNameError("network", encoder, [*ENCODERS, *STEMS, "auto"])
     parts, fits = [], name in {"auto", "mlp"}
     for path, leaf in leaves.items():
-        shape: tuple[int, ...] = leaf.shape or ()
+        shape = _shape(leaf)
         first = has_channels_first(leaf) if channels_first is None else channels_first
         first = first and len(shape) == 3
         if isinstance(leaf, gymnasium.spaces.Discrete | gymnasium.spaces.MultiDiscrete):
@@ -260,7 +264,7 @@ def _read(
 ) -> tuple[AbstractLayer, int]:
     """Layers from a leaf of raw observations to features, and how many features there are."""
     space, channels_first, name = part
-    shape: tuple[int, ...] = space.shape or ()
+    shape = _shape(space)
     options = {option: value for option, value in options.items() if option in part.takes}
     if name in STEMS:
         stem = STEMS[name](*_numbers(name, space), key=key, **options)
