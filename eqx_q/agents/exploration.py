@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
 from ..types import Scalar
-from .parts import make_part
+from .parts import Part, make_part
 
 
 def legal(
@@ -69,7 +69,7 @@ def _uniform(key: PRNGKeyArray, is_legal: Bool[Array, "*lanes A"]) -> Int[Array,
     return jnp.argmax(legal(jax.random.uniform(key, is_legal.shape), is_legal), axis=-1)
 
 
-class AbstractExploration(eqx.Module):
+class AbstractExploration(Part):
     """How actions are drawn, given Q-values and ε."""
 
     @abc.abstractmethod
@@ -253,4 +253,4 @@ def make_exploration(given: str | Mapping[str, Any] | AbstractExploration) -> Ab
 
     **Raises:** `UsageError` for a name or an option that is not known.
     """
-    return make_part("exploration", given, EXPLORATIONS, AbstractExploration)
+    return make_part("exploration", given, AbstractExploration, EXPLORATIONS)

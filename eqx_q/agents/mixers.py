@@ -205,4 +205,4 @@ def make_mixer(
     **Raises:** `UsageError` for a name or an option that is not known.
     """
     context = {"num_agents": num_agents, "state_size": state_size, "key": key}
-    return make_part("mixer", given, MIXERS, AbstractMixer, **context)
+    return make_part("mixer", given, AbstractMixer, MIXERS, **context)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Parts that an agent is made of, and how one is chosen: by name, with options, or as an object."""
-=======
-"""Parts that an agent is made of, and how one is chosen."""
->>>>>>> values
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -28,37 +24,25 @@ def make_part(
     given: str | Mapping[str, Any] | _Chosen,
     base: type[_Chosen],
     known: Mapping[str, Callable[..., _Chosen]],
-<<<<<<< HEAD
     **context: Any,
-=======
->>>>>>> values
 ) -> _Chosen:
     """A part by its name, by a mapping `{"name": ..., **options}`, or the one that is given.
 
     Options that are `None` keep their default.
 
     **Arguments:** `kind`: what messages call it; `base`: the class of all such parts; `known`: how
-<<<<<<< HEAD
     to make those that have a name; `context`: what the agent knows: each maker is given what it has
     a parameter for.
-=======
-    to make those that have a name.
->>>>>>> values
 
     **Raises:** `UnknownNameError` for a name or an option that there is not.
     """
     if isinstance(given, base):
         return given
     name, options = name_and_options(kind, given, known)
-<<<<<<< HEAD
     parameters = inspect.signature(known[name]).parameters
     check_options(kind, name, options, [each for each in parameters if each not in context])
     context = {each: value for each, value in context.items() if each in parameters}
     return known[name](**options, **context)
-=======
-    check_options(kind, name, options, inspect.signature(known[name]).parameters)
-    return known[name](**options)
->>>>>>> values
 
 
 def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -76,18 +60,11 @@ def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[s
     return name, options
 
 
-<<<<<<< HEAD
 def check_options(kind: str, name: str, options: Mapping[str, Any], known: Any) -> None:
-=======
-def check_options(
-    kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, Any]
-) -> None:
->>>>>>> values
     """Raises `UnknownNameError` for an option that is not known."""
     for option in options:
         if option not in known:
             raise UnknownNameError(f"option of {kind} '{name}':", option, known)
-<<<<<<< HEAD
 
 
 def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults: Any) -> Any:
@@ -102,5 +79,3 @@ def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults
         if name in parameters and options.get(name) is None
     }
     return {**options, **missing}
-=======
->>>>>>> values

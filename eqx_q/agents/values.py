@@ -5,10 +5,7 @@ samples that targets bootstrap from, and a loss against such targets.
 """
 
 import abc
-<<<<<<< HEAD
-=======
 import math
->>>>>>> values
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,14 +35,11 @@ class AbstractValue(Part):
     def num_outputs(self) -> int:
         """`K`."""
 
-<<<<<<< HEAD
     @property
     @abc.abstractmethod
     def num_samples(self) -> int:
         """`L`: 1 where targets are formed of expected returns."""
 
-=======
->>>>>>> values
     @abc.abstractmethod
     def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
         """The expected return: the Q-value."""
@@ -92,13 +86,10 @@ class Scalar(AbstractValue):
     def num_outputs(self) -> int:
         return 1
 
-<<<<<<< HEAD
     @property
     def num_samples(self) -> int:
         return 1
 
-=======
->>>>>>> values
     def expected(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch"]:
         return raw[..., 0]
 
@@ -133,16 +124,6 @@ class HLGauss(AbstractValue):
     So it stays linear in the probabilities, and what targets bootstrap from is a mean of returns,
     not of their logarithms.
 
-<<<<<<< HEAD
-    A projection keeps the mean of its target. Of the plain Gaussian that is not so where it is
-    cut, near the ends of the range, nor under symlog, where it is too high by a factor of about
-    exp(width²/2) that bootstrapping would compound. So what is projected is a mixture of the
-    Gaussian around the target and of another that is shifted by the larger of a bin and a standard
-    deviation, with the weights that keep the mean. Elsewhere the second has practically no weight;
-    and as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner et al. Only closer
-    to an end than about 0.7 bins (with the default `sigma`) the mean stays inside the target: a
-    range should be a little wider than what is to be learnt.
-=======
     The mean of a projection is its target. A Gaussian alone does not give that where it is cut,
     near the ends of the range, nor under symlog, where its mean is too far from 0, by a factor of
     about exp(s²/2) for a standard deviation s, which bootstrapping would compound. So a target
@@ -151,7 +132,6 @@ class HLGauss(AbstractValue):
     practically no weight; as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner
     et al. Only of a target that is closer to an end than about 0.7 bins (with the default `sigma`)
     the mean falls short: choose a range that is a little wider than the returns.
->>>>>>> values
 
     **Attributes:**
 
@@ -204,13 +184,10 @@ class HLGauss(AbstractValue):
         centres = (edges[:-1] + edges[1:]) / 2
         return symexp(centres) if self.symlog else centres
 
-<<<<<<< HEAD
     @property
     def num_samples(self) -> int:
         return 1
 
-=======
->>>>>>> values
     def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
         return jnp.sum(jax.nn.softmax(raw) * self.centres, axis=-1)
 
@@ -226,11 +203,7 @@ class HLGauss(AbstractValue):
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
     ) -> Float[Array, "*batch"]:
         """See `AbstractValue`. No gradient goes to the targets."""
-<<<<<<< HEAD
-        mass = jnp.mean(jax.lax.stop_gradient(self.project(targets)), axis=-2)
-=======
         mass = jnp.mean(self.project(jax.lax.stop_gradient(targets)), axis=-2)
->>>>>>> values
         return -jnp.sum(mass * jax.nn.log_softmax(raw), axis=-1)
 
     def metrics(
@@ -248,13 +221,8 @@ class HLGauss(AbstractValue):
         deviation = self.sigma * width
 
         def gaussian(mean):
-<<<<<<< HEAD
-            below = jax.scipy.special.ndtr((edges - mean[..., None]) / deviation)
-            mass = jnp.diff(below)
-=======
             below = jax.lax.erf((edges - mean[..., None]) / (deviation * math.sqrt(2)))
             mass = jnp.maximum(jnp.diff(below), 0)  # erf is monotone but for rounding
->>>>>>> values
             return mass / jnp.sum(mass, axis=-1, keepdims=True)
 
         location = self._squash(targets)
@@ -264,12 +232,8 @@ class HLGauss(AbstractValue):
         second = gaussian(jnp.clip(location + shift, edges[0], edges[-1]))
         gained = jnp.sum((second - first) * centres, axis=-1)
         weight = jnp.where(gained == 0, 0.0, missing / jnp.where(gained == 0, 1.0, gained))
-<<<<<<< HEAD
-        return first + jnp.clip(weight, 0.0, 1.0)[..., None] * (second - first)
-=======
         weight = jnp.clip(weight, 0.0, 1.0)[..., None]
         return (1 - weight) * first + weight * second
->>>>>>> values
 
     def _squash(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         return symlog(x) if self.symlog else x
@@ -294,13 +258,10 @@ class Quantile(AbstractValue):
     def num_outputs(self) -> int:
         return self.num_quantiles
 
-<<<<<<< HEAD
     @property
     def num_samples(self) -> int:
         return self.num_quantiles
 
-=======
->>>>>>> values
     def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
         return jnp.mean(raw, axis=-1)
 

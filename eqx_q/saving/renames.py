@@ -1,63 +1,109 @@
 """What files of earlier versions call things, and what those are today.
 
-A class that moves gets a line in `MOVED`; one whose fields change, an entry in `CHANGED`. Files
-in `tests/golden/saved` must go on loading.
+A class that moves gets a line in `MOVED`, one that gains a field one in `NEW`; where fields change,
+an entry in `CHANGED` says how. Files in `tests/golden/saved` must go on loading.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-<<<<<<< HEAD
 import numpy as np
 
 from ..agents.exploration import EpsilonGreedy
 from ..agents.mixers import Independent
 from ..agents.optimizers import Optimizer, make_optimizer
 from ..agents.values import AbstractValue, Quantile, Scalar
-from ..nets.parameters import split_parameters
-=======
-from jaxtyping import PyTree
-
 from ..errors import UsageError
-from ..nets import AbstractQNetwork, Network
+from ..nets import Network
 from ..nets.heads import Dueling, LinearHead
 from ..nets.layers import Linear
->>>>>>> nets
+from ..nets.parameters import split_parameters
 
 Fields = dict[str, Any]
 
 # References as files hold them, `"module:qualname"`.
 MOVED = {
-<<<<<<< HEAD
     "eqx_q.training:RunState": "eqx_q.loops.training:RunState",
     "eqx_q.offline:OfflineState": "eqx_q.loops.offline:OfflineState",
     "eqx_q.agents.pqn:PQNMemory": "eqx_q.agents.acting:AgentMemory",
     "eqx_q.agents.dqn:DQN": "eqx_q.agents.offline:DQN",
+    "eqx_q.nets.feedforward:FromModule": "eqx_q.nets.network:FromModule",
+    "eqx_q.nets.feedforward:FeedForward": "eqx_q.nets.network:Network",
+    "eqx_q.nets.recurrent:Recurrent": "eqx_q.nets.network:Network",
+    "eqx_q.nets.quantiles:Quantiles": "eqx_q.nets.network:Network",
 }
 
-
-# Fields that classes did not have, with what they were as good as.
+# Fields that classes did not have, and what they were as good as.
 NEW: dict[str, Fields] = {
     "eqx_q.types:TimeStep": {"global_state": None},
     "eqx_q.types:Rollout": {"weight": None},
+    "eqx_q.nets.network:FromModule": {"num_values": 1},
 }
+
+
+# Networks ---------------------------------------------------------------------------------------
+
+
+def _network(reference: str, fields: Fields) -> tuple[str, Fields]:
+    if "num_quantiles" in fields:  # a network around another, which gave as many values
+        network, num_values = fields["network"], fields["num_quantiles"]
+        if not (isinstance(network, Network) and isinstance(network.head, LinearHead)):
+            raise _gone("quantiles of a network other than the shipped ones")
+        head = LinearHead(network.head.linear, num_values)
+        (num_outputs,) = network.choices
+        return reference, vars(network) | {"head": head, "choices": (num_outputs // num_values,)}
+    if "choices" in fields:
+        return reference, fields
+    head = fields["head"]
+    if isinstance(head, Linear):
+        head = LinearHead(head, 1)
+    elif not isinstance(head, Dueling):
+        raise _gone(f"a head of type '{type(head).__name__}'")
+    last = head.linear if isinstance(head, LinearHead) else head.advantage
+    without_memory = {"recurrences": (), "last_action": False, "last_reward": False}
+    fields = without_memory | fields | {"head": head, "choices": _num_outputs(last)}
+    return reference, {name: value for name, value in fields.items() if name != "num_actions"}
+
+
+def _num_outputs(layer: Any) -> tuple[int]:
+    """Of the last linear layer; members of a population have theirs side by side."""
+    return (layer.bias.shape[-1],)
+
+
+def _dueling(reference: str, fields: Fields) -> tuple[str, Fields]:
+    return reference, {"choices": _num_outputs(fields["advantage"])} | fields
+
+
+def _per_agent(reference: str, fields: Fields) -> tuple[str, Fields]:
+    if "num_agents" not in fields:
+        return reference, fields
+    kinds = tuple(range(fields["num_agents"]))
+    return reference, {"members": fields["members"], "kinds": kinds}
+
+
+def _gone(what: str) -> UsageError:
+    return UsageError(
+        f"networks can no longer have {what}: load this with the version that saved it"
+    )
+
+
+# Agents -----------------------------------------------------------------------------------------
 
 
 def _pqn(reference: str, fields: Fields) -> tuple[str, Fields]:
     if "value" in fields:
         return reference, fields
-    return reference, _with_parts(
-        fields, Scalar(), make_optimizer("radam"), mixer=fields["mixer"]
-    )
+    return reference, _with_parts(fields, Scalar(), make_optimizer("radam"), fields["mixer"])
 
 
 def _dqn(reference: str, fields: Fields) -> tuple[str, Fields]:
     """What were three presets of one class are classes of their own."""
     if "value" in fields:
         return reference, fields
-    num_values = getattr(getattr(fields["network"], "head", None), "num_values", 1)
     td_loss, epsilon = fields.pop("td_loss"), fields.pop("adam_epsilon")
+    head = fields["network"].head if isinstance(fields["network"], Network) else None
+    num_values = head.num_values if isinstance(head, LinearHead) else 1
     value = Scalar(td_loss) if num_values == 1 else Quantile(num_values)
     fields = _with_parts(fields, value, Optimizer("adam", {"eps": epsilon}, ()), Independent())
     fields |= {"target_mixer": Independent(), "num_agents": None}
@@ -68,10 +114,8 @@ def _dqn(reference: str, fields: Fields) -> tuple[str, Fields]:
     return f"eqx_q.agents.offline:{name}", fields
 
 
-def _with_parts(
-    fields: Fields, value: AbstractValue, optimizer: Optimizer, mixer: Any
-) -> Fields:
-    """With the parts that agents had not; the rest in today's structure."""
+def _with_parts(fields: Fields, value: AbstractValue, optimizer: Optimizer, mixer: Any) -> Fields:
+    """With the parts that agents had not; statistics and optimiser state in today's structure."""
     network = fields["network"]
     parameters, _ = split_parameters((network, mixer))
     states = {
@@ -96,77 +140,12 @@ def _memory(reference: str, fields: Fields) -> tuple[str, Fields]:
 # By today's reference: from that and the fields that a file holds to those of today. Each must
 # leave fields alone that are today's already.
 CHANGED: dict[str, Callable[[str, Fields], tuple[str, Fields]]] = {
+    "eqx_q.nets.network:Network": _network,
+    "eqx_q.nets.heads:Dueling": _dueling,
+    "eqx_q.nets.team:PerAgent": _per_agent,
     "eqx_q.agents.pqn:PQN": _pqn,
     "eqx_q.agents.offline:DQN": _dqn,
     "eqx_q.agents.acting:AgentMemory": _memory,
-=======
-    **{
-        f"eqx_q.{name}": f"eqx_q.loops.{name}"
-        for name in ("training:RunState", "offline:OfflineState")
-    },
-    "eqx_q.nets.feedforward:FromModule": "eqx_q.nets.network:FromModule",
-    "eqx_q.nets.feedforward:FeedForward": "eqx_q.nets.network:Network",
-    "eqx_q.nets.recurrent:Recurrent": "eqx_q.nets.network:Network",
-    "eqx_q.nets.quantiles:Quantiles": "eqx_q.nets.network:Network",
-}
-
-
-def _network(fields: Fields) -> Fields:
-    if "num_quantiles" in fields:  # a network around another, which gave as many values
-        network, num_values = fields["network"], fields["num_quantiles"]
-        if not (isinstance(network, Network) and isinstance(network.head, LinearHead)):
-            raise _gone("quantiles of a network other than the shipped ones")
-        head = LinearHead(network.head.linear, num_values)
-        (num_outputs,) = network.choices
-        return vars(network) | {"head": head, "choices": (num_outputs // num_values,)}
-    if "choices" in fields:
-        return fields
-    head = fields["head"]
-    if isinstance(head, Linear):
-        head = LinearHead(head, 1)
-    elif not isinstance(head, Dueling):
-        raise _gone(f"a head of type '{type(head).__name__}'")
-    last = head.linear if isinstance(head, LinearHead) else head.advantage
-    without_memory = {"recurrences": (), "last_action": False, "last_reward": False}
-    fields = without_memory | fields | {"head": head, "choices": _num_outputs(last)}
-    return {name: value for name, value in fields.items() if name != "num_actions"}
-
-
-def _num_outputs(layer: Any) -> tuple[int]:
-    """Of the last linear layer; members of a population have theirs side by side."""
-    return (layer.bias.shape[-1],)
-
-
-def _dueling(fields: Fields) -> Fields:
-    return {"choices": _num_outputs(fields["advantage"])} | fields
-
-
-def _per_agent(fields: Fields) -> Fields:
-    if "num_agents" not in fields:
-        return fields
-    return {"members": fields["members"], "kinds": tuple(range(fields["num_agents"]))}
-
-
-def _gone(what: str) -> UsageError:
-    return UsageError(
-        f"networks can no longer have {what}: load this with the version that saved it"
-    )
-
-
-def todays_statistics(network: AbstractQNetwork, statistics: PyTree) -> PyTree:
-    """A network's statistics of any version, with the `None`s that stand for none today."""
-    structure = jax.tree.structure(network.initial_statistics())
-    return jax.tree.unflatten(structure, jax.tree.leaves(statistics))
-
-
-# By today's reference: from the fields that a file holds to those of today. Each must leave fields
-# alone that are today's already.
-CHANGED: dict[str, Callable[[Fields], Fields]] = {
-    "eqx_q.nets.network:Network": _network,
-    "eqx_q.nets.network:FromModule": lambda fields: {"num_values": 1} | fields,
-    "eqx_q.nets.heads:Dueling": _dueling,
-    "eqx_q.nets.team:PerAgent": _per_agent,
->>>>>>> nets
 }
 
 
@@ -178,6 +157,6 @@ def todays_name(reference: str) -> str:
 def todays(reference: str, fields: Fields) -> tuple[str, Fields]:
     """The class of an object of any version and its fields, as they are today."""
     reference = todays_name(reference)
+    fields = NEW.get(reference, {}) | fields
     change = CHANGED.get(reference)
-    fields = {name: x for name, x in NEW.get(reference, {}).items() if name not in fields} | fields
     return (reference, fields) if change is None else change(reference, fields)
