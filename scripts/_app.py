@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.run import changeable, whole_or_none
+from eqx_q.run.parts import full_overrides
 from eqx_q.sharding import is_first_process
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
@@ -55,6 +56,7 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
     # Where a launcher starts the runs of a sweep, they import this file by its name.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.argv[1:] = [full for each in sys.argv[1:] for full in full_overrides(each)]
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [here, *paths])))
     # As Ctrl-C, with which joblib ends those runs too.

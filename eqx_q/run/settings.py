@@ -7,7 +7,7 @@ import inspect
 import operator
 import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from ..agents import OfflineAgent, Population
 from ..errors import UnknownNameError, UsageError
 from ..wrappers import Env, make, make_for
+from .parts import chosen_options, with_values
 
 Config = Mapping[str, Any]
 
@@ -57,10 +58,9 @@ def make_agent(
     **Arguments:** `values`: each a choice of the same traced hyperparameters. Then it is a
     population that has, one after the other, `num_seeds` members for each choice.
     """
-    options = given(config["agent"])
-    target = options.pop("_target_")
-    create = pkgutil.resolve_name(target).create
-    known = {*_parameters(create), *_parameters(_created(target).create)}
+    options = chosen_options(given(config["agent"]))
+    create = pkgutil.resolve_name(options.pop("_target_")).create
+    known = set(inspect.signature(create).parameters)
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
@@ -71,11 +71,11 @@ def make_agent(
             raise UsageError(
                 f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
             )
-        options["num_agents"] = env.num_agents
+        options |= {"num_agents": env.num_agents, "state_size": env.state_size}
 
     def member(key, values):
         spaces = env.observation_space, env.action_space
-        return create(*spaces, key=key, **(options | values))
+        return create(*spaces, key=key, **with_values(options, values))
 
     seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
     if values is None and len(seeds) == 1:
@@ -97,19 +97,8 @@ def traced(config: Config) -> set[str]:
     def is_traced(kind: Any) -> bool:
         return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
 
-    fields = dataclasses.fields(_created(config["agent"]["_target_"]))
+    fields = dataclasses.fields(pkgutil.resolve_name(config["agent"]["_target_"]))
     return {field.name for field in fields if is_traced(field.type)}
-
-
-def _created(target: str) -> Any:
-    """The class of agents that `target` creates: itself, or one that it presets."""
-    cls = pkgutil.resolve_name(target)
-    return cls if dataclasses.is_dataclass(cls) else get_type_hints(cls.create)["return"]
-
-
-def _parameters(create: Any) -> set[str]:
-    parameters = inspect.signature(create).parameters.values()
-    return {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
 
 
 def _agent_key(seed):

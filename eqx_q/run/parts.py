@@ -1,0 +1,88 @@
+"""An agent's parts in a configuration, where all options of a kind of part stand side by side."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..agents.exploration import EXPLORATIONS
+from ..agents.mixers import MIXERS
+from ..agents.optimizers import OPTIMIZERS
+from ..agents.values import VALUES
+
+Options = Mapping[str, Any]
+
+KINDS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "value": VALUES,
+    "mixer": MIXERS,
+    "exploration": EXPLORATIONS,
+    "optimizer": OPTIMIZERS,
+}
+
+# What was called otherwise in earlier versions.
+RENAMED = {"td_loss": "value.td_loss", "adam_epsilon": "optimizer.eps"}
+
+
+def full_overrides(override: str) -> list[str]:
+    """What an override of the command line is short for.
+
+    `agent.value=hl_gauss` names a part; keys of earlier versions go on working.
+    """
+    key, equals, value = override.partition("=")
+    plain = key.lstrip("+")
+    _, dot, name = plain.partition("agent.")
+    if not (equals and dot and plain == f"agent.{name}"):
+        return [override]
+    if name in KINDS and not value.startswith(("{", "null")):
+        return [f"{key}.name={value}"]
+    if name in RENAMED:
+        return [f"agent.{RENAMED[name]}={value}"]
+    if name == "network_options.num_quantiles":
+        return ["agent.value.name=quantile", f"agent.value.num_quantiles={value}"]
+    return [override]
+
+
+def chosen_options(options: Options) -> dict[str, Any]:
+    """Options of an agent, where each part keeps those that the chosen one of its kind has.
+
+    An option that none of its kind has stays, to be refused.
+    """
+    options = _of_today(options)
+    for kind, known in KINDS.items():
+        part = options.get(kind)
+        if isinstance(part, Mapping) and part.get("name") in known:
+            own = _parameters(known[part["name"]])
+            of_others = set().union(*(_parameters(make) for make in known.values())) - own
+            options[kind] = {name: x for name, x in part.items() if name not in of_others}
+    return options
+
+
+def with_values(options: Options, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others in their place, by paths: `"learning_rate"`, `"value.sigma"`."""
+    options = dict(options)
+    for path, value in values.items():
+        head, dot, rest = path.partition(".")
+        options[head] = with_values(options.get(head) or {}, {rest: value}) if dot else value
+    return options
+
+
+def _of_today(options: Options) -> dict[str, Any]:
+    """Options of any version; an old run keeps its own configuration."""
+    options = dict(options)
+    for kind in KINDS:
+        if isinstance(options.get(kind), str):
+            options[kind] = {"name": options[kind]}
+    default = {"value": "scalar", "optimizer": "adam"}
+    for old, new in RENAMED.items():
+        if old in options:
+            kind, _, name = new.partition(".")
+            part = options.setdefault(kind, {"name": default[kind]})
+            options[kind] = {**part, name: options.pop(old)}
+    network = dict(options.get("network_options") or {})
+    if "num_quantiles" in network:
+        options["value"] = {"name": "quantile", "num_quantiles": network.pop("num_quantiles")}
+        options["network_options"] = network
+    return options
+
+
+def _parameters(make: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(make).parameters)
