@@ -2,8 +2,8 @@
 
 from .agent import (
     Agent as Agent,
-    OfflineAgent as OfflineAgent,
-    OnlineAgent as OnlineAgent,
+    Batches as Batches,
+    Rollouts as Rollouts,
     decide as decide,
 )
 from .dqn import BC as BC, CQL as CQL, DQN as DQN

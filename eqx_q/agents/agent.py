@@ -1,32 +1,108 @@
 """The agent contract: what acts, and how it learns, online or offline."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import gymnasium
 from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt
 
-from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep, Transitions
+from ..types import (
+    AnyArray,
+    Decision,
+    Memory,
+    Observation,
+    Rollout,
+    Scalar,
+    TimeStep,
+    Transitions,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Of an agent that learns from what it has just done: the rollouts that an update takes.
+
+    **Fields:**
+
+    - `length`: `T`, the steps per lane that are learnt from.
+    - `burn_in`: steps before those, which a rollout must have too, to warm up memory.
+    - `lane_groups`: groups of lanes that minibatches are drawn within; devices can share them.
+    """
+
+    length: int
+    burn_in: int = 0
+    lane_groups: int = 1
+
+    unit: ClassVar[str] = "env_steps"
+
+    def units(self, num_envs: int) -> int:
+        """What an update counts: the steps of so many lanes."""
+        return self.length * num_envs
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        """Of what devices that share one agent must have equally much, and its name."""
+        return self.lane_groups, "lane_groups"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Of an agent that learns from recorded data: the batches that an update takes.
+
+    They are `Transitions`, or where there is a `sequence_length` a `Rollout` with a lane for each
+    sequence.
+
+    **Fields:**
+
+    - `size`: `B`, the items of a batch (of each member of a population).
+    - `n_step`: steps of a transition.
+    - `sequence_length`: steps of a sequence; the first `burn_in` of them only warm up memory.
+    """
+
+    size: int
+    n_step: int = 1
+    sequence_length: int | None = None
+    burn_in: int = 0
+
+    unit: ClassVar[str] = "num_updates"
+
+    def units(self, num_envs: int) -> int:
+        """What an update counts: itself."""
+        return 1
+
+    @property
+    def shared(self) -> tuple[int, str]:
+        """See `Rollouts`."""
+        return self.size, "batch_size"
 
 
 class Agent(eqx.Module):
     """An immutable PyTree that acts, and that learns by giving back another one.
-
-    What it learns from makes it an `OnlineAgent` or an `OfflineAgent`.
 
     **Attributes:**
 
     - `observation_space`, `action_space`: Gymnasium spaces of one lane.
     - `num_agents`: `None`, or `M` for a team, whose observations and actions are `[N, M, ...]`.
     - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
+    - `learns_from`: what `update` takes. It makes the agent learn online or offline.
+    - `learnt`: lane-steps (online) or updates (offline) so far (`[S]` in a population).
     """
 
     observation_space: AbstractVar[gymnasium.Space]
     action_space: AbstractVar[gymnasium.spaces.Discrete]
     num_agents: AbstractVar[int | None]
     num_members: AbstractVar[int | None]
+    learns_from: AbstractVar[Rollouts | Batches]
+    learnt: AbstractVar[UInt[Array, "*S"]]
+
+    @property
+    def name(self) -> str:
+        """For messages: its class, in a population that of the members."""
+        return type(self).__name__
 
     @abc.abstractmethod
     def initial_memory(self, num_envs: int) -> Memory:
@@ -35,7 +111,7 @@ class Agent(eqx.Module):
     @abc.abstractmethod
     def act(
         self,
-        obs: Shaped[AnyArray, "..."],
+        obs: Observation,
         memory: Memory = None,
         *,
         first: Bool[AnyArray, "..."] | None = None,
@@ -59,66 +135,28 @@ class Agent(eqx.Module):
         - `key`: randomness. Without it the choice is greedy.
         """
 
-
-class OnlineAgent(Agent):
-    """An agent that learns from what it has just done.
-
-    **Attributes:**
-
-    - `rollout_length`: `T`, the steps per lane that one `update` learns from.
-    - `burn_in`: steps before those that a rollout must have too, to warm up memory.
-    - `lane_groups`: groups of lanes that minibatches are drawn within; devices can share them.
-    - `env_steps`: lane-steps learnt from so far (`[S]` in a population).
-    - `schedule_steps`: lane-steps over which schedules run; not finite where unset.
-    """
-
-    rollout_length: AbstractVar[int]
-    burn_in: AbstractVar[int]
-    lane_groups: AbstractVar[int]
-    env_steps: AbstractVar[Shaped[Array, "*S"]]
-    schedule_steps: AbstractVar[Float[Array, "*S"]]
-
     @abc.abstractmethod
     def update(
-        self, rollout: Rollout, *, key: PRNGKeyArray
-    ) -> tuple["OnlineAgent", dict[str, Float[Array, "..."]]]:
-        """Learns from a rollout.
+        self, experience: Rollout | Transitions, *, key: PRNGKeyArray
+    ) -> tuple["Agent", dict[str, Float[Array, "..."]]]:
+        """Learns from a rollout, or from a batch (in a population: one for each member).
 
-        **Returns:** the new agent, and named scalars (one per member in a population).
+        **Returns:** the new agent, and metrics by name: scalars, or distributions with axes of
+        their own (in a population both behind one of members). Of a batch there is `priority`
+        among them, by which one may choose what to learn from next: `[B]`, the absolute TD error
+        of each item.
         """
 
-    @abc.abstractmethod
-    def with_schedule(self, steps: Float[Array, "*S"]) -> "OnlineAgent":
-        """The same agent with `schedule_steps` set to `steps`, unless its creator has set it."""
+    def with_schedule(self, steps: Float[Array, "*S"]) -> "Agent":
+        """The same agent with schedules over so many lane-steps, unless its creator has set them.
 
-    @abc.abstractmethod
+        An agent without schedules is the same as before.
+        """
+        return self
+
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
-
-
-class OfflineAgent(Agent):
-    """An agent that learns from transitions that somebody recorded.
-
-    **Attributes:**
-
-    - `batch_size`: `B`, the transitions that one `update` learns from (of each member).
-    - `n_step`: how many steps each of them has.
-    - `num_updates`: so far (`[S]` in a population).
-    """
-
-    batch_size: AbstractVar[int]
-    n_step: AbstractVar[int]
-    num_updates: AbstractVar[Shaped[Array, "*S"]]
-
-    @abc.abstractmethod
-    def update(
-        self, batch: Transitions, *, key: PRNGKeyArray
-    ) -> tuple["OfflineAgent", dict[str, Float[Array, "..."]], Float[Array, "*S B"]]:
-        """Learns from a batch (in a population: one for each member, with a leading axis).
-
-        **Returns:** the new agent, named scalars (one per member in a population), and the
-        absolute TD error of each transition, by which one may choose what to learn from next.
-        """
+        return fn(rollout)
 
 
 def decide(

@@ -21,14 +21,14 @@ from ..returns import n_step, quantile_huber
 from ..spaces import Box, Discrete, of_actions, of_observations
 from ..types import AnyArray, Decision, Memory, Scalar, Transitions
 from .acting import choose, lanes_of
-from .agent import OfflineAgent
+from .agent import Agent, Batches
 from .checks import check_network, check_ranges, check_sizes
 from .gradients import clip_by_global_norm
 
 _LOSSES = ("squared", "huber")
 
 
-class DQN(OfflineAgent):
+class DQN(Agent):
     """Q-learning from recorded transitions with a target network, conservative where asked.
 
         loss = td_weight * TD(s, a) + alpha * (logsumexp_b Q(s, b) - Q(s, a))
@@ -179,6 +179,16 @@ class DQN(OfflineAgent):
         return None
 
     @property
+    def learns_from(self) -> Batches:
+        """Transitions of `n_step` steps."""
+        return Batches(self.batch_size, self.n_step)
+
+    @property
+    def learnt(self) -> UInt[Array, "*S"]:
+        """Updates so far."""
+        return self.num_updates
+
+    @property
     def num_agents(self) -> None:
         """No team."""
         return None
@@ -207,10 +217,10 @@ class DQN(OfflineAgent):
 
     def update(
         self, batch: Transitions, *, key: PRNGKeyArray
-    ) -> tuple["DQN", dict[str, Float[Array, ""]], Float[Array, " B"]]:
+    ) -> tuple["DQN", dict[str, Float[Array, "..."]]]:
         """One gradient step, and every `target_update_period` of them a new target network.
 
-        See `OfflineAgent`. There is no randomness in it: `key` is not used.
+        See `Agent`. There is no randomness in it: `key` is not used.
         """
         batch = jax.tree.map(jnp.asarray, batch)
         targets = self._targets(batch)
@@ -236,7 +246,7 @@ class DQN(OfflineAgent):
             optimizer_state=optimizer_state,
             num_updates=num_updates,
         )
-        return agent, metrics, td_error
+        return agent, metrics | {"priority": td_error}
 
     def targets(self, batch: Transitions) -> Float[Array, " B"]:
         """The n-step targets of a batch; of quantiles, their means."""

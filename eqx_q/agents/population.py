@@ -1,19 +1,17 @@
 """Many agents as one."""
 
-from typing import Any
-
 import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt
 
 from ..errors import UsageError
 from ..types import AnyArray, Decision, Memory, Rollout, Transitions
-from .agent import Agent, OfflineAgent, OnlineAgent
+from .agent import Agent, Batches, Rollouts
 
 
-class Population(OnlineAgent, OfflineAgent):
+class Population(Agent):
     """`S` agents (seeds x hyperparameters) that act and learn side by side, as one `Agent`.
 
     Lanes are `[S * N]`, member by member; each member sees its own `N`. Since environments are
@@ -28,7 +26,7 @@ class Population(OnlineAgent, OfflineAgent):
     **Attributes:** `members`: an agent whose array leaves have a leading axis `S`.
     """
 
-    members: Any
+    members: Agent
 
     def __init__(self, members: Agent):
         """Raises `UsageError` where `members` is not one agent with a leading member axis."""
@@ -61,44 +59,19 @@ class Population(OnlineAgent, OfflineAgent):
         return self.members.num_agents
 
     @property
-    def burn_in(self) -> int:
-        """That of every member."""
-        return self.members.burn_in
+    def learns_from(self) -> Rollouts | Batches:
+        """What every member learns from."""
+        return self.members.learns_from
 
     @property
-    def lane_groups(self) -> int:
-        """That of every member."""
-        return self.members.lane_groups
+    def learnt(self) -> UInt[Array, " S"]:
+        """How much each member has learnt from."""
+        return self.members.learnt
 
     @property
-    def rollout_length(self) -> int:
-        """That of every member."""
-        return self.members.rollout_length
-
-    @property
-    def env_steps(self) -> Array:
-        """`[S]`."""
-        return self.members.env_steps
-
-    @property
-    def schedule_steps(self) -> Array:
-        """`[S]`."""
-        return self.members.schedule_steps
-
-    @property
-    def batch_size(self) -> int:
-        """That of every member."""
-        return self.members.batch_size
-
-    @property
-    def n_step(self) -> int:
-        """That of every member."""
-        return self.members.n_step
-
-    @property
-    def num_updates(self) -> Array:
-        """`[S]`."""
-        return self.members.num_updates
+    def name(self) -> str:
+        """That of the members' class."""
+        return self.members.name
 
     def member(self, index: int) -> Agent:
         """One of the agents, on its own."""
@@ -127,7 +100,7 @@ class Population(OnlineAgent, OfflineAgent):
         key=None,
     ) -> Decision:
         """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
-        self._lanes(obs.shape[0])
+        self._lanes(len(jax.tree.leaves(obs)[0]))
         lanes = self._split((obs, memory, first, action_mask, reward), axis=0)
         if epsilon is not None:
             epsilon = jnp.broadcast_to(epsilon, self.num_members)
@@ -148,8 +121,10 @@ class Population(OnlineAgent, OfflineAgent):
         decision = eqx.filter_vmap(act)(self.members, lanes, epsilon, keys)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decision)
 
-    def update(self, experience: Rollout | Transitions, *, key: PRNGKeyArray):
-        """See `OnlineAgent` and `OfflineAgent`. Member `i` is given `jax.random.split(key, S)[i]`.
+    def update(
+        self, experience: Rollout | Transitions, *, key: PRNGKeyArray
+    ) -> tuple["Population", dict[str, Float[Array, "S ..."]]]:
+        """See `Agent`. Member `i` is given `jax.random.split(key, S)[i]`.
 
         Of a rollout each member learns from its own lanes, of a batch `[S, B, ...]` from its own
         row.
@@ -157,18 +132,18 @@ class Population(OnlineAgent, OfflineAgent):
         if isinstance(experience, Rollout):
             experience = self._split_rollout(experience)
         keys = jax.random.split(key, self.num_members)
-        members, *told = eqx.filter_vmap(
+        members, metrics = eqx.filter_vmap(
             lambda member, experience, key: member.update(experience, key=key)
         )(self.members, experience, keys)
-        return Population(members), *told
+        return Population(members), metrics
 
     def with_schedule(self, steps: Float[Array, "*S"]) -> "Population":
-        """See `OnlineAgent`."""
+        """See `Agent`."""
         with_schedule = eqx.filter_vmap(lambda member, steps: member.with_schedule(steps))
         return Population(with_schedule(self.members, steps))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
-        """See `OnlineAgent`."""
+        """See `Agent`."""
         return jax.vmap(fn)(self._split_rollout(rollout))
 
     def _lanes(self, num_envs: int) -> int:

@@ -22,7 +22,7 @@ from ..returns import q_lambda
 from ..spaces import Box, Discrete, of_actions, of_observations
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, TimeStep
 from .acting import choose, lanes_of
-from .agent import OnlineAgent
+from .agent import Agent, Rollouts
 from .checks import check_network, check_ranges, check_sizes
 from .exploration import legal
 from .gradients import clip_by_global_norm
@@ -52,7 +52,7 @@ class PQNMemory(eqx.Module):
     last_action: Int[Array, " B"]
 
 
-class PQN(OnlineAgent):
+class PQN(Agent):
     """Parallelised Q-learning with Q(λ) targets.
 
     Without memory it learns from single transitions, with targets computed once an update. A
@@ -230,6 +230,16 @@ class PQN(OnlineAgent):
         return None
 
     @property
+    def learns_from(self) -> Rollouts:
+        """Rollouts of `rollout_length` steps."""
+        return Rollouts(self.rollout_length, self.burn_in, self.lane_groups)
+
+    @property
+    def learnt(self) -> UInt[Array, "*S"]:
+        """Lane-steps so far."""
+        return self.env_steps
+
+    @property
     def epsilon(self) -> Float[Array, ""]:
         """ε where the schedule stands."""
         progress = self.env_steps / self.schedule_steps
@@ -293,15 +303,11 @@ class PQN(OnlineAgent):
         return jnp.broadcast_to(x[..., None], (*x.shape, self.num_agents))
 
     def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
-        """See `OnlineAgent`."""
+        """See `Agent`."""
         steps = jnp.where(
             self.schedule_is_given, self.schedule_steps, jnp.asarray(steps, jnp.float32)
         )
         return dataclasses.replace(self, schedule_steps=steps)
-
-    def measure(self, fn, rollout):
-        """See `OnlineAgent`."""
-        return fn(rollout)
 
     def update(
         self, rollout: Rollout, *, key: PRNGKeyArray

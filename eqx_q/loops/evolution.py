@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..agents import Population
+from ..agents import Agent, Population
 from ..agents.checks import RANGES
 from ..errors import UnknownNameError, UsageError
-from .training import Metrics
+from .running import Metrics
 
 
 class PopulationBasedTraining:
@@ -84,9 +84,9 @@ class PopulationBasedTraining:
         metrics |= {f"pbt/{name}": _values(population, name) for name in self._names}
         return eqx.tree_at(lambda state: state.agent, run_state, population)
 
-    def check(self, agent: Any) -> None:
+    def check(self, agent: Agent) -> None:
         """Raises `UsageError` where it is no population that this can train."""
-        number = getattr(agent, "num_members", None) or 1
+        number = agent.num_members or 1
         if self._number(number) < 1:
             raise UsageError(
                 f"population-based training of {number} members, of which {self._fraction:g} copy "

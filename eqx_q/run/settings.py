@@ -12,11 +12,11 @@ from typing import Any, get_type_hints
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from ..agents import OfflineAgent, Population
+from ..agents import Agent, Population
 from ..errors import UnknownNameError, UsageError
+from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
 
 Config = Mapping[str, Any]
@@ -26,10 +26,10 @@ MOST_LANES = 2**24
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
-def make_env(config: Config, num_envs: int, mesh: Mesh | None = None) -> Env:
+def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> Env:  # noqa: B008
     """The environment that `config["env"]` describes; options that are null keep their default.
 
-    **Arguments:** `mesh`: of devices that share it.
+    **Arguments:** `place`: the devices that share it.
     """
     options = given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
@@ -38,7 +38,7 @@ def make_env(config: Config, num_envs: int, mesh: Mesh | None = None) -> Env:
         return make(f"{suite}/{name}", num_envs, seed=seed, **options)
 
     seed = emulator_seed(whole(config, "seed"), "training")
-    return make_for(mesh, of_lanes, num_envs, seed=seed)
+    return make_for(place, of_lanes, num_envs, seed=seed)
 
 
 def emulator_seed(seed: int, role: str) -> int:
@@ -184,17 +184,9 @@ def env_name(config: Config) -> str:
     return f"{config['env']['suite']}/{config['env']['name']}"
 
 
-def learnt(agent: Any) -> dict[str, int]:
+def learnt(agent: Agent) -> dict[str, int]:
     """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
-    member = getattr(agent, "members", agent)
-    unit = "num_updates" if isinstance(member, OfflineAgent) else "env_steps"
-    return {unit: int(np.max(getattr(member, unit)))}
-
-
-def steps_per_update(config: Config, agent: Any) -> int:
-    """What an update of each member counts: its rollout's steps, or 1 from data."""
-    length = getattr(agent, "rollout_length", None)
-    return length * whole(config, "num_envs") if length else 1
+    return {agent.learns_from.unit: int(np.max(agent.learnt))}
 
 
 def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
