@@ -1,0 +1,144 @@
+"""Hyperparameters of an agent by their path: `"learning_rate"`, `"value.sigma"`, `"optimizer.b1"`.
+
+A hyperparameter is a field that holds one number or switch which learning does not change. Its
+annotation says so, `Float[Array, ""]` or `Bool[Array, ""]`, and it is a field of the agent itself
+or of one of its `Part`s, whose names then come first, with dots between. A mapping of such numbers,
+`dict[str, Float[Array, ""]]`, counts as so many fields. What is no `Part` (the network, the mixer,
+statistics, the optimiser's state) has no hyperparameters.
+
+Every function here takes one agent, or the stacked members of a population, whose leaves have a
+leading axis of members.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Shaped
+
+from ..errors import UnknownNameError, UsageError
+from ..types import AnyArray, Scalar
+from .parts import Part
+
+_Agent = TypeVar("_Agent", bound=eqx.Module)
+
+# Where a hyperparameter makes sense. Those that are not here may be any number.
+_FRACTION, _POSITIVE = (0.0, 1.0), (0.0, jnp.inf)
+_DECAY = (0.0, 0.999999)  # a moving average whose bias is corrected: at 1 it would never move
+RANGES = {
+    "learning_rate": _POSITIVE,
+    "learning_rate_end": _POSITIVE,
+    "max_grad_norm": _POSITIVE,
+    "discount": _FRACTION,
+    "lambda_": _FRACTION,
+    "epsilon_start": _FRACTION,
+    "epsilon_end": _FRACTION,
+    "epsilon_decay": _POSITIVE,
+    "schedule_steps": (1.0, jnp.inf),
+    "adam_epsilon": _POSITIVE,
+    "alpha": _POSITIVE,
+    "td_weight": _POSITIVE,
+    "epsilon": _FRACTION,
+    "value.v_min": (-1e30, 1e30),
+    "value.v_max": (-1e30, 1e30),
+    "value.sigma": (1e-3, 1e3),
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.b3": _DECAY,
+    "optimizer.decay": _FRACTION,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.eps_root": _POSITIVE,
+    "optimizer.weight_decay": _POSITIVE,
+}
+
+
+def leaves(agent: eqx.Module) -> dict[str, Any]:
+    """Every hyperparameter by its path: scalars, or `[S]` of stacked members."""
+    return dict(_walk(agent, ""))
+
+
+def names(agent: eqx.Module | type[eqx.Module]) -> list[str]:
+    """Their paths.
+
+    Of a class: those that annotations alone tell. What depends on which parts an agent is made of
+    is known of an agent only; its shapes (`eqx.filter_eval_shape`) will do.
+    """
+    return [path for path, _ in _walk(agent, "")]
+
+
+def get(agent: eqx.Module, path: str) -> Shaped[Array, "*S"]:
+    """One of them. Raises `UnknownNameError` where there is no such hyperparameter."""
+    known = leaves(agent)
+    if path not in known:
+        raise UnknownNameError("hyperparameter", path, known)
+    return known[path]
+
+
+def replace(agent: _Agent, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]) -> _Agent:
+    """The agent with other values, each by its path.
+
+    They keep the type and shape of what they replace: one value goes to all members of a
+    population, or each gets its own.
+
+    **Raises:** `UnknownNameError` for a path that there is not, `UsageError` for a value that does
+    not fit.
+    """
+    new = [_like(get(agent, path), value, path) for path, value in values.items()]
+    return eqx.tree_at(lambda agent: [leaves(agent)[path] for path in values], agent, new)
+
+
+def range_of(path: str) -> tuple[float, float]:
+    """Where a hyperparameter makes sense, ends included."""
+    return RANGES.get(path, (-jnp.inf, jnp.inf))
+
+
+def check_ranges(values: Mapping[str, Scalar]) -> None:
+    """Checks what is known before tracing: under `vmap` values are not.
+
+    **Raises:** `UsageError` for a value outside its range.
+    """
+    for path, value in values.items():
+        low, high = range_of(path)
+        if not isinstance(value, Tracer) and not low <= float(value) <= high:
+            raise UsageError(f"{path}={value} makes no sense: choose it from {low:g} to {high:g}")
+
+
+def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Paths and what is there; in a class, annotations."""
+    is_class = isinstance(node, type)
+    for field in dataclasses.fields(node):
+        kind = _annotation(node, field)
+        path, value = prefix + field.name, kind if is_class else getattr(node, field.name)
+        if _is_number(kind):
+            yield path, value
+        elif isinstance(value, Part) or (isinstance(value, type) and issubclass(value, Part)):
+            yield from _walk(value, f"{path}.")
+        elif _is_mapping_of_numbers(kind) and not is_class:
+            yield from ((prefix + name, number) for name, number in value.items())
+
+
+def _annotation(node: Any, field: dataclasses.Field) -> Any:
+    if isinstance(field.type, str):  # of a module with `from __future__ import annotations`
+        return typing.get_type_hints(node if isinstance(node, type) else type(node))[field.name]
+    return field.type
+
+
+def _is_number(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
+
+
+def _is_mapping_of_numbers(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict and _is_number(typing.get_args(kind)[1])
+
+
+def _like(leaf: Shaped[Array, "*S"], value: Any, path: str) -> Shaped[Array, "*S"]:
+    value = jnp.asarray(value, leaf.dtype)
+    if value.shape not in ((), leaf.shape):
+        expected = "one number" if leaf.ndim == 0 else f"one number, or {leaf.shape[0]} of them"
+        raise UsageError(f"{path} cannot be of shape {value.shape}: give {expected}")
+    return jnp.broadcast_to(value, leaf.shape)
