@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 import equinox as eqx
+import gymnasium
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
 
-from ..agents import Agent, Population
+from ..agents import Agent, Population, hyperparameters
+from ..agents.hyperparameters import RANGES
+from ..agents.parts import Part
 from ..errors import UnknownNameError, UsageError
 from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
@@ -54,7 +56,7 @@ def make_agent(
 
     Member `i` starts with the parameters that a run of its own would have at `seed + i`.
 
-    **Arguments:** `values`: each a choice of the same traced hyperparameters. Then it is a
+    **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
     population that has, one after the other, `num_seeds` members for each choice.
     """
     options = given(config["agent"])
@@ -64,8 +66,8 @@ def make_agent(
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
-    for name in traced(config) & set(options):
-        number(config, f"agent.{name}")
+    for path in flat(options).keys() & {*hyperparameters.names(_created(target)), *RANGES}:
+        number(config, f"agent.{path}")
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(
@@ -75,7 +77,10 @@ def make_agent(
 
     def member(key, values):
         spaces = env.observation_space, env.action_space
-        return create(*spaces, key=key, **(options | values))
+        own = options
+        for path, value in values.items():
+            own = replaced(own, path, value)
+        return create(*spaces, key=key, **own)
 
     seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
     if values is None and len(seeds) == 1:
@@ -87,18 +92,27 @@ def make_agent(
 
 
 def changeable(config: Config) -> set[str]:
-    """Hyperparameters that a run in progress may change: those that are leaves of the agent."""
-    return traced(config) & set(config["agent"])
+    """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
+    return traced(config) & flat(config["agent"]).keys()
 
 
 def traced(config: Config) -> set[str]:
-    """Fields of the agent that hold one value, and that learning does not change: by their type."""
+    """Hyperparameters of the agent, by their path: of the parts, too, that it is to have."""
+    options = given(config["agent"])
+    target = options["_target_"]
+    cls = _created(target)
+    parts = {f.name: options[f.name] for f in dataclasses.fields(cls) if _is_part(f, options)}
+    if not parts:
+        return set(hyperparameters.names(cls))
+    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
+    create = functools.partial(pkgutil.resolve_name(target).create, *spaces, **parts)
+    agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
+    return set(hyperparameters.names(agent))
 
-    def is_traced(kind: Any) -> bool:
-        return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
 
-    fields = dataclasses.fields(_created(config["agent"]["_target_"]))
-    return {field.name for field in fields if is_traced(field.type)}
+def _is_part(field: dataclasses.Field, options: Mapping[str, Any]) -> bool:
+    is_class = isinstance(field.type, type) and field.name in options
+    return is_class and issubclass(field.type, Part)
 
 
 def _created(target: str) -> Any:
@@ -164,6 +178,21 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None
     }
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is in nested mappings, by paths with dots between levels."""
+    found = {}
+    for key, node in tree.items():
+        inner = isinstance(node, Mapping)
+        found |= flat(node, f"{prefix}{key}.") if inner else {prefix + key: node}
+    return found
+
+
+def replaced(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Nested mappings with another value at a path."""
+    key, _, rest = path.partition(".")
+    return {**tree, key: replaced(tree[key], rest, value) if rest else value}
 
 
 def lanes_of_all(config: Config, per_seed: int) -> int:

@@ -1,6 +1,7 @@
 """Training as a configuration says, online or from data."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
 
@@ -54,7 +54,6 @@ from .settings import (
     make_agent,
     make_env,
     number,
-    traced,
     whole,
     whole_or_none,
 )
@@ -280,13 +279,9 @@ def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
     if done >= total:
         return run_state
     evolving = config["pbt"]["hyperparameters"] if _evolves(config) else []
-    names = sorted(traced(config) - set(evolving))
-
-    def values(agent):
-        members = getattr(agent, "members", agent)
-        return [getattr(members, name) for name in names]
-
-    return eqx.tree_at(lambda s: values(s.agent), run_state, values(fresh))
+    todays = {path: x for path, x in fresh.hyperparameters().items() if path not in evolving}
+    agent = run_state.agent.with_hyperparameters(todays)
+    return dataclasses.replace(run_state, agent=agent)
 
 
 def _has_results(config: Config, directory: Path, done: int) -> bool:
