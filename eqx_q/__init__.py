@@ -24,9 +24,9 @@ from .loops.offline import (
     start_offline as start_offline,
     train_offline as train_offline,
 )
+from .loops.running import StopTraining as StopTraining
 from .loops.training import (
     RunState as RunState,
-    StopTraining as StopTraining,
     advance as advance,
     start as start,
     train as train,

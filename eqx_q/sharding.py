@@ -9,8 +9,10 @@ Of several processes (`jax.distributed`) each runs the same program on devices o
 they must not differ, in what the clock says for example, the first one decides.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,19 +31,128 @@ _PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last ev
 Lay = Callable[[Any, int | None], Any]
 
 
-@runtime_checkable
-class Spreadable(Protocol):
-    """A state that knows which of its parts devices share."""
+class Placement(abc.ABC):
+    """The devices of a run: where its arrays lie, and what its processes agree on.
 
-    def spread(self, lay: Lay) -> Any:
-        """The same, each part `lay(part, axis)`, where `axis` is that of the lanes or members.
+    Of several processes every one must call the same methods in the same order.
+    """
 
-        `None`: every device has all of the part.
-        """
-        ...
+    @property
+    @abc.abstractmethod
+    def num_devices(self) -> int:
+        """Over all processes."""
+
+    @abc.abstractmethod
+    def put(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        """Arrays that every process has, spread along `axis` or copied to all devices."""
+
+    @abc.abstractmethod
+    def constrain(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        """Inside a compiled program: where its arrays are to lie. See `put`."""
+
+    @abc.abstractmethod
+    def gather(self, tree: PyTree) -> PyTree:
+        """The whole of spread arrays on one device of this process."""
+
+    @abc.abstractmethod
+    def agreed(self, value: int) -> int:
+        """What the first process says."""
+
+    @abc.abstractmethod
+    def from_first(self, tree: PyTree) -> PyTree:
+        """The first process's tree; all have one of the same shapes."""
+
+    def check_divides(self, number: int, name: str) -> None:
+        """Raises `UsageError` where so many things do not divide over the devices."""
+        if number % self.num_devices:
+            raise UsageError(
+                f"{name}={number} does not divide over {self.num_devices} devices: make it a "
+                f"multiple of {self.num_devices}, or take fewer devices"
+            )
 
 
-State = TypeVar("State", bound=Spreadable)
+@dataclasses.dataclass(frozen=True)
+class OneDevice(Placement):
+    """All on the device that JAX takes by default."""
+
+    @property
+    def num_devices(self) -> int:
+        """See `Placement`."""
+        return 1
+
+    def put(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        """Here and below: the tree itself."""
+        return tree
+
+    def constrain(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        return tree
+
+    def gather(self, tree: PyTree) -> PyTree:
+        return tree
+
+    def agreed(self, value: int) -> int:
+        return value
+
+    def from_first(self, tree: PyTree) -> PyTree:
+        return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyDevices(Placement):
+    """Several devices, of this process or of several."""
+
+    mesh: Mesh
+
+    @property
+    def num_devices(self) -> int:
+        """See `Placement`, here and below."""
+        return self.mesh.size
+
+    def put(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        def put_array(x: Array) -> Array:
+            sharding = self._sharding(x, axis)
+            if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # is there already
+                return jax.device_put(x, sharding)
+            whole = sharding.is_fully_replicated  # a device that has it needs no copy of its own
+            return jax.make_array_from_callback(
+                x.shape, sharding, lambda index: x if whole else x[index]
+            )
+
+        return jax.tree.map(lambda x: put_array(x) if eqx.is_array(x) else x, tree)
+
+    def constrain(self, tree: PyTree, axis: int | None = None) -> PyTree:
+        def constrain_array(x: Array) -> Array:
+            return jax.lax.with_sharding_constraint(x, self._sharding(x, axis))
+
+        return jax.tree.map(lambda x: constrain_array(x) if eqx.is_array(x) else x, tree)
+
+    def gather(self, tree: PyTree) -> PyTree:
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        everywhere = _copied(NamedSharding(self.mesh, PartitionSpec()), arrays)
+        return eqx.combine(jax.tree.map(lambda x: x.addressable_data(0), everywhere), rest)
+
+    def agreed(self, value: int) -> int:
+        if jax.process_count() == 1:
+            return value
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+    def from_first(self, tree: PyTree) -> PyTree:
+        if jax.process_count() == 1:
+            return tree
+
+        def send(x: Array) -> Array:
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                data = multihost_utils.broadcast_one_to_all(jax.random.key_data(x))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            return jnp.asarray(multihost_utils.broadcast_one_to_all(x))
+
+        return jax.tree.map(lambda x: send(x) if eqx.is_array(x) else x, tree)
+
+    def _sharding(self, x: Array, axis: int | None) -> NamedSharding:
+        """Along `axis`, where that is divisible."""
+        if axis is None or x.ndim <= axis or x.shape[axis] % self.num_devices:
+            return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def join_processes(
@@ -80,8 +191,8 @@ def join_processes(
         ) from error
 
 
-def make_mesh(devices: int | None) -> Mesh | None:
-    """So many devices, over all processes; `None`: all there are. Of a single one, no mesh.
+def place_on(devices: int | None) -> Placement:
+    """So many devices, over all processes; `None`: all there are.
 
     **Raises:** `UsageError` where there are not so many, or where a process would have none.
     """
@@ -100,89 +211,12 @@ def make_mesh(devices: int | None) -> Mesh | None:
             f"devices={number}, and the {jax.process_count()} processes have {len(there)}: "
             "give devices=null, which takes all"
         )
-    return None if number == 1 else Mesh(np.asarray(there[:number]), (AXIS,))
-
-
-def check_divides(mesh: Mesh | None, number: int, name: str) -> None:
-    """Raises `UsageError` where so many things do not divide over the devices."""
-    if mesh is not None and number % mesh.size:
-        raise UsageError(
-            f"{name}={number} does not divide over {mesh.size} devices: make it a multiple of "
-            f"{mesh.size}, or take fewer devices"
-        )
-
-
-def put(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTree:
-    """Arrays that every process has, spread along `axis` or copied to all devices.
-
-    Without a mesh the tree itself.
-    """
-    if mesh is None:
-        return tree
-
-    def put_array(x: Array) -> Array:
-        sharding = _sharding(mesh, x, axis)
-        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # on the devices already
-            return jax.device_put(x, sharding)
-        whole = sharding.is_fully_replicated  # a device that has it needs no copy of its own
-        return jax.make_array_from_callback(
-            x.shape, sharding, lambda index: x if whole else x[index]
-        )
-
-    return jax.tree.map(lambda x: put_array(x) if eqx.is_array(x) else x, tree)
-
-
-def constrain(mesh: Mesh | None, tree: PyTree, axis: int | None = None) -> PyTree:
-    """Inside a compiled program: where its arrays are to lie. See `put`."""
-    if mesh is None:
-        return tree
-
-    def constrain_array(x: Array) -> Array:
-        return jax.lax.with_sharding_constraint(x, _sharding(mesh, x, axis))
-
-    return jax.tree.map(lambda x: constrain_array(x) if eqx.is_array(x) else x, tree)
-
-
-def gather(mesh: Mesh | None, tree: PyTree) -> PyTree:
-    """The whole of spread arrays on one device of this process. Every process must call it."""
-    if mesh is None:
-        return tree
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    everywhere = _copied(NamedSharding(mesh, PartitionSpec()), arrays)
-    return eqx.combine(jax.tree.map(lambda x: x.addressable_data(0), everywhere), rest)
-
-
-def agreed(value: int) -> int:
-    """What the first process says. Every process must call it."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def from_first_process(tree: PyTree) -> PyTree:
-    """The first process's tree; all have one of the same shapes. Every process must call it."""
-    if jax.process_count() == 1:
-        return tree
-
-    def send(x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = multihost_utils.broadcast_one_to_all(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        return jnp.asarray(multihost_utils.broadcast_one_to_all(x))
-
-    return jax.tree.map(lambda x: send(x) if eqx.is_array(x) else x, tree)
+    return OneDevice() if number == 1 else ManyDevices(Mesh(np.asarray(there[:number]), (AXIS,)))
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes what is to be written once."""
     return jax.process_index() == 0
-
-
-def _sharding(mesh: Mesh, x: Array, axis: int | None) -> NamedSharding:
-    """Along `axis`, where that is divisible."""
-    if axis is None or x.ndim <= axis or x.shape[axis] % mesh.size:
-        return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 @eqx.filter_jit

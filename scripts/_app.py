@@ -31,6 +31,7 @@ from eqx_q.run.parts import full_overrides
 from eqx_q.sharding import is_first_process
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
 
@@ -171,8 +172,8 @@ def prepare_jax(config: DictConfig) -> None:
     number = whole_or_none(asked, "cpu_devices") or len(os.sched_getaffinity(0))
     if number > 1 and _CPU_DEVICES not in flags[0]:
         flags.append(f"{_CPU_DEVICES}={number}")
-    if config.deterministic:
-        flags.append("--xla_gpu_deterministic_ops=true")
+    if config.deterministic and _DETERMINISTIC not in flags[0]:
+        flags.append(_DETERMINISTIC)
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
@@ -216,21 +217,24 @@ def resumed(config: DictConfig) -> DictConfig:
     **Raises:** `UsageError` where there is no such run, or it cannot be changed so.
     """
     stored = stored_config(config.resume)
-    free = changeable(settings(stored))
+    changed = {}
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+~")
         if key == "resume":  # it is no part of the run, which a sweep may come back to
             continue
         group, _, name = key.partition(".")
         if group == "agent" and name:
-            if name not in free:
-                raise UsageError(
-                    f"resume continues a run as it was made: leave out '{override}' (of the "
-                    f"agent it can change {', '.join(sorted(free))})"
-                )
+            changed[name] = override
         elif group in _FIXED and key not in _FREE:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+    prepare_jax(stored)
+    free = changeable(settings(stored))
+    for override in (override for name, override in changed.items() if name not in free):
+        raise UsageError(
+            f"resume continues a run as it was made: leave out '{override}' (of the agent it can "
+            f"change {', '.join(sorted(free))})"
+        )
     return stored
 
 

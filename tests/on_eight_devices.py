@@ -22,9 +22,9 @@ from recordings import ACTIONS, VECTOR, random_episodes, write  # noqa: E402
 
 import eqx_q  # noqa: E402
 from eqx_q.data import Sampling  # noqa: E402
-from eqx_q.loops import offline, training  # noqa: E402
+from eqx_q.loops import running  # noqa: E402
 from eqx_q.loops.callbacks import Checkpoint, restore  # noqa: E402
-from eqx_q.sharding import join_processes, make_mesh  # noqa: E402
+from eqx_q.sharding import join_processes, place_on  # noqa: E402
 from eqx_q.wrappers import make_for  # noqa: E402
 
 COLLECTIVE = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
@@ -44,9 +44,9 @@ def collectives(compiled) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def watched(loop):
-    """The collectives of the program that the loop runs, filled in once it is compiled."""
-    advance_chunk, compiled, found = loop._advance_chunk, [], []
+def watched():
+    """The collectives of the program that training runs, filled in once it is compiled."""
+    advance_chunk, compiled, found = running.advance_chunk, [], []
 
     def advance(*arguments):
         if not compiled:
@@ -54,9 +54,9 @@ def watched(loop):
             found.extend(collectives(compiled[0]))
         return compiled[0](*arguments)
 
-    loop._advance_chunk = advance
+    running.advance_chunk = advance
     yield found
-    loop._advance_chunk = advance_chunk
+    running.advance_chunk = advance_chunk
 
 
 def difference(a, b) -> float:
@@ -89,7 +89,7 @@ def lanes(found):
     one, history = eqx_q.train(agent, env, **how)
     with tempfile.TemporaryDirectory() as directory:
         saved = Checkpoint(Path(directory), every=4096, keep=None)
-        with watched(training) as exchanged:
+        with watched() as exchanged:
             eight, history_of_eight = eqx_q.train(agent, env, devices=8, callbacks=[saved], **how)
         max(Path(directory).iterdir()).unlink()  # that of the end
         half = restore(Path(directory), env)
@@ -99,7 +99,7 @@ def lanes(found):
         "difference": difference(one, eight),
         "resumed on one": difference(one, continued),
         "half": int(half.num_updates),
-        "devices of the result": len(eight.env_steps.devices()),
+        "devices of the result": len(eight.learnt.devices()),
         "metrics": [[h[-1]["loss"], h[-1]["transitions"]] for h in (history, history_of_eight)],
         "collectives": exchanged,
         "arrays": len(jax.tree.leaves(eqx.filter(agent.network, eqx.is_inexact_array))),
@@ -113,7 +113,7 @@ def members(found):
     )
     how = {"total_steps": 1024, "key": jax.random.key(1)}
     one, _ = eqx_q.train(population, env, **how)
-    with watched(training) as exchanged:
+    with watched() as exchanged:
         eight, history = eqx_q.train(population, env, devices=8, **how)
     found["members"] = {
         "difference": difference(one, eight),
@@ -139,7 +139,7 @@ def from_data(found):
         ):
             how = {"num_updates": 20, "key": jax.random.key(1), "sampling": sampling}
             one, _ = eqx_q.train_offline(agent, dataset, **how)
-            with watched(offline) as exchanged:
+            with watched() as exchanged:
                 eight, _ = eqx_q.train_offline(agent, dataset, devices=8, **how)
             found[name] = {"difference": difference(one, eight), "collectives": exchanged}
         how = {"num_updates": 1, "key": jax.random.key(0)}
@@ -175,7 +175,7 @@ def outside_with_memory(found):
     options = {"hidden_sizes": [16], "memory": "gru", "memory_size": 8}
     trained = []
     for devices in (1, 8):
-        env = make_for(make_mesh(devices), make, 16, seed=3)
+        env = make_for(place_on(devices), make, 16, seed=3)
         agent = make_agent(
             env, jax.random.key(0), lane_groups=8, num_minibatches=2, network_options=options
         )
@@ -187,7 +187,7 @@ def outside_with_memory(found):
         evaluate.every = 512
         callbacks = [evaluate] if devices == 8 else []
         how = {"total_steps": 1024, "key": jax.random.key(1), "log_every": 2}
-        with watched(training) as exchanged:
+        with watched() as exchanged:
             agent, history = eqx_q.train(agent, env, devices=devices, callbacks=callbacks, **how)
         trained.append((agent, history[-1]["episode_return"]))
         env.close()
@@ -201,7 +201,7 @@ def outside_with_memory(found):
     env = make(16, 0)
     refused(found, lambda: eqx_q.train(one, env, total_steps=1, key=jax.random.key(0), devices=8))
     env.close()
-    env = make_for(make_mesh(8), make, 16)
+    env = make_for(place_on(8), make, 16)
     refused(found, lambda: eqx_q.train(one, env, total_steps=1, key=jax.random.key(0)))
     env.close()
 
@@ -228,7 +228,7 @@ def bad_input(found):
                 agent, env, total_steps=1, key=jax.random.key(0), devices=devices
             ),
         )
-    refused(found, lambda: make_for(make_mesh(8), lambda n, seed: env.replicate(n), 12))
+    refused(found, lambda: make_for(place_on(8), lambda n, seed: env.replicate(n), 12))
 
 
 if __name__ == "__main__":

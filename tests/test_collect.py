@@ -34,9 +34,7 @@ def leave_run(directory, *overrides):
     env = make_env(config, 2 * config["num_seeds"])
     agent = make_agent(config, env)
     for step in (100, 200):
-        agent = eqx.tree_at(
-            lambda a: getattr(a, "members", a).env_steps, agent, agent.env_steps * 0 + step
-        )
+        agent = eqx.tree_at(lambda a: a.learnt, agent, agent.learnt * 0 + step)
         if not env.num_agents:
             state = eqx_q.start(agent, env, key=jax.random.key(0))
             save_checkpoint(directory / "checkpoints", state, step)

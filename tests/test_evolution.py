@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import eqx_q
+from eqx_q.agents import Batches, Rollouts
 from eqx_q.errors import UnknownNameError, UsageError
 from eqx_q.loops.callbacks import Checkpoint, restore
 from eqx_q.loops.evolution import PopulationBasedTraining, scale, spread
@@ -138,7 +139,7 @@ def test_nothing_cuts_a_round_of_which_members_are_judged():
         overrides = ["pbt.every=100", "num_envs=4", "total_steps=10_000"]
         told = hydra.compose("config", [*overrides, "eval.every=300", "video.every=0"])
         config = OmegaConf.to_container(told, resolve=True)
-    agent = SimpleNamespace(rollout_length=16)
+    agent = SimpleNamespace(learns_from=Rollouts(16))
     told = training._in_rounds(config, agent)
     assert (told["pbt"]["every"], told["log_every"]) == (128, 2)  # updates make 64 steps
     assert (told["eval"]["every"], told["video"]["every"]) == (384, 0)
@@ -147,7 +148,8 @@ def test_nothing_cuts_a_round_of_which_members_are_judged():
     told = training._in_rounds(config, agent)
     assert (told["eval"]["every"], told["eval"]["time_fraction"]) == (128, None)
     assert told["log_every"] == 1
-    assert training._in_rounds(config, object())["pbt"]["every"] == 100  # from data
+    from_data = SimpleNamespace(learns_from=Batches(8))
+    assert training._in_rounds(config, from_data)["pbt"]["every"] == 100
 
 
 def test_from_the_command_line(script, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from eqx_q import spaces, wrappers
-from eqx_q.agents.agent import Agent
+from eqx_q.agents.agent import Agent, Rollouts
 from eqx_q.errors import MissingExtraError, UsageError
 from eqx_q.loops.media import record_episode, write_gif
 from eqx_q.types import Decision, Episode, TimeStep
@@ -72,10 +72,8 @@ class Counter(Agent):
 
     observation_space: Any = eqx.field(static=True)
     action_space: Any = eqx.field(static=True)
-    env_steps: jax.Array
-    schedule_steps: jax.Array
-    rollout_length: int = 1
-    burn_in: int = 0
+    learnt: jax.Array
+    learns_from: Rollouts = Rollouts(1)
     num_agents: int | None = None
     num_members: None = None
 
@@ -94,18 +92,12 @@ class Counter(Agent):
     def update(self, rollout, *, key):
         return self, {}
 
-    def with_schedule(self, steps):
-        return self
-
-    def measure(self, fn, rollout):
-        return fn(rollout)
-
 
 @pytest.fixture
 def agent_and_env():
     box = spaces.Box(gymnasium.spaces.Box(0, 9, (1,), np.float32))
     discrete = spaces.Discrete(gymnasium.spaces.Discrete(2))
-    agent = Counter(box, discrete, jnp.zeros((), int), jnp.asarray(jnp.inf))
+    agent = Counter(box, discrete, jnp.zeros((), jnp.uint32))
     return agent, Corridor(box, discrete, 2)
 
 

@@ -198,7 +198,7 @@ def test_members_of_a_population_draw_their_own(dataset, exponent):
     agent, history = train(twins, dataset, sampling=sampling)
     assert history[-1]["loss"].shape == (3,)
     assert len(np.unique(history[-1]["loss"])) == 3
-    np.testing.assert_array_equal(agent.num_updates, [30, 30, 30])
+    np.testing.assert_array_equal(agent.learnt, [30, 30, 30])
     assert differ(agent.member(0).network, agent.member(1).network)
 
 
@@ -226,7 +226,7 @@ def test_priorities_follow_what_was_learnt(dataset):
     replay = Blocks(dataset, Sampling()).load(0)
     num = int(replay.num_drawable)
     batch = replay.transitions(jnp.arange(num), 1)
-    _, _, errors = make_agent().update(batch, key=jax.random.key(0))
+    errors = make_agent().update(batch, key=jax.random.key(0))[1]["priority"]
     expected = (np.asarray(errors) + 1e-6) ** 0.7
     values = np.asarray(priorities.values)[:num]
     drawn = values != 1

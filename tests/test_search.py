@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 import eqx_q
 from eqx_q.data import Description, Rows, Writer
 from eqx_q.errors import CorruptFileError, DivergedError, UsageError
-from eqx_q.loops import training as loop
+from eqx_q.loops import source
 from eqx_q.loops.offline import OfflineState
 from eqx_q.run import make_agent, make_env, search as searches, study as studies
 from eqx_q.run.space import check_space, read_space
 from eqx_q.run.study import SharedStudy
+from eqx_q.sharding import ManyDevices, OneDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -266,7 +267,7 @@ def quick(monkeypatch):
 
     def train(agent, env, *, total_steps, key, callbacks, log_every, devices):
         assert agent.num_members % devices == 0
-        steps = agent.rollout_length * env.num_envs // agent.num_members
+        steps = agent.learns_from.units(env.num_envs // agent.num_members)
         done = -(-total_steps // steps) * steps
         trained.append((np.asarray(agent.members.lambda_), done))
         metrics = {"env_steps": done, "total_steps": done, "loss": 1 - trained[-1][0]}
@@ -285,8 +286,8 @@ def quick(monkeypatch):
 
 def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, monkeypatch):
     traces = []
-    update = loop._update
-    monkeypatch.setattr(loop, "_update", lambda *args: traces.append(None) or update(*args))
+    update = source._update
+    monkeypatch.setattr(source, "_update", lambda *args: traces.append(None) or update(*args))
     status, out, err = script("tune", *TINY)
     assert status == 0, err
     assert len(traces) == 1
@@ -381,11 +382,12 @@ def test_a_population_shrinks_from_rung_to_rung(script, tmp_path, quick):
 def test_rungs_are_whole_updates_and_members_share_devices(script, tmp_path, monkeypatch, quick):
     there, taken = jax.devices(), []
 
-    def make_mesh(devices):
+    def place_on(devices):
         taken.append(devices)
-        return None if devices == 1 else jax.sharding.Mesh(np.array(there * devices), ("devices",))
+        mesh = jax.sharding.Mesh(np.array(there * devices), ("devices",))
+        return OneDevice() if devices == 1 else ManyDevices(mesh)
 
-    monkeypatch.setattr(searches, "make_mesh", make_mesh)
+    monkeypatch.setattr(searches, "place_on", place_on)
     options = ["total_steps=640", "trials=8", "population=8", "halving.rungs=5", "halving.eta=2"]
     status, out, err = script("tune", *QUICK, *options, "devices=4")
     assert status == 0 and "failed" not in out, err

@@ -9,7 +9,7 @@ from environments import Clock, Guess
 
 import eqx_q
 from eqx_q.errors import DivergedError, UsageError
-from eqx_q.loops import training as loop
+from eqx_q.loops import running, source
 
 
 def make_agent(env, key=0, **options):
@@ -94,14 +94,14 @@ def test_the_callers_agent_stays_usable():
 def test_other_lengths_seeds_and_hyperparameters_compile_nothing():
     env = Guess(8)
     traces = []
-    update = loop._update
+    update = source._update
 
     def counted(*args):
         traces.append(None)
         return update(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_update", counted)
+        patch.setattr(source, "_update", counted)
         for seed, total, options in (
             (0, 640, {}),
             (1, 640, {}),
@@ -118,13 +118,13 @@ def test_other_lengths_seeds_and_hyperparameters_compile_nothing():
 
 def test_a_weakly_typed_environment_is_compiled_once(monkeypatch):
     """`Guess` is one: its rewards are chosen from Python's numbers."""
-    advance, traced = loop.advance, []
+    advance, traced = source.advance_from, []
 
     def counted(*arguments):
         traced.append(arguments)
         return advance(*arguments)
 
-    monkeypatch.setattr(loop, "advance", counted)
+    monkeypatch.setattr(source, "advance_from", counted)
     env = Guess(10)  # no other test has as many lanes
     eqx_q.train(make_agent(env), env, total_steps=160, key=jax.random.key(0))
     assert len(traced) == 1
@@ -244,12 +244,12 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
     row = {"env_steps": 64, "loss": 1.0}
     with pytest.raises(DivergedError):
-        loop._check_finite(row | {"grad_norm": float("nan")})
-    loop._check_finite(row | {"grad_norm": np.array([np.nan, 1.0])})  # one member still learns
+        running._check_finite(row | {"grad_norm": float("nan")})
+    running._check_finite(row | {"grad_norm": np.array([np.nan, 1.0])})  # one member still learns
 
 
 def test_history_is_bounded():
-    history = loop._History()
+    history = running.History()
     for i in range(100_000):
         history.append({"env_steps": i})
     steps = [row["env_steps"] for row in history.rows]

@@ -47,8 +47,8 @@ def draw(replay, key):
     """Batches of which every byte is read."""
 
     def body(index, total):
-        place = replay.draw(jax.random.fold_in(key, index), (agent.batch_size,))
-        batch = replay.transitions(place, agent.n_step)
+        place = replay.draw(jax.random.fold_in(key, index), (agent.learns_from.size,))
+        batch = replay.transitions(place, agent.learns_from.n_step)
         return total + sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(batch))
 
     return jax.lax.fori_loop(0, request["num_batches"], body, 0.0)

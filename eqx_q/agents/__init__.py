@@ -9,5 +9,3 @@ from .agent import (
 from .offline import BC as BC, CQL as CQL, DQN as DQN
 from .population import Population as Population
 from .pqn import PQN as PQN
-
-OnlineAgent = OfflineAgent = Agent  # TEMPORARY

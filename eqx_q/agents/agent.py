@@ -2,13 +2,13 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import equinox as eqx
 import gymnasium
 from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..types import (
     AnyArray,
@@ -20,6 +20,7 @@ from ..types import (
     TimeStep,
     Transitions,
 )
+from . import hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,16 @@ class Agent(eqx.Module):
         An agent without schedules is the same as before.
         """
         return self
+
+    def hyperparameters(self) -> dict[str, Shaped[Array, "*S"]]:
+        """By their path: see `eqx_q.agents.hyperparameters`."""
+        return hyperparameters.leaves(self)
+
+    def with_hyperparameters(
+        self, values: Mapping[str, Scalar | Shaped[AnyArray, "*S"]]
+    ) -> "Agent":
+        """The same agent with other hyperparameters: see `eqx_q.agents.hyperparameters.replace`."""
+        return hyperparameters.replace(self, values)
 
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""

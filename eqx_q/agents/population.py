@@ -1,13 +1,15 @@
 """Many agents as one."""
 
+from collections.abc import Mapping
+
 import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError
-from ..types import AnyArray, Decision, Memory, Rollout, Transitions
+from ..types import AnyArray, Decision, Memory, Rollout, Scalar, Transitions
 from .agent import Agent, Batches, Rollouts
 
 
@@ -141,6 +143,16 @@ class Population(Agent):
         """See `Agent`."""
         with_schedule = eqx.filter_vmap(lambda member, steps: member.with_schedule(steps))
         return Population(with_schedule(self.members, steps))
+
+    def hyperparameters(self) -> dict[str, Shaped[Array, " S"]]:
+        """See `Agent`: of every member."""
+        return self.members.hyperparameters()
+
+    def with_hyperparameters(
+        self, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]
+    ) -> "Population":
+        """See `Agent`: each member gets its own, or all the same."""
+        return Population(self.members.with_hyperparameters(values))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
         """See `Agent`."""

@@ -1,7 +1,7 @@
 """Callbacks for training, online and offline: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
-`eqx_q.loops.training.Callback`. Put those that add metrics (`Evaluation`) before those that log
+`eqx_q.loops.running.Callback`. Put those that add metrics (`Evaluation`) before those that log
 them (`eqx_q.tracking`).
 """
 
@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,12 +26,11 @@ from ..tracking import Tracker
 from ..wrappers import Env
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
-from .offline import OfflineState
-from .training import Metrics, RunState, StopTraining, start
+from .running import Metrics, StopTraining
+from .source import AbstractRunState
+from .training import RunState, start
 
 logger = logging.getLogger(__name__)
-
-AnyState: TypeAlias = RunState | OfflineState  # of a run online, or from data
 
 
 class TimeBudget:
@@ -116,7 +115,7 @@ class Evaluation:
         self._compiled = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
         """Evaluates, unless it is over budget."""
         if not (metrics["done"] or self._budget.affords("evaluation")):
             return
@@ -166,7 +165,7 @@ class Checkpoint:
         self._saved_at = time.perf_counter()
         self._warned = False
 
-    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
         """Saves where it is time to."""
         waited = time.perf_counter() - self._saved_at
         done = clock(metrics).done
@@ -181,7 +180,7 @@ class Checkpoint:
                     self._warned = True
                     logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
-    def save(self, run_state: AnyState, step: int) -> Path:
+    def save(self, run_state: AbstractRunState, step: int) -> Path:
         """Saves now."""
         if not self._with_env and isinstance(run_state, RunState):
             run_state = _with_outside_parts(run_state, (None, None, None))
@@ -196,7 +195,7 @@ class Checkpoint:
         return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
 
 
-def restore(directory: Path, env: Env) -> AnyState:
+def restore(directory: Path, env: Env) -> AbstractRunState:
     """The run state of the newest good checkpoint, to hand to `train` with the same `env`.
 
     Episodes of an environment that lives outside JAX start anew, and the log says so.
@@ -204,7 +203,7 @@ def restore(directory: Path, env: Env) -> AnyState:
     **Raises:** `UsageError` where there is no good checkpoint.
     """
     run_state, path = load_latest(directory)
-    if getattr(run_state, "timestep", True) is None:
+    if isinstance(run_state, RunState) and run_state.timestep is None:
         fresh = start(run_state.agent, env, key=run_state.key)
         run_state = _with_outside_parts(run_state, _outside_parts(fresh))
         logger.info("the emulators cannot be restored: their episodes start anew")
@@ -245,7 +244,7 @@ class Video:
         self._failed = False
         self._budget = budget or TimeBudget(math.inf)
 
-    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
         """Records, unless it is over budget."""
         if self._failed or not (metrics["done"] or self._budget.affords("recording", guess=5.0)):
             return
@@ -257,7 +256,7 @@ class Video:
             self._failed = True
         self._budget.charge("recording", time.perf_counter() - started)
 
-    def _record(self, run_state: AnyState, step: int) -> None:
+    def _record(self, run_state: AbstractRunState, step: int) -> None:
         frames, _ = record_episode(
             run_state.agent, self._env, key=jax.random.key(step), max_steps=self._max_steps
         )
@@ -280,7 +279,7 @@ class Progress:
         self._display = Display(stream, seconds_between_lines)
         self._eval_return: float | None = None
 
-    def __call__(self, run_state: AnyState | None, metrics: Metrics) -> None:
+    def __call__(self, run_state: AbstractRunState | None, metrics: Metrics) -> None:
         """Shows where the run stands, which the metrics alone tell."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
@@ -348,7 +347,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __call__(self, run_state: AnyState, metrics: Metrics) -> None:
+    def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
         """Ends the run where a signal has come."""
         if self.received:
             raise StopTraining

@@ -3,8 +3,7 @@
 Jaderberg et al., "Population Based Training of Neural Networks", 2017 (arXiv 1711.09846).
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..agents import Population
-from ..agents.hyperparameters import RANGES
+from ..agents import Agent, Population
+from ..agents.hyperparameters import range_of
 from ..errors import UnknownNameError, UsageError
-from .training import Metrics
+from .running import Metrics
 
 
 class PopulationBasedTraining:
@@ -32,7 +31,7 @@ class PopulationBasedTraining:
 
     **Arguments:**
 
-    - `hyperparameters`: names of traced ones.
+    - `hyperparameters`: numbers among the agent's, by their path: `learning_rate`, `value.sigma`.
     - `every`: lane-steps (per member) between rounds.
     - `fitness`: a metric of each member, of the chunk that ends with a round. Members of whom it
         is not known (no episode ended) neither copy nor are copied.
@@ -81,19 +80,18 @@ class PopulationBasedTraining:
         factors = {name: np.where(copied, factor, 1.0) for name, factor in drawn.items()}
         population = scale(population.select(parents), factors)
         metrics["pbt/parent"] = parents
-        metrics |= {f"pbt/{name}": _values(population, name) for name in self._names}
+        metrics |= {f"pbt/{n}": x for n, x in _values(population, self._names).items()}
         return eqx.tree_at(lambda state: state.agent, run_state, population)
 
-    def check(self, agent: Any) -> None:
+    def check(self, agent: Agent) -> None:
         """Raises `UsageError` where it is no population that this can train."""
-        number = getattr(agent, "num_members", None) or 1
+        number = agent.num_members or 1
         if self._number(number) < 1:
             raise UsageError(
                 f"population-based training of {number} members, of which {self._fraction:g} copy "
                 f"others, replaces none: train at least {int(np.ceil(1 / self._fraction))}"
             )
-        for name in self._names:
-            _values(agent, name)
+        _values(agent, self._names)
 
     def _number(self, members: int) -> int:
         return int(members * self._fraction)
@@ -102,14 +100,13 @@ class PopulationBasedTraining:
 def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]) -> Population:
     """The population with hyperparameters multiplied, as far as they then make sense.
 
-    **Raises:** `UnknownNameError` for what is no traced hyperparameter.
+    **Raises:** `UnknownNameError` for what is no hyperparameter, or none that is a number.
     """
     scaled = {
-        name: jnp.clip(_values(population, name) * jnp.asarray(factor, jnp.float32), *_range(name))
-        for name, factor in factors.items()
+        path: jnp.clip(value * jnp.asarray(factors[path], jnp.float32), *range_of(path))
+        for path, value in _values(population, factors).items()
     }
-    select = lambda members: [getattr(members, name) for name in scaled]  # noqa: E731
-    return Population(eqx.tree_at(select, population.members, list(scaled.values())))
+    return population.with_hyperparameters(scaled)
 
 
 def spread(population: Population, names: Sequence[str], factor: float, seed: int) -> Population:
@@ -122,24 +119,11 @@ def spread(population: Population, names: Sequence[str], factor: float, seed: in
     return scale(population, {name: factor ** rng.uniform(-1, 1, size) for name in names})
 
 
-def _values(population: Population, name: str) -> jax.Array:
+def _values(agent: Agent, names: Iterable[str]) -> dict[str, jax.Array]:
     """One value a member. Raises `UnknownNameError`."""
-    values = {field.name: getattr(population.members, field.name) for field in _fields(population)}
-    known = {
-        name
-        for name, x in values.items()
-        if isinstance(x, jax.Array)
-        and x.shape == (population.num_members,)
-        and jnp.issubdtype(x.dtype, jnp.floating)
-    }
-    if name not in known:
-        raise UnknownNameError("hyperparameter", name, known)
-    return values[name]
-
-
-def _fields(population: Population) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(population.members)
-
-
-def _range(name: str) -> tuple[float, float]:
-    return RANGES.get(name, (-np.inf, np.inf))
+    leaves = agent.hyperparameters()
+    known = {path: x for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("hyperparameter", name, known)
+    return {name: known[name] for name in names}

@@ -5,25 +5,25 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from ..agents import Agent, OfflineAgent
+from ..agents import Agent, Batches
 from ..data import Blocks, Dataset, Priorities, Replay, Sampling
 from ..errors import UsageError
-from ..sharding import Lay, agreed, check_divides, constrain, gather, make_mesh, put
-from .training import Boundaries, Callback, Metrics, run
+from ..sharding import Lay, OneDevice, Placement, place_on
+from ..types import Rollout, Transitions
+from .running import Boundaries, Callback, Metrics, run
+from .source import AbstractRunState, AbstractSource, ByName, Told, advance_from, check_shares
 
 logger = logging.getLogger(__name__)
 
 
-class OfflineState(eqx.Module):
+class OfflineState(AbstractRunState):
     """All of an offline run: save it and the run can go on, bit for bit.
 
     **Fields:** the `agent`; the `key` of all randomness to come; `num_updates` so far; the
@@ -32,14 +32,14 @@ class OfflineState(eqx.Module):
     the first.
     """
 
-    agent: OfflineAgent
+    agent: Agent
     key: PRNGKeyArray
     num_updates: Int[Array, ""]
     priorities: Priorities | None = None
     num_blocks: Int[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     def spread(self, lay: Lay) -> "OfflineState":
-        """See `eqx_q.sharding.Spreadable`: devices share members, or draw for one together."""
+        """See `AbstractRunState`: devices share members, or draw for one together."""
         of_members = None if self.agent.num_members is None else 0
         return OfflineState(
             agent=lay(self.agent, of_members),
@@ -50,70 +50,63 @@ class OfflineState(eqx.Module):
         )
 
 
+class Recorded(AbstractSource[OfflineState]):
+    """A block of a data set, from which the agent draws batches: each member its own."""
+
+    replay: Replay
+    place: Placement = eqx.field(static=True)
+
+    def draw(
+        self, state: OfflineState, key: PRNGKeyArray
+    ) -> tuple[Rollout | Transitions, Int[Array, "*S B"]]:
+        """A batch, and where its items lie in the replay."""
+        agent, priorities = state.agent, state.priorities
+        batches = _batches(agent)
+        members = () if agent.num_members is None else (agent.num_members,)
+        if priorities is None:
+            drawn, weight = self.replay.draw(key, (*members, batches.size)), None
+        elif members:
+            keys = jax.random.split(key, members[0])
+            drawn, weight = jax.vmap(lambda p, k: p.draw(k, batches.size))(priorities, keys)
+        else:
+            drawn, weight = priorities.draw(key, batches.size)
+        drawn = self.place.constrain(drawn, 0)
+        if batches.sequence_length is not None:
+            rollout = self.replay.sequences(drawn.reshape(-1), batches.sequence_length)
+            memory = agent.initial_memory(drawn.size)
+            return dataclasses.replace(rollout, memory=memory), drawn
+        batch = self.replay.transitions(drawn.reshape(-1), batches.n_step)
+        batch = jax.tree.map(lambda x: x.reshape(*drawn.shape, *x.shape[1:]), batch)
+        return eqx.tree_at(lambda b: b.weight, batch, weight, is_leaf=lambda x: x is None), drawn
+
+    def follow(
+        self, state: OfflineState, drawn: Int[Array, "*S B"], metrics: ByName
+    ) -> tuple[OfflineState, Told]:
+        """See `AbstractSource`."""
+        metrics = dict(metrics)
+        priority = metrics.pop("priority")
+        if state.priorities is not None:
+            updated = Priorities.updated
+            updated = updated if state.agent.num_members is None else jax.vmap(updated)
+            priorities = updated(state.priorities, drawn, priority)
+            state = dataclasses.replace(state, priorities=priorities)
+        return state, Told.of(state.agent, metrics, {}, {})
+
+
 def advance_offline(
     run_state: OfflineState,
     replay: Replay,
     num_updates: int | Int[Array, ""],
-    mesh: Mesh | None = None,
+    place: Placement = OneDevice(),  # noqa: B008
 ) -> tuple[OfflineState, dict[str, Array]]:
     """The pure core of `train_offline`: `num_updates` times draw a batch and learn from it.
 
-    **Arguments:** `mesh`: of devices that share the members, or the batches of one agent.
+    **Arguments:** `place`: the devices that share the members, or the batches of one agent.
 
-    **Returns:** the new state, and the agent's metrics, averaged over updates.
+    **Returns:** the new state, and the agent's metrics, averaged over updates; of distributions the
+    last.
     """
-    arrays, rest = eqx.partition(run_state, eqx.is_array)  # somebody's network may hold functions
-
-    @jax.jit  # traced once for the shapes below and for the loop
-    def update(arrays):
-        run_state, metrics = _update(eqx.combine(arrays, rest), replay, mesh)
-        return eqx.filter(run_state, eqx.is_array), metrics
-
-    _, shapes = jax.eval_shape(update, arrays)
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def body(_, carry):
-        arrays, totals = carry
-        arrays, new = update(arrays)
-        return arrays, jax.tree.map(jnp.add, totals, new)
-
-    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
-    return eqx.combine(arrays, rest), jax.tree.map(
-        lambda x: x / jnp.maximum(num_updates, 1), totals
-    )
-
-
-def _update(
-    run_state: OfflineState, replay: Replay, mesh: Mesh | None
-) -> tuple[OfflineState, dict[str, Array]]:
-    """One batch (one for each member), and one update."""
-    agent, priorities = run_state.agent, run_state.priorities
-    key, draw_key, update_key = jax.random.split(run_state.key, 3)
-    members = () if agent.num_members is None else (agent.num_members,)
-    if priorities is None:
-        place = replay.draw(draw_key, (*members, agent.batch_size))
-        weight = None
-    elif members:
-        keys = jax.random.split(draw_key, members[0])
-        place, weight = jax.vmap(lambda p, k: p.draw(k, agent.batch_size))(priorities, keys)
-    else:
-        place, weight = priorities.draw(draw_key, agent.batch_size)
-    place = constrain(mesh, place, 0)
-    batch = replay.transitions(place.reshape(-1), agent.n_step)
-    batch = jax.tree.map(lambda x: x.reshape(*place.shape, *x.shape[1:]), batch)
-    batch = eqx.tree_at(lambda b: b.weight, batch, weight, is_leaf=lambda x: x is None)
-    agent, metrics, td_error = agent.update(batch, key=update_key)
-    if priorities is not None:
-        updated = jax.vmap(Priorities.updated) if members else Priorities.updated
-        priorities = updated(priorities, place, td_error)
-    run_state = dataclasses.replace(
-        run_state,
-        agent=agent,
-        key=key,
-        num_updates=run_state.num_updates + 1,
-        priorities=priorities,
-    )
-    return run_state, metrics
+    return advance_from(Recorded(replay, place), run_state, num_updates)
 
 
 def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampling) -> Blocks:
@@ -128,15 +121,7 @@ def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampli
     return Blocks(dataset, sampling, num_blocks=before or None)
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _advance_chunk(fixed, run_state, num_updates):
-    replay, mesh = fixed
-    lay = partial(constrain, mesh)
-    run_state, metrics = advance_offline(run_state.spread(lay), replay, num_updates, mesh)
-    return run_state.spread(lay), metrics
-
-
-def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -> OfflineState:
+def start_offline(agent: Agent, dataset: Dataset, *, key: PRNGKeyArray) -> OfflineState:
     """A run's first state.
 
     **Raises:** `UsageError` where the agent does not fit the data.
@@ -147,12 +132,7 @@ def start_offline(agent: OfflineAgent, dataset: Dataset, *, key: PRNGKeyArray) -
 
 def _check_fit(agent: Agent, dataset: Dataset) -> None:
     """Raises `UsageError` where the agent does not learn offline, or not from these data."""
-    if not hasattr(agent, "batch_size"):
-        name = type(getattr(agent, "members", agent)).__name__
-        raise UsageError(
-            f"{name} learns from environments, not from data: use eqx_q.train, or "
-            "an agent that learns offline (eqx_q.DQN, eqx_q.CQL, eqx_q.BC)"
-        )
+    _batches(agent)
     of_data = dataset.description
     if agent.action_space != of_data.action_space:
         raise UsageError(
@@ -170,48 +150,76 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
         )
 
 
-def check_shares(mesh: Mesh | None, agent: OfflineAgent) -> None:
-    """Raises `UsageError` where the devices cannot share the agent's work."""
-    if agent.num_members is None:
-        check_divides(mesh, agent.batch_size, "batch_size")
-    else:
-        check_divides(mesh, agent.num_members, "members (num_seeds)")
+def _check_weights(agent: Agent, sampling: Sampling) -> None:
+    weighted = sampling.priority_exponent and sampling.priority_correction
+    if weighted and _batches(agent).sequence_length is not None:
+        raise UsageError(
+            "all sequences count alike in the loss: with priorities set priority_correction=0"
+        )
+
+
+def _batches(agent: Agent) -> Batches:
+    """What the agent learns from. Raises `UsageError` where that is no data."""
+    if not isinstance(agent.learns_from, Batches):
+        raise UsageError(
+            f"{agent.name} learns from environments, not from data: use eqx_q.train, or "
+            "an agent that learns offline (eqx_q.DQN, eqx_q.CQL, eqx_q.BC)"
+        )
+    return agent.learns_from
 
 
 class _Feed:
     """The block that is learnt from, and in the background the next one."""
 
-    def __init__(self, blocks: Blocks, sampling: Sampling, single: bool, mesh: Mesh | None):
-        self._blocks, self._sampling, self._single = blocks, sampling, single
-        self._mesh = mesh
+    def __init__(self, blocks: Blocks, sampling: Sampling, place: Placement):
+        self._blocks, self._sampling, self._place = blocks, sampling, place
+        self._single = blocks.num_blocks == 1
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._index = -1
         self._replay: Any = None
         self._next: Any = None
 
-    def replay(self, num_updates: int) -> tuple[Replay, bool]:
-        """The block whose turn it is after so many updates, and whether it is a new one."""
+    @property
+    def period(self) -> int | None:
+        """Updates after which another block follows."""
+        return None if self._single else self._sampling.updates_per_block
+
+    def source(self, state: OfflineState, num_updates: int) -> tuple[OfflineState, Recorded]:
+        """The block whose turn it is after so many updates, and the state with its priorities."""
         index = 0 if self._single else num_updates // self._sampling.updates_per_block
-        is_new = index != self._index
-        if is_new:
+        if index != self._index:
             ahead = self._next if index == self._index + 1 else None
             self._replay = None  # before the next comes, so that no more than two are there
             self._replay = ahead.result() if ahead else self._load(index)
             self._index = index
             if not self._single:
                 self._next = self._pool.submit(self._load, index + 1)
-        return self._replay, is_new
+            if self._sampling.priority_exponent:
+                state = self._prioritised(state, num_updates)
+        return state, Recorded(self._replay, self._place)
+
+    def close(self) -> None:
+        """Waits for no more blocks."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _load(self, index: int) -> Replay:
         """Onto every device."""
-        return put(self._mesh, self._blocks.load(index))
+        return self._place.put(self._blocks.load(index))
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def _prioritised(self, state: OfflineState, num_updates: int) -> OfflineState:
+        """With fresh priorities, unless a run goes on in the middle of the block."""
+        members = state.agent.num_members
+        fresh = _priorities(members, self._replay, self._sampling)
+        fresh = self._place.put(fresh, None if members is None else 0)
+        resumed = self._single or num_updates % self._sampling.updates_per_block
+        if resumed and state.priorities is not None:
+            _check_same_places(state.priorities, fresh)
+            return state
+        return dataclasses.replace(state, priorities=fresh)
 
 
 def train_offline(
-    agent: OfflineAgent,
+    agent: Agent,
     dataset: Dataset | str | os.PathLike,
     *,
     num_updates: int,
@@ -221,7 +229,7 @@ def train_offline(
     run_state: OfflineState | None = None,
     log_every: int | None = None,
     devices: int | None = 1,
-) -> tuple[OfflineAgent, list[Metrics]]:
+) -> tuple[Agent, list[Metrics]]:
     """Trains `agent` on recorded data.
 
     **Arguments:**
@@ -243,22 +251,20 @@ def train_offline(
     """
     if not isinstance(num_updates, int) or not 0 < num_updates < 2**31:
         raise UsageError(f"num_updates must be a whole number from 1 to 2**31, got {num_updates}")
-    if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
-        raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
     dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     sampling = sampling or Sampling()
     state = start_offline(agent, dataset, key=key) if run_state is None else run_state
     _check_fit(state.agent, dataset)
-    mesh = make_mesh(devices)
-    check_shares(mesh, state.agent)
+    _check_weights(state.agent, sampling)
+    place = place_on(devices)
+    check_shares(place, state.agent)
     if not sampling.priority_exponent:  # whatever the run did before
         state = dataclasses.replace(state, priorities=None)
     blocks = blocks_of(state, dataset, sampling)
-    together = agreed(blocks.num_blocks)
+    together = place.agreed(blocks.num_blocks)
     if together != blocks.num_blocks:  # another process has less memory, or more
         blocks = Blocks(dataset, sampling, num_blocks=together)
     state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
-    single = blocks.num_blocks == 1
     turns = -(-num_updates // sampling.updates_per_block)
     if turns < blocks.num_blocks and sampling.shards_per_block is None:
         logger.warning(
@@ -267,28 +273,15 @@ def train_offline(
             num_updates,
             turns,
         )
+    feed = _Feed(blocks, sampling, place)
     boundaries = Boundaries(
         done=int(state.num_updates),
         end=num_updates,
         steps_per_update=1,
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         log_every=log_every,
-        period=None if single else sampling.updates_per_block,
+        period=feed.period,
     )
-    feed = _Feed(blocks, sampling, single, mesh)
-
-    def advance_chunk(run_state: OfflineState, length: Int[Array, ""]):
-        replay, is_new = feed.replay(boundaries.done)
-        resumed = single or boundaries.done % sampling.updates_per_block
-        if is_new and sampling.priority_exponent:
-            fresh = _priorities(run_state.agent, replay, sampling)
-            of_members = None if run_state.agent.num_members is None else 0
-            fresh = put(mesh, fresh, of_members)
-            if resumed and run_state.priorities is not None:
-                _check_same_places(run_state.priorities, fresh)
-            else:
-                run_state = dataclasses.replace(run_state, priorities=fresh)
-        return _advance_chunk((replay, mesh), run_state, length)
 
     def tell(run_state: OfflineState, boundaries: Boundaries, per_second: float) -> Metrics:
         return {
@@ -298,11 +291,10 @@ def train_offline(
         }
 
     try:
-        members = state.agent.num_members
-        state, history = run(state, advance_chunk, boundaries, tell, members, mesh)
+        state, history = run(state, feed.source, boundaries, tell, place)
     finally:
         feed.close()
-    return gather(mesh, state.agent), history
+    return place.gather(state.agent), history
 
 
 def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
@@ -314,12 +306,9 @@ def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
         )
 
 
-def _priorities(agent: OfflineAgent, replay: Replay, sampling: Sampling) -> Priorities:
+def _priorities(num_members: int | None, replay: Replay, sampling: Sampling) -> Priorities:
     """Fresh ones, for each member of a population."""
-    create = partial(
-        Priorities.create, replay, sampling.priority_exponent, sampling.priority_correction
-    )
-    if agent.num_members is None:
-        return create()
-    one = create()
-    return jax.tree.map(lambda x: jnp.stack([x] * int(agent.num_members or 1)), one)
+    one = Priorities.create(replay, sampling.priority_exponent, sampling.priority_correction)
+    if num_members is None:
+        return one
+    return jax.tree.map(lambda x: jnp.stack([x] * num_members), one)

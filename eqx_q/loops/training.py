@@ -1,47 +1,27 @@
 """The training loop: one compiled program over an agent and an environment."""
 
-import concurrent.futures
-import functools
+import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
 
-from ..agents import OnlineAgent, decide
-from ..clock import clock
-from ..errors import DivergedError, UsageError
-from ..sharding import (
-    Lay,
-    Spreadable,
-    agreed,
-    check_divides,
-    constrain,
-    from_first_process,
-    gather,
-    make_mesh,
-    put,
-)
+from ..agents import Agent, Rollouts, decide
+from ..errors import UsageError
+from ..sharding import Lay, Placement, place_on
 from ..types import Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
+from .running import Boundaries, Callback, Metrics, number, run
+from .source import AbstractRunState, AbstractSource, ByName, Told, advance_from, check_shares
 
-Metrics = dict[str, Any]
-State = TypeVar("State", bound=Spreadable)
-
-# A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
-_CHUNK_SECONDS = 1.0
-_MIN_CHUNKS = 100
-_MAX_HISTORY = 1000
 _MAX_STEPS = 2**32  # counted in uint32
 
 
-class RunState(eqx.Module):
+class RunState(AbstractRunState):
     """All of a run: save it and the run can go on, bit for bit.
 
     **Fields:** the `agent`; the environment's state and last timestep; the agent's `memory` of the
@@ -50,7 +30,7 @@ class RunState(eqx.Module):
     before, with the memory at their start, where the agent asks for them.
     """
 
-    agent: OnlineAgent
+    agent: Agent
     env_state: PyTree
     timestep: TimeStep
     memory: Memory
@@ -60,7 +40,7 @@ class RunState(eqx.Module):
     burn_in: Rollout | None = None
 
     def spread(self, lay: Lay) -> "RunState":
-        """See `eqx_q.sharding.Spreadable`: devices share lanes, and with them members."""
+        """See `AbstractRunState`: devices share lanes, and with them members."""
         of_members = None if self.agent.num_members is None else 0
         before, burn_in = self.burn_in, None
         if before is not None:
@@ -78,39 +58,13 @@ class RunState(eqx.Module):
         )
 
 
-class StopTraining(Exception):
-    """Raised by a callback to end the run at this boundary; `train` then returns normally."""
-
-
-@runtime_checkable
-class Callback(Protocol):
-    """Called at boundaries between chunks, with host values of what happened since the last one.
-
-    A plain function will do. Objects may have two more attributes:
-
-    - `every`: lane-steps (per member) between calls; chunks are cut at its multiples.
-    - `overlap`: `True` for a callback that only observes. It then runs while the next chunk does,
-        on a snapshot, and what it returns is ignored.
-
-    It may add entries to `metrics` for the callbacks after it, return another run state to go on
-    with, or raise `StopTraining`.
-    """
-
-    def __call__(self, run_state: Any, metrics: Metrics) -> Any: ...
-
-
-def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
+def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
     """A run's first state: environments reset, memory empty.
 
     **Raises:** `UsageError` where the agent learns from data, or where its spaces and those of the
     environment differ.
     """
-    if not hasattr(agent, "rollout_length"):
-        name = type(getattr(agent, "members", agent)).__name__
-        raise UsageError(
-            f"{name} learns from data, not from environments: use eqx_q.train_offline, or an agent "
-            "that learns online (eqx_q.PQN)"
-        )
+    rollouts = _rollouts(agent)
     for name in ("observation_space", "action_space", "num_agents"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:
@@ -133,36 +87,68 @@ def start(agent: OnlineAgent, env: Env, *, key: PRNGKeyArray) -> RunState:
         memory=memory,
         key=key,
         num_updates=jnp.zeros((), jnp.int32),
-        transitions=jnp.zeros(agent.env_steps.shape, jnp.uint32),
-        burn_in=_empty_burn_in(agent, timestep, memory),
+        transitions=jnp.zeros(agent.learnt.shape, jnp.uint32),
+        burn_in=_empty_burn_in(agent, rollouts.burn_in, timestep, memory),
     )
 
 
-def check_shares(mesh: Mesh | None, agent: OnlineAgent, env: Env) -> None:
-    """Raises `UsageError` where the devices cannot share the agent's work, or the environment."""
-    if agent.num_members is None:
-        check_divides(mesh, agent.lane_groups, "lane_groups")
-    else:
-        check_divides(mesh, agent.num_members, "members (num_seeds)")
-    made_for = getattr(env, "mesh", None)
-    if env.on_host and made_for != mesh:
+def _rollouts(agent: Agent) -> Rollouts:
+    """What the agent learns from. Raises `UsageError` where those are data."""
+    if not isinstance(agent.learns_from, Rollouts):
+        raise UsageError(
+            f"{agent.name} learns from data, not from environments: use eqx_q.train_offline, or "
+            "an agent that learns online (eqx_q.PQN)"
+        )
+    return agent.learns_from
+
+
+def check_env(place: Placement, env: Env) -> None:
+    """Raises `UsageError` where the devices cannot share an environment that is outside JAX."""
+    if env.on_host and env.num_devices != place.num_devices:
         raise UsageError(
             "this environment lives outside JAX, where every device needs its own, and was made "
-            f"for {made_for.size if made_for else 1} of them, not {mesh.size if mesh else 1}: "
+            f"for {env.num_devices} of them, not {place.num_devices}: "
             "make it with eqx_q.wrappers.make_for"
         )
 
 
-def _empty_burn_in(agent: OnlineAgent, timestep: TimeStep, memory: Memory) -> Rollout | None:
+def _empty_burn_in(agent: Agent, length: int, timestep: TimeStep, memory: Memory) -> Rollout | None:
     """Steps that never happened: each starts an episode, so that memory stays as at a start."""
-    if not agent.burn_in:
+    if not length:
         return None
     decision = decide(agent, timestep, memory)
     timesteps, actions, values = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (agent.burn_in, *x.shape)),
+        lambda x: jnp.broadcast_to(x, (length, *x.shape)),
         (timestep, decision.action, decision.value),
     )
     return Rollout(timesteps, actions, memory, values)
+
+
+class Lanes(AbstractSource[RunState]):
+    """The lanes of an environment, in which the agent acts for a rollout."""
+
+    env: Env
+
+    def draw(self, state: RunState, key: PRNGKeyArray) -> tuple[Rollout, PyTree]:
+        """A rollout, with the burn-in before it; then where it ends, it alone, the next burn-in."""
+        after, rollout, burn_in = _collect(state, self.env, key)
+        before = state.burn_in
+        return _joined(before, rollout) if before else rollout, (after, rollout, burn_in)
+
+    def follow(self, state: RunState, drawn: PyTree, metrics: ByName) -> tuple[RunState, Told]:
+        """See `AbstractSource`."""
+        (env_state, timestep, memory), rollout, burn_in = drawn
+        seen = state.agent.measure(_measure, rollout)
+        transitions = state.agent.measure(lambda r: jnp.sum(r.real, dtype=jnp.uint32), rollout)
+        state = dataclasses.replace(
+            state,
+            env_state=env_state,
+            timestep=timestep,
+            memory=memory,
+            transitions=state.transitions + transitions,
+            burn_in=burn_in,
+        )
+        return state, Told.of(state.agent, metrics, **seen)
 
 
 def advance(
@@ -172,50 +158,12 @@ def advance(
 
     **Arguments:** `num_updates` may be traced: one compiled program serves every length.
 
-    **Returns:** the new state, and metrics: the agent's, averaged over updates; `episodes` that
-    ended, their mean `episode_return` and `episode_length` (NaN where none ended) and the suite's
-    own `episode_*`; `q_values`, the greedy values over lanes at the last step.
+    **Returns:** the new state, and metrics: the agent's, averaged over updates, of distributions
+    the last; `episodes` that ended, their mean `episode_return` and `episode_length` (NaN where
+    none ended) and the suite's own `episode_*`; `q_values`, the greedy values over lanes at the
+    last step.
     """
-    arrays, rest = eqx.partition(run_state, eqx.is_array)  # somebody's network may hold functions
-
-    @jax.jit  # traced once for the shapes below and for the loop
-    def update(arrays):
-        run_state, metrics = _update(eqx.combine(arrays, rest), env)
-        return eqx.filter(run_state, eqx.is_array), metrics
-
-    _, shapes = jax.eval_shape(update, arrays)
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def body(_, carry):
-        arrays, totals = carry
-        arrays, new = update(arrays)
-        return arrays, _accumulate(totals, new)
-
-    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
-    return eqx.combine(arrays, rest), _average(totals, num_updates)
-
-
-def _update(run_state: RunState, env: Env) -> tuple[RunState, dict[str, dict[str, Array]]]:
-    """One rollout and one update."""
-    key, act_key, update_key = jax.random.split(run_state.key, 3)
-    carry, rollout, burn_in = _collect(run_state, env, act_key)
-    agent, learnt = run_state.agent.update(
-        _joined(run_state.burn_in, rollout) if run_state.burn_in else rollout, key=update_key
-    )
-    metrics = {"means": learnt, **agent.measure(_measure, rollout)}
-    transitions = agent.measure(lambda r: jnp.sum(r.real, dtype=jnp.uint32), rollout)
-    env_state, timestep, memory = carry
-    run_state = RunState(
-        agent=agent,
-        env_state=env_state,
-        timestep=timestep,
-        memory=memory,
-        key=key,
-        num_updates=run_state.num_updates + 1,
-        transitions=run_state.transitions + transitions,
-        burn_in=burn_in,
-    )
-    return run_state, metrics
+    return advance_from(Lanes(env), run_state, num_updates)
 
 
 def _collect(
@@ -223,7 +171,8 @@ def _collect(
 ) -> tuple[tuple[PyTree, TimeStep, Memory], Rollout, Rollout | None]:
     """Where the environment and the memory stand after a rollout, it, and the next burn-in."""
     agent = run_state.agent
-    length, overlap = agent.rollout_length, agent.burn_in
+    rollouts = _rollouts(agent)
+    length, overlap = rollouts.length, rollouts.burn_in
 
     def step(carry, step):
         env_state, timestep, memory, kept = carry
@@ -279,45 +228,8 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
     return {"sums": sums, "samples": samples}
 
 
-def _accumulate(totals, new):
-    return {
-        "means": jax.tree.map(jnp.add, totals["means"], new["means"]),
-        "sums": jax.tree.map(jnp.add, totals["sums"], new["sums"]),
-        "samples": new["samples"],
-    }
-
-
-def _average(totals, num_updates) -> dict[str, Array]:
-    count = jnp.maximum(num_updates, 1)
-    metrics = {name: total / count for name, total in totals["means"].items()}
-    for name, total in totals["sums"].items():
-        per_episode = name.startswith("episode_")
-        metrics[name] = total / totals["sums"]["episodes"] if per_episode else total
-    return metrics | totals["samples"]
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _advance_chunk(fixed, run_state, num_updates):
-    env, mesh = fixed
-    lay = functools.partial(constrain, mesh)
-    run_state, metrics = advance(run_state.spread(lay), env, num_updates)
-    return _strong(run_state.spread(lay)), metrics
-
-
-def _strong(tree: PyTree) -> PyTree:
-    """No array is weakly typed, as an environment's may be: the next chunk would compile anew."""
-    strong = lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x  # noqa: E731
-    return jax.tree.map(strong, tree)
-
-
-@eqx.filter_jit
-def copy(tree: PyTree) -> PyTree:
-    """A tree whose arrays are its own, to be donated."""
-    return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
-
-
 def train(
-    agent: OnlineAgent,
+    agent: Agent,
     env: Env,
     *,
     total_steps: Scalar,
@@ -326,7 +238,7 @@ def train(
     run_state: RunState | None = None,
     log_every: int | None = None,
     devices: int | None = 1,
-) -> tuple[OnlineAgent, list[Metrics]]:
+) -> tuple[Agent, list[Metrics]]:
     """Trains `agent` in `env`.
 
     **Arguments:**
@@ -350,221 +262,33 @@ def train(
     """
     if not 0 < total_steps < _MAX_STEPS:
         raise UsageError(f"total_steps must be positive and below 2**32, got {total_steps}")
-    if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
-        raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
-    mesh = make_mesh(devices)
+    place = place_on(devices)
     state = start(agent, env, key=key) if run_state is None else run_state
     agent = state.agent
-    check_shares(mesh, agent, env)
+    check_shares(place, agent)
+    check_env(place, env)
     members = agent.num_members or 1
-    steps_per_update = agent.rollout_length * (env.num_envs // members)
-    done = int(state.num_updates)
-    # What the agent had learnt from before this run shifts its schedules, it does not end them.
-    before = jnp.asarray(agent.env_steps, jnp.float32) - done * steps_per_update
-    agent = agent.with_schedule(before + jnp.float32(total_steps))
-    state = eqx.tree_at(lambda s: s.agent, state, agent)
+    steps_per_update = agent.learns_from.units(env.num_envs // members)
     boundaries = Boundaries(
-        done=done,
+        done=int(state.num_updates),
         end=math.ceil(total_steps / steps_per_update),
         steps_per_update=steps_per_update,
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         log_every=log_every,
     )
+    # What the agent had learnt from before this run shifts its schedules, it does not end them.
+    before = jnp.asarray(agent.learnt, jnp.float32) - boundaries.done * steps_per_update
+    agent = agent.with_schedule(before + jnp.float32(total_steps))
+    state = eqx.tree_at(lambda s: s.agent, state, agent)
 
     def tell(run_state: RunState, boundaries: Boundaries, updates_per_second: float) -> Metrics:
         return {
             "env_steps": boundaries.done * steps_per_update,
             "total_steps": boundaries.end * steps_per_update,
-            "transitions": _number(np.asarray(run_state.transitions)),
+            "transitions": number(np.asarray(run_state.transitions)),
             "steps_per_second": members * updates_per_second * steps_per_update,
         }
 
-    advance_chunk = functools.partial(_advance_chunk, (env, mesh))
-    state, history = run(state, advance_chunk, boundaries, tell, agent.num_members, mesh)
-    return gather(mesh, state.agent), history
-
-
-def run(
-    run_state: State,
-    advance_chunk: Callable[[State, Int[Array, ""]], tuple[State, dict[str, Array]]],
-    boundaries: "Boundaries",
-    tell: Callable[[State, "Boundaries", float], Metrics],
-    num_members: int | None,
-    mesh: Mesh | None = None,
-) -> tuple[State, list[Metrics]]:
-    """Chunk after chunk, with the host's work on one done while the next is running.
-
-    **Arguments:**
-
-    - `run_state`: where it begins.
-    - `advance_chunk`: makes so many updates on the device.
-    - `boundaries`: where to cut.
-    - `tell`: where the run stands, given it, its boundaries and the updates per second.
-    - `num_members`: of a population.
-    - `mesh`: of devices that share the work.
-    """
-    lay = functools.partial(put, mesh)
-    run_state = copy(run_state.spread(lay))  # the caller's stays usable
-    history = _History(num_members)
-    started = time.perf_counter()
-    run_state, _ = jax.block_until_ready(advance_chunk(run_state, jnp.asarray(0)))
-    times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
-    observe = None  # what observers still have to do for the boundary before
-    stopped = False
-    with concurrent.futures.ThreadPoolExecutor(1) as waiter:
-        while not (stopped or boundaries.finished):
-            length = agreed(boundaries.next_length())
-            dispatched = time.perf_counter()
-            run_state, on_device = advance_chunk(run_state, jnp.asarray(length))
-            ready = waiter.submit(_time_when_ready, on_device)
-            stopped = bool(agreed(observe is not None and observe()))
-            seconds = ready.result() - dispatched
-            times["train_seconds"] += seconds
-            times["wall_seconds"] = time.perf_counter() - started
-            due = boundaries.advance(length, seconds)
-            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
-            snapshot = gather(mesh, run_state)
-            if snapshot is run_state and boundaries.callbacks:
-                snapshot = copy(run_state)
-            metrics = _to_host(gather(mesh, on_device)) | times
-            metrics |= tell(snapshot, boundaries, length / seconds)
-            metrics["done"] = stopped or boundaries.finished
-            _check_finite(metrics)
-            seen, stopped_here = _call(_blocking(due), snapshot, metrics)
-            if agreed(seen is not snapshot):
-                run_state = copy(from_first_process(seen).spread(lay))
-            stopped |= bool(agreed(stopped_here))
-            metrics["done"] = stopped or boundaries.finished
-            history.append(metrics)
-            observers = _observers(boundaries.callbacks if stopped else due)
-            observe = functools.partial(_observe, observers, seen, metrics)
-    if observe is not None:
-        observe()
-    return run_state, history.rows
-
-
-def _blocking(callbacks: list[Callback]) -> list[Callback]:
-    return [c for c in callbacks if not getattr(c, "overlap", False)]
-
-
-def _observers(callbacks: list[Callback]) -> list[Callback]:
-    return [c for c in callbacks if getattr(c, "overlap", False)]
-
-
-def _observe(callbacks, run_state, metrics) -> bool:
-    return _call(callbacks, run_state, metrics)[1]
-
-
-def _call(callbacks, run_state, metrics) -> tuple[Any, bool]:
-    """Calls callbacks in turn; tells whether one of them stopped the run."""
-    stopped = False
-    for callback in callbacks:
-        try:
-            replaced = callback(run_state, metrics)
-        except StopTraining:
-            stopped = True
-            continue
-        if replaced is not None:
-            run_state = replaced
-    return run_state, stopped
-
-
-def _time_when_ready(tree) -> float:
-    jax.block_until_ready(tree)
-    return time.perf_counter()
-
-
-def _number(x: np.ndarray) -> float | int | np.ndarray:
-    return x.item() if x.ndim == 0 else x
-
-
-def _to_host(metrics) -> Metrics:
-    return {name: _number(x) for name, x in jax.device_get(metrics).items()}
-
-
-def _check_finite(metrics: Metrics) -> None:
-    # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
-    finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
-    if not np.any(finite):
-        now = clock(metrics)
-        raise DivergedError(
-            f"the loss is not finite after {now.done} {now.noun}: lower learning_rate or "
-            "max_grad_norm, or scale rewards down (reward_scale)"
-        )
-
-
-class Boundaries:
-    """Cuts a run into chunks, and knows which callbacks are due at each cut.
-
-    **Arguments:**
-
-    - `done`, `end`: updates so far, and those to come to.
-    - `steps_per_update`: what an update counts in the steps that callbacks count in.
-    - `callbacks`: see `Callback`.
-    - `log_every`: updates in a chunk; `None`: as many as take about a second.
-    - `period`: updates after which there must be a cut.
-    """
-
-    def __init__(self, *, done, end, steps_per_update, callbacks, log_every, period=None):
-        self.done, self.end = done, end
-        self.steps_per_update = steps_per_update
-        self.callbacks = callbacks
-        self.log_every = log_every
-        self._periods = [
-            math.ceil(c.every / steps_per_update) for c in callbacks if getattr(c, "every", None)
-        ]
-        self._periods += [period] if period else []
-        self._target = 1.0
-
-    @property
-    def finished(self) -> bool:
-        """Whether the end is reached."""
-        return self.done >= self.end
-
-    def next_length(self) -> int:
-        """Updates in the next chunk."""
-        length = self.log_every or min(int(self._target), max(1, self.end // _MIN_CHUNKS))
-        nearest = [period - self.done % period for period in self._periods]
-        return max(1, min([length, self.end - self.done, *nearest]))
-
-    def advance(self, length: int, seconds: float) -> list[Callback]:
-        """Counts a finished chunk; returns the callbacks that are due."""
-        self.done += length
-        self._target = _CHUNK_SECONDS * length / max(seconds, 1e-9)
-        return [c for c in self.callbacks if self._due(c)]
-
-    def _due(self, callback) -> bool:
-        every = getattr(callback, "every", None)
-        return (
-            not every or self.finished or not self.done % math.ceil(every / self.steps_per_update)
-        )
-
-
-class _History:
-    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one.
-
-    Distributions are left out, the last row is always there.
-    """
-
-    def __init__(self, num_members: int | None = None):
-        self._scalar_axes = 0 if num_members is None else 1
-        self._rows: list[Metrics] = []
-        self._stride, self._seen = 1, 0
-        self._last: Metrics | None = None
-
-    @property
-    def rows(self) -> list[Metrics]:
-        """In order."""
-        if self._last is None or self._rows[-1] is self._last:
-            return self._rows
-        return [*self._rows, self._last]
-
-    def append(self, metrics: Metrics) -> None:
-        row = {name: x for name, x in metrics.items() if np.ndim(x) <= self._scalar_axes}
-        if self._seen % self._stride == 0:
-            self._rows.append(row)
-        self._seen += 1
-        self._last = row
-        if len(self._rows) >= _MAX_HISTORY:
-            self._rows = self._rows[::2]
-            self._stride *= 2
+    lanes = Lanes(env)
+    state, history = run(state, lambda state, _: (state, lanes), boundaries, tell, place)
+    return place.gather(state.agent), history

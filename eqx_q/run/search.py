@@ -23,10 +23,11 @@ from ..data import Dataset
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..loops.callbacks import Evaluation, Interrupt, TimeBudget
 from ..loops.offline import train_offline
-from ..loops.training import Metrics, train
+from ..loops.running import Metrics
+from ..loops.training import train
 from ..progress import Display
 from ..saving.files import write_whole
-from ..sharding import make_mesh
+from ..sharding import OneDevice, place_on
 from ..tracking import Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
@@ -39,7 +40,6 @@ from .settings import (
     learnt,
     make_agent,
     make_env,
-    steps_per_update,
     whole,
     whole_or_none,
 )
@@ -180,7 +180,7 @@ class _Search:
         key = jax.random.fold_in(jax.random.key(whole(config, "seed")), batch[0].number)
         done, alive = 0, np.arange(len(batch))
         agent = make_agent(config, self._arena(config, len(batch) * self.seeds).env, values)
-        steps = steps_per_update(config, agent)
+        steps = agent.learns_from.units(whole(config, "num_envs"))
         rungs = sorted({-(-until // steps) * steps for until in self._rungs})
         for rung, until in enumerate(rungs):
             arena = self._arena(config, len(alive) * self.seeds)
@@ -243,11 +243,10 @@ class _Search:
             self._stack.close()
             self._arenas, self._static = {}, static
         if members not in self._arenas:
-            there = make_mesh(config["devices"])
-            devices = 1 if there is None else math.gcd(there.size, members)
+            devices = math.gcd(place_on(config["devices"]).num_devices, members)
             config = {**config, "num_seeds": members, "devices": devices}
             lanes = 1 if self._dataset else whole(config, "num_envs")
-            shared = None if self._dataset else make_mesh(devices)
+            shared = OneDevice() if self._dataset else place_on(devices)
             env = make_env(config, lanes_of_all(config, lanes), shared)
             self._stack.enter_context(closing(env))
             evaluation = make_evaluation(config, env, TimeBudget(math.inf), self._stack)
@@ -258,9 +257,9 @@ class _Search:
         """What can be known before anything is tried."""
         if config["pbt"]["every"] is not None:
             raise UsageError("a search trains without population-based training: leave out pbt")
-        mesh = make_mesh(config["devices"])
-        if mesh is not None:
-            logger.info("members share %d devices", mesh.size)
+        place = place_on(config["devices"])
+        if place.num_devices > 1:
+            logger.info("members share %d devices", place.num_devices)
         with closing(make_env(config, 1)) as env:
             check_kind(config, make_agent({**config, "num_seeds": 1}, env))
             check_space(config, self.space, env)

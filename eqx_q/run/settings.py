@@ -1,7 +1,6 @@
 """What a configuration means: its numbers, its environment, its agent."""
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import operator
@@ -10,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import gymnasium
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Bool, Float
 
-from ..agents import OfflineAgent, Population
+from ..agents import Agent, Population, hyperparameters
+from ..agents.hyperparameters import RANGES
 from ..errors import UnknownNameError, UsageError
+from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
-from .parts import chosen_options, with_values
+from .parts import KINDS, chosen_options, with_values
 
 Config = Mapping[str, Any]
 
@@ -27,10 +27,10 @@ MOST_LANES = 2**24
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
-def make_env(config: Config, num_envs: int, mesh: Mesh | None = None) -> Env:
+def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> Env:  # noqa: B008
     """The environment that `config["env"]` describes; options that are null keep their default.
 
-    **Arguments:** `mesh`: of devices that share it.
+    **Arguments:** `place`: the devices that share it.
     """
     options = given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
@@ -39,7 +39,7 @@ def make_env(config: Config, num_envs: int, mesh: Mesh | None = None) -> Env:
         return make(f"{suite}/{name}", num_envs, seed=seed, **options)
 
     seed = emulator_seed(whole(config, "seed"), "training")
-    return make_for(mesh, of_lanes, num_envs, seed=seed)
+    return make_for(place, of_lanes, num_envs, seed=seed)
 
 
 def emulator_seed(seed: int, role: str) -> int:
@@ -55,7 +55,7 @@ def make_agent(
 
     Member `i` starts with the parameters that a run of its own would have at `seed + i`.
 
-    **Arguments:** `values`: each a choice of the same traced hyperparameters. Then it is a
+    **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
     population that has, one after the other, `num_seeds` members for each choice.
     """
     options = chosen_options(given(config["agent"]))
@@ -64,8 +64,8 @@ def make_agent(
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
-    for name in traced(config) & set(options):
-        number(config, f"agent.{name}")
+    for path in flat(options).keys() & {*traced(config), *RANGES}:
+        number(config, f"agent.{path}")
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(
@@ -87,18 +87,19 @@ def make_agent(
 
 
 def changeable(config: Config) -> set[str]:
-    """Hyperparameters that a run in progress may change: those that are leaves of the agent."""
-    return traced(config) & set(config["agent"])
+    """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
+    return traced(config) & flat(config["agent"]).keys()
 
 
 def traced(config: Config) -> set[str]:
-    """Fields of the agent that hold one value, and that learning does not change: by their type."""
-
-    def is_traced(kind: Any) -> bool:
-        return getattr(kind, "dtype", None) in (Float, Bool) and kind.dim_str == ""
-
-    fields = dataclasses.fields(pkgutil.resolve_name(config["agent"]["_target_"]))
-    return {field.name for field in fields if is_traced(field.type)}
+    """Hyperparameters of the agent, by their path: of its parts, too."""
+    options = chosen_options(given(config["agent"]))
+    create = pkgutil.resolve_name(options["_target_"]).create
+    parts = {kind: options[kind] for kind in KINDS if kind in options}
+    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
+    create = functools.partial(create, *spaces, **parts)
+    agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
+    return set(hyperparameters.names(agent))
 
 
 def _agent_key(seed):
@@ -155,6 +156,21 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is in nested mappings, by paths with dots between levels."""
+    found = {}
+    for key, node in tree.items():
+        inner = isinstance(node, Mapping)
+        found |= flat(node, f"{prefix}{key}.") if inner else {prefix + key: node}
+    return found
+
+
+def replaced(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Nested mappings with another value at a path."""
+    key, _, rest = path.partition(".")
+    return {**tree, key: replaced(tree[key], rest, value) if rest else value}
+
+
 def lanes_of_all(config: Config, per_seed: int) -> int:
     """Of all seeds. Raises `UsageError` where those are too many."""
     lanes = per_seed * whole(config, "num_seeds", least=1)
@@ -173,17 +189,9 @@ def env_name(config: Config) -> str:
     return f"{config['env']['suite']}/{config['env']['name']}"
 
 
-def learnt(agent: Any) -> dict[str, int]:
+def learnt(agent: Agent) -> dict[str, int]:
     """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
-    member = getattr(agent, "members", agent)
-    unit = "num_updates" if isinstance(member, OfflineAgent) else "env_steps"
-    return {unit: int(np.max(getattr(member, unit)))}
-
-
-def steps_per_update(config: Config, agent: Any) -> int:
-    """What an update of each member counts: its rollout's steps, or 1 from data."""
-    length = getattr(agent, "rollout_length", None)
-    return length * whole(config, "num_envs") if length else 1
+    return {agent.learns_from.unit: int(np.max(agent.learnt))}
 
 
 def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:

@@ -9,7 +9,7 @@ import equinox as eqx
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..wrappers import Env
-from .settings import Config, make_agent, traced
+from .settings import Config, flat, make_agent, replaced, traced
 
 VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
 
@@ -35,14 +35,14 @@ class Space:
         return {name: value for name, value in params.items() if name not in self.traced}
 
     def leaves(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """Of a trial's parameters the agent's array leaves, by the names of its fields."""
+        """Of a trial's parameters the agent's array leaves, by their path in it."""
         return {name.removeprefix("agent."): float(params[name]) for name in sorted(self.traced)}
 
     def apply(self, config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration with a trial's parameters."""
         for name, value in params.items():
             value = json.loads(value) if name in self.structured else value
-            config = _with(config, name.split("."), value)
+            config = replaced(config, name, value)
         return dict(config)
 
 
@@ -56,7 +56,7 @@ def read_space(config: Config) -> Space:
 
     **Raises:** `UsageError` for what is unknown or no set of values.
     """
-    known = {name for name, _ in _flat({key: config.get(key) for key in VARIED})}
+    known = flat({key: config.get(key) for key in VARIED}).keys()
     leaves = {f"agent.{name}" for name in traced(config)}
     nodes = {name: node for name, node in _nodes(config["search"] or {}) if node is not None}
     for name in nodes:
@@ -132,20 +132,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_structured(node: Any) -> bool:
     return isinstance(node, list) and any(isinstance(x, list | dict) for x in node)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from _flat(node, f"{prefix}{key}.")
-        else:
-            yield prefix + key, node
-
-
-def _with(tree: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """A nested dictionary with another value at a path."""
-    key, *rest = path
-    return {**tree, key: _with(tree[key], rest, value) if rest else value}
 
 
 def import_optuna() -> Any:

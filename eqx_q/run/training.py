@@ -1,6 +1,7 @@
 """Training as a configuration says, online or from data."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -10,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
 
-from ..agents import Agent, OfflineAgent, Population
+from ..agents import Agent, Batches, Population
 from ..clock import clock
 from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
@@ -28,16 +28,13 @@ from ..loops.callbacks import (
     restore,
 )
 from ..loops.evolution import PopulationBasedTraining, spread
-from ..loops.offline import (
-    blocks_of,
-    check_shares as check_shares_offline,
-    start_offline,
-    train_offline,
-)
-from ..loops.training import Metrics, check_shares, train
+from ..loops.offline import blocks_of, start_offline, train_offline
+from ..loops.running import Metrics
+from ..loops.source import check_shares
+from ..loops.training import check_env, train
 from ..saving.checkpoint import save
 from ..saving.files import alone_in
-from ..sharding import is_first_process, make_mesh
+from ..sharding import OneDevice, is_first_process, place_on
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
@@ -57,8 +54,6 @@ from .settings import (
     make_agent,
     make_env,
     number,
-    steps_per_update,
-    traced,
     whole,
     whole_or_none,
 )
@@ -85,13 +80,13 @@ def train_run(
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
     started = time.perf_counter()
-    mesh = make_mesh(config["devices"])
+    place = place_on(config["devices"])
     with contextlib.ExitStack() as stack:
         if is_first_process():  # the one that writes
             stack.enter_context(alone_in(directory))
         dataset = None if config.get("data") is None else Dataset(config["data"])
         lanes = 1 if dataset else whole(config, "num_envs")
-        shared = None if dataset else mesh
+        shared = OneDevice() if dataset else place
         env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes), shared)))
         agent = make_agent(config, env)
         check_kind(config, agent)
@@ -110,14 +105,14 @@ def train_run(
             "log_every": whole_or_none(config, "log_every"),
             "devices": config["devices"],
         }
+        check_shares(place, agent)
         if dataset is None:
-            check_shares(mesh, agent, env)
+            check_env(place, env)
             learn = functools.partial(train, agent, env, total_steps=total, **how)
         else:
             how["sampling"] = make_sampling(config)
             check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # all refuse what does not fit
-            check_shares_offline(mesh, agent)
             blocks_of(run_state, dataset, how["sampling"])
             dataset.verify()  # reads it all
             learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
@@ -158,7 +153,7 @@ def _in_rounds(config: Config, agent: Any) -> dict[str, Any]:
     A chunk is what members are judged by: it must not depend on the machine's speed, nor be the
     little that is left of a round after an evaluation.
     """
-    steps = steps_per_update(config, agent)
+    steps = agent.learns_from.units(whole(config, "num_envs"))
     updates = -(-whole(config, "pbt.every", least=1) // steps)
     every = updates * steps
     told = {**config, "pbt": {**config["pbt"], "every": every}}
@@ -252,9 +247,9 @@ def check_data(config: Config, env: Env, dataset: Dataset) -> None:
             )
 
 
-def check_kind(config: Config, agent: Any) -> None:
+def check_kind(config: Config, agent: Agent) -> None:
     """Raises `UsageError` where an agent has nothing to learn from."""
-    is_offline = isinstance(getattr(agent, "members", agent), OfflineAgent)
+    is_offline = isinstance(agent.learns_from, Batches)
     if is_offline and config.get("data") is None:
         raise UsageError(
             "this agent learns from recorded data: give data=DIR (scripts/collect.py and "
@@ -284,13 +279,9 @@ def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
     if done >= total:
         return run_state
     evolving = config["pbt"]["hyperparameters"] if _evolves(config) else []
-    names = sorted(traced(config) - set(evolving))
-
-    def values(agent):
-        members = getattr(agent, "members", agent)
-        return [getattr(members, name) for name in names]
-
-    return eqx.tree_at(lambda s: values(s.agent), run_state, values(fresh))
+    todays = {path: x for path, x in fresh.hyperparameters().items() if path not in evolving}
+    agent = run_state.agent.with_hyperparameters(todays)
+    return dataclasses.replace(run_state, agent=agent)
 
 
 def _has_results(config: Config, directory: Path, done: int) -> bool:

@@ -63,6 +63,11 @@ class Env(eqx.Module):
         """What a data set holds of it. A suite overrides this where there is something to say."""
         return Recording()
 
+    @property
+    def num_devices(self) -> int:
+        """How many devices it was made for, where it lives outside JAX."""
+        return 1
+
     @abc.abstractmethod
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         """Starts an episode in every lane.

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
 
-from ..sharding import AXIS, check_divides
+from ..sharding import AXIS, ManyDevices, Placement
 from ..types import TimeStep
 from .env import Env, Recording
 
 
 def make_for(
-    mesh: Mesh | None, make: Callable[[int, int], Env], num_envs: int, *, seed: int = 0
+    place: Placement, make: Callable[[int, int], Env], num_envs: int, *, seed: int = 0
 ) -> Env:
-    """An environment of `num_envs` lanes that the devices of `mesh` share.
+    """An environment of `num_envs` lanes that the devices of a run share.
 
     What is written in JAX they can share as it is; of what lives outside, each has its own. Lane
     `i` of an emulator is seeded with `seed + i` either way.
@@ -29,16 +29,16 @@ def make_for(
 
     **Raises:** `UsageError` where the lanes do not divide over the devices.
     """
-    if mesh is None:
+    if not isinstance(place, ManyDevices):
         return make(num_envs, seed)
-    check_divides(mesh, num_envs, "lanes (num_envs)")
-    each = num_envs // mesh.size
-    places = [i for i, d in enumerate(mesh.devices) if d.process_index == jax.process_index()]
-    first, *rest = places
+    place.check_divides(num_envs, "lanes (num_envs)")
+    each = num_envs // place.num_devices
+    devices = enumerate(place.mesh.devices)
+    first, *rest = (i for i, d in devices if d.process_index == jax.process_index())
     env = make(each, seed + first * each)
     if not env.on_host:
         return env.replicate(num_envs)
-    return PerDevice([env, *(env.replicate(each, seed=seed + i * each) for i in rest)], mesh)
+    return PerDevice([env, *(env.replicate(each, seed=seed + i * each) for i in rest)], place)
 
 
 class PerDevice(Env):
@@ -47,11 +47,11 @@ class PerDevice(Env):
     A compiled program over many devices steps each on its own device. `reset` must be called
     outside `jit`.
 
-    **Arguments:** `envs`: for the devices of this process, in the order of `mesh`; all alike.
+    **Arguments:** `envs`: for the devices of this process, in their order; all alike.
     """
 
     envs: tuple[Env, ...]
-    mesh: Mesh = eqx.field(static=True)
+    place: ManyDevices = eqx.field(static=True)
     observation_space: gymnasium.Space = eqx.field(static=True)
     action_space: gymnasium.spaces.Discrete = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
@@ -59,13 +59,13 @@ class PerDevice(Env):
     on_host: bool = eqx.field(static=True)
     max_episode_steps: int | None = eqx.field(static=True)
 
-    def __init__(self, envs: list[Env], mesh: Mesh):
+    def __init__(self, envs: list[Env], place: ManyDevices):
         one = envs[0]
         self.envs = tuple(envs)
-        self.mesh = mesh
+        self.place = place
         self.observation_space = one.observation_space
         self.action_space = one.action_space
-        self.num_envs = one.num_envs * mesh.size
+        self.num_envs = one.num_envs * place.num_devices
         self.num_agents = one.num_agents
         self.on_host = True
         self.max_episode_steps = one.max_episode_steps
@@ -79,6 +79,11 @@ class PerDevice(Env):
     def recording(self) -> Recording:
         """That of each."""
         return self.envs[0].recording
+
+    @property
+    def num_devices(self) -> int:
+        """One for each."""
+        return self.place.num_devices
 
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         started = [env.reset(key) for env in self.envs]
@@ -97,7 +102,7 @@ class PerDevice(Env):
         lanes, all_of_it = PartitionSpec(AXIS), PartitionSpec()
         return jax.shard_map(
             step,
-            mesh=self.mesh,
+            mesh=self.place.mesh,
             in_specs=(lanes, lanes, all_of_it),
             out_specs=lanes,
             check_vma=False,

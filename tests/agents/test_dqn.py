@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_q
-from eqx_q.agents import OfflineAgent
+from eqx_q.agents import Batches
 from eqx_q.errors import UsageError
 from eqx_q.nets import FeedForward
 from eqx_q.nets.layers import Activation, Linear, Sequential
@@ -147,7 +147,8 @@ def test_update_equals_a_slow_computation(options):
         norm = np.sqrt(sum((g**2).sum() for g in gradients))
         scale = min(1.0, float(agent.max_grad_norm) / norm)
         expected = adam.step(parameters(agent.network), [scale * g for g in gradients], 0.01)
-        agent, metrics, td_error = update(agent, batch)
+        agent, metrics = update(agent, batch)
+        td_error = metrics["priority"]
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
         np.testing.assert_allclose(td_error, errors, rtol=1e-4, atol=1e-5)
@@ -161,7 +162,7 @@ def test_what_is_told():
     weight, bias = parameters(agent.network)
     q = batch.obs @ weight.T + bias
     chosen = q[np.arange(B), batch.action]
-    _, metrics, _ = agent.update(batch, key=jax.random.key(0))
+    _, metrics = agent.update(batch, key=jax.random.key(0))
     expected = {
         "td_error": np.abs(slow_targets(agent, batch) - chosen).mean(),
         "q_value": chosen.mean(),
@@ -181,7 +182,7 @@ def test_dead_units_are_those_that_are_zero_for_all_of_the_batch():
     network = FeedForward(Sequential((hidden, Activation("relu"))), head)
     agent, batch = make_agent(network=network), make_batch()
     dead = np.all(batch.obs @ hidden.weight + hidden.bias <= 0, axis=0)
-    _, metrics, _ = agent.update(batch, key=jax.random.key(0))
+    _, metrics = agent.update(batch, key=jax.random.key(0))
     assert dead[:5].all() and not dead.all()
     np.testing.assert_allclose(metrics["dead_units"], dead.mean())
 
@@ -192,7 +193,7 @@ def test_the_loss_of_behaviour_cloning_is_the_cross_entropy():
     logits = batch.obs @ weight.T + bias
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(probabilities[np.arange(B), batch.action]).mean()
-    _, metrics, _ = agent.update(batch, key=jax.random.key(0))
+    _, metrics = agent.update(batch, key=jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["conservative_gap"], expected, rtol=1e-5)
 
@@ -201,8 +202,8 @@ def test_presets():
     key = jax.random.key(0)
     dqn, cql, bc = (x.create(OBS, ACT, key=key) for x in (eqx_q.DQN, eqx_q.CQL, eqx_q.BC))
     for agent in (dqn, cql, bc):
-        assert isinstance(agent, OfflineAgent) and isinstance(agent, eqx_q.DQN)
-        assert (agent.batch_size, agent.target_update_period, agent.n_step) == (32, 2000, 1)
+        assert isinstance(agent, eqx_q.DQN) and agent.learns_from == Batches(32)
+        assert agent.target_update_period == 2000
         assert float(agent.learning_rate) == np.float32(5e-5) and not agent.double
     assert (dqn.td_loss, float(dqn.alpha), float(dqn.td_weight)) == ("huber", 0, 1)
     assert float(dqn.adam_epsilon) == np.float32(1.5e-4)
@@ -260,7 +261,8 @@ def test_quantile_loss_equals_a_double_loop(double, n, alpha):
         errors.append(abs(targets.mean() - q[a]))
         means.append(targets.mean())
     np.testing.assert_allclose(agent.targets(batch), means, rtol=1e-4, atol=1e-5)
-    _, metrics, td_error = agent.update(batch, key=jax.random.key(0))
+    _, metrics = agent.update(batch, key=jax.random.key(0))
+    td_error = metrics["priority"]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
     np.testing.assert_allclose(td_error, errors, rtol=1e-4, atol=1e-5)
 
@@ -288,7 +290,7 @@ def test_target_network_is_copied_exactly_and_only_when_due(period):
     target = agent.network
     assert eqx.tree_equal(agent.target_network, agent.network)
     for i in range(1, 8):
-        agent, _, _ = agent.update(make_batch(i), key=jax.random.key(0))
+        agent, _ = agent.update(make_batch(i), key=jax.random.key(0))
         if i % period == 0:
             target = agent.network
         assert eqx.tree_equal(agent.target_network, target)
@@ -300,8 +302,8 @@ def test_values_of_terminal_observations_are_never_looked_at():
     assert batch.terminated.any()
     spoilt = np.where(batch.terminated[:, None], np.nan, batch.next_obs).astype(np.float32)
     spoilt = eqx.tree_at(lambda b: b.next_obs, batch, spoilt)
-    a, _, _ = agent.update(batch, key=jax.random.key(0))
-    b, _, _ = agent.update(spoilt, key=jax.random.key(0))
+    a, _ = agent.update(batch, key=jax.random.key(0))
+    b, _ = agent.update(spoilt, key=jax.random.key(0))
     assert eqx.tree_equal(a, b)
 
 
@@ -343,18 +345,20 @@ def test_members_of_a_population_learn_as_they_would_alone():
         return make_agent(network=network, alpha=alpha, n_step=2, target_update_period=2)
 
     population = eqx_q.Population(eqx.filter_vmap(create)(keys, jnp.array(alphas)))
-    assert population.batch_size == B and population.n_step == 2 and population.num_members == 4
+    assert population.learns_from == Batches(B, 2) and population.num_members == 4
     alone = [create(key, alpha) for key, alpha in zip(keys, alphas, strict=True)]
     for i in range(3):
         batches = [make_batch(10 * i + s, 2, weighted=True) for s in range(4)]
-        population, metrics, td_error = population.update(stacked(batches), key=jax.random.key(0))
+        population, metrics = population.update(stacked(batches), key=jax.random.key(0))
         for s in range(4):
-            alone[s], own, own_error = alone[s].update(batches[s], key=jax.random.key(0))
+            alone[s], own = alone[s].update(batches[s], key=jax.random.key(0))
             np.testing.assert_allclose(metrics["loss"][s], own["loss"], rtol=1e-4)
-            np.testing.assert_allclose(td_error[s], own_error, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(
+                metrics["priority"][s], own["priority"], rtol=1e-3, atol=1e-4
+            )
     for s in range(4):
         assert_close(population.member(s), alone[s])
-    np.testing.assert_array_equal(population.num_updates, [3, 3, 3, 3])
+    np.testing.assert_array_equal(population.learnt, [3, 3, 3, 3])
 
 
 def test_other_hyperparameters_compile_nothing():
@@ -418,7 +422,7 @@ def test_a_mask_of_another_shape_is_refused():
 @pytest.mark.parametrize("quantiles", [False, True])
 def test_saved_and_loaded_it_is_the_same(tmp_path, quantiles):
     agent = quantile_agent() if quantiles else make_agent(network="mlp", alpha=0.3)
-    agent, _, _ = agent.update(make_batch(), key=jax.random.key(0))
+    agent, _ = agent.update(make_batch(), key=jax.random.key(0))
     eqx_q.save(tmp_path / "agent.eqx", agent)
     loaded = eqx_q.load(tmp_path / "agent.eqx")
     assert eqx.tree_equal(loaded, agent) and type(loaded) is eqx_q.DQN

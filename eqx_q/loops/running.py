@@ -1,0 +1,246 @@
+"""What every training does on the host: cut it into chunks, tell callbacks, keep a history."""
+
+import concurrent.futures
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ..clock import clock
+from ..errors import DivergedError, UsageError
+from ..sharding import Placement
+from .source import AbstractSource, State, advance_chunk
+
+Metrics = dict[str, Any]
+
+# A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
+_CHUNK_SECONDS = 1.0
+_MIN_CHUNKS = 100
+_MAX_HISTORY = 1000
+
+
+class StopTraining(Exception):
+    """Raised by a callback to end the run at this boundary; `train` then returns normally."""
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Called at boundaries between chunks, with host values of what happened since the last one.
+
+    A plain function will do. Objects may have two more attributes:
+
+    - `every`: lane-steps (per member) between calls; chunks are cut at its multiples.
+    - `overlap`: `True` for a callback that only observes. It then runs while the next chunk does,
+        on a snapshot, and what it returns is ignored.
+
+    It may add entries to `metrics` for the callbacks after it, return another run state to go on
+    with, or raise `StopTraining`.
+    """
+
+    def __call__(self, run_state: Any, metrics: Metrics) -> Any: ...
+
+
+def run(
+    state: State,
+    source_of: Callable[[State, int], tuple[State, AbstractSource[State]]],
+    boundaries: "Boundaries",
+    tell: Callable[[State, "Boundaries", float], Metrics],
+    place: Placement,
+) -> tuple[State, list[Metrics]]:
+    """Chunk after chunk, with the host's work on one done while the next is running.
+
+    **Arguments:**
+
+    - `state`: where it begins.
+    - `source_of`: what is learnt from after so many updates, with the state to go on with.
+    - `boundaries`: where to cut.
+    - `tell`: where the run stands, given it, its boundaries and the updates per second.
+    - `place`: the devices that share the work.
+    """
+
+    def advance(state: State, length: int) -> tuple[State, dict[str, jax.Array]]:
+        state, source = source_of(state, boundaries.done)
+        return advance_chunk((source, place), state, jnp.asarray(length))
+
+    history = History(state.agent.num_members)
+    state = copy(state.spread(place.put))  # the caller's stays usable
+    started = time.perf_counter()
+    state, _ = jax.block_until_ready(advance(state, 0))
+    times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
+    observe = None  # what observers still have to do for the boundary before
+    stopped = False
+    with concurrent.futures.ThreadPoolExecutor(1) as waiter:
+        while not (stopped or boundaries.finished):
+            length = place.agreed(boundaries.next_length())
+            dispatched = time.perf_counter()
+            state, on_device = advance(state, length)
+            ready = waiter.submit(_time_when_ready, on_device)
+            stopped = bool(place.agreed(observe is not None and observe()))
+            seconds = ready.result() - dispatched
+            times["train_seconds"] += seconds
+            times["wall_seconds"] = time.perf_counter() - started
+            due = boundaries.advance(length, seconds)
+            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
+            snapshot = place.gather(state)
+            if snapshot is state and boundaries.callbacks:
+                snapshot = copy(state)
+            metrics = _to_host(place.gather(on_device)) | times
+            metrics |= tell(snapshot, boundaries, length / seconds)
+            metrics["done"] = stopped or boundaries.finished
+            _check_finite(metrics)
+            seen, stopped_here = _call(_blocking(due), snapshot, metrics)
+            if place.agreed(seen is not snapshot):
+                state = copy(place.from_first(seen).spread(place.put))
+            stopped |= bool(place.agreed(stopped_here))
+            metrics["done"] = stopped or boundaries.finished
+            history.append(metrics)
+            observers = _observers(boundaries.callbacks if stopped else due)
+            observe = functools.partial(_observe, observers, seen, metrics)
+    if observe is not None:
+        observe()
+    return state, history.rows
+
+
+@eqx.filter_jit
+def copy(tree: PyTree) -> PyTree:
+    """A tree whose arrays are its own, to be donated."""
+    return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+
+def _blocking(callbacks: list[Callback]) -> list[Callback]:
+    return [c for c in callbacks if not getattr(c, "overlap", False)]
+
+
+def _observers(callbacks: list[Callback]) -> list[Callback]:
+    return [c for c in callbacks if getattr(c, "overlap", False)]
+
+
+def _observe(callbacks, run_state, metrics) -> bool:
+    return _call(callbacks, run_state, metrics)[1]
+
+
+def _call(callbacks, run_state, metrics) -> tuple[Any, bool]:
+    """Calls callbacks in turn; tells whether one of them stopped the run."""
+    stopped = False
+    for callback in callbacks:
+        try:
+            replaced = callback(run_state, metrics)
+        except StopTraining:
+            stopped = True
+            continue
+        if replaced is not None:
+            run_state = replaced
+    return run_state, stopped
+
+
+def _time_when_ready(tree) -> float:
+    jax.block_until_ready(tree)
+    return time.perf_counter()
+
+
+def number(x: np.ndarray) -> float | int | np.ndarray:
+    """A plain one, where it is one."""
+    return x.item() if x.ndim == 0 else x
+
+
+def _to_host(metrics) -> Metrics:
+    return {name: number(x) for name, x in jax.device_get(metrics).items()}
+
+
+def _check_finite(metrics: Metrics) -> None:
+    # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
+    finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
+    if not np.any(finite):
+        now = clock(metrics)
+        raise DivergedError(
+            f"the loss is not finite after {now.done} {now.noun}: lower learning_rate or "
+            "max_grad_norm, or scale rewards down (reward_scale)"
+        )
+
+
+class Boundaries:
+    """Cuts a run into chunks, and knows which callbacks are due at each cut.
+
+    **Arguments:**
+
+    - `done`, `end`: updates so far, and those to come to.
+    - `steps_per_update`: what an update counts in the steps that callbacks count in.
+    - `callbacks`: see `Callback`.
+    - `log_every`: updates in a chunk; `None`: as many as take about a second.
+    - `period`: updates after which there must be a cut.
+
+    **Raises:** `UsageError` where `log_every` is none.
+    """
+
+    def __init__(self, *, done, end, steps_per_update, callbacks, log_every, period=None):
+        if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
+            raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
+        self.done, self.end = done, end
+        self.steps_per_update = steps_per_update
+        self.callbacks: list[Callback] = list(callbacks)
+        self.log_every = log_every
+        self._periods = [period, *map(self._period, self.callbacks)]
+        self._target = 1.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end is reached."""
+        return self.done >= self.end
+
+    def next_length(self) -> int:
+        """Updates in the next chunk."""
+        length = self.log_every or min(int(self._target), max(1, self.end // _MIN_CHUNKS))
+        nearest = [period - self.done % period for period in self._periods if period]
+        return max(1, min([length, self.end - self.done, *nearest]))
+
+    def advance(self, length: int, seconds: float) -> list[Callback]:
+        """Counts a finished chunk; returns the callbacks that are due."""
+        self.done += length
+        self._target = _CHUNK_SECONDS * length / max(seconds, 1e-9)
+        return [c for c in self.callbacks if self._due(c)]
+
+    def _due(self, callback: Callback) -> bool:
+        period = self._period(callback)
+        return not period or self.finished or not self.done % period
+
+    def _period(self, callback: Callback) -> int | None:
+        """Updates between calls."""
+        every = getattr(callback, "every", None)
+        return math.ceil(every / self.steps_per_update) if every else None
+
+
+class History:
+    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one.
+
+    Distributions are left out, the last row is always there.
+    """
+
+    def __init__(self, num_members: int | None = None):
+        self._scalar_axes = 0 if num_members is None else 1
+        self._rows: list[Metrics] = []
+        self._stride, self._seen = 1, 0
+        self._last: Metrics | None = None
+
+    @property
+    def rows(self) -> list[Metrics]:
+        """In order."""
+        if self._last is None or self._rows[-1] is self._last:
+            return self._rows
+        return [*self._rows, self._last]
+
+    def append(self, metrics: Metrics) -> None:
+        row = {name: x for name, x in metrics.items() if np.ndim(x) <= self._scalar_axes}
+        if self._seen % self._stride == 0:
+            self._rows.append(row)
+        self._seen += 1
+        self._last = row
+        if len(self._rows) >= _MAX_HISTORY:
+            self._rows = self._rows[::2]
+            self._stride *= 2

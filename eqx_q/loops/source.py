@@ -1,0 +1,141 @@
+"""What every training does: draw experience from somewhere, and learn from it, many times.
+
+The device's part of it, which is compiled. The host's is `eqx_q.loops.running`.
+"""
+
+import abc
+import dataclasses
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox import AbstractVar
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from ..agents import Agent
+from ..sharding import Lay, Placement
+from ..types import Rollout, Transitions
+
+ByName = dict[str, Array]
+
+
+class AbstractRunState(eqx.Module):
+    """All of a run: save it and the run can go on, bit for bit.
+
+    **Attributes:** the `agent`; the `key` of all randomness to come; `num_updates` so far.
+    """
+
+    agent: AbstractVar[Agent]
+    key: AbstractVar[PRNGKeyArray]
+    num_updates: AbstractVar[Int[Array, ""]]
+
+    @abc.abstractmethod
+    def spread(self, lay: Lay) -> Any:
+        """The same, each part `lay(part, axis)`, where `axis` is that of lanes or members.
+
+        That is what devices share; `None`: every device has all of the part.
+        """
+
+
+State = TypeVar("State", bound=AbstractRunState)
+
+
+class Told(NamedTuple):
+    """Metrics of updates: `means` over them, `sums`, and of `samples` the last.
+
+    A sum named `episode_...` is one over episodes, and in the end their mean.
+    """
+
+    means: ByName
+    sums: ByName
+    samples: ByName
+
+    @classmethod
+    def of(cls, agent: Agent, metrics: ByName, sums: ByName, samples: ByName) -> "Told":
+        """Of one update. What `metrics` has beyond a number (a member) is a distribution."""
+        axes = 0 if agent.num_members is None else 1
+        means = {name: x for name, x in metrics.items() if x.ndim <= axes}
+        wide = {name: x for name, x in metrics.items() if x.ndim > axes}
+        return cls(means, sums, wide | samples)
+
+    def then(self, new: "Told") -> "Told":
+        """Of these updates and the next one."""
+        means, sums = jax.tree.map(jnp.add, (self.means, self.sums), (new.means, new.sums))
+        return Told(means, sums, new.samples)
+
+    def averaged(self, num_updates: int | Int[Array, ""]) -> ByName:
+        """The metrics after so many updates."""
+        count = jnp.maximum(num_updates, 1)
+        metrics = {name: total / count for name, total in self.means.items()}
+        for name, total in self.sums.items():
+            per_episode = name.startswith("episode_")
+            metrics[name] = total / self.sums["episodes"] if per_episode else total
+        return metrics | self.samples
+
+
+class AbstractSource(eqx.Module, Generic[State]):
+    """Where an agent's experience comes from: the lanes of an environment, or a data set."""
+
+    @abc.abstractmethod
+    def draw(self, state: State, key: PRNGKeyArray) -> tuple[Rollout | Transitions, Any]:
+        """What is learnt from next, and what `follow` is to know of it."""
+
+    @abc.abstractmethod
+    def follow(self, state: State, drawn: Any, metrics: ByName) -> tuple[State, Told]:
+        """The state after what was drawn, whose agent has learnt from it and told `metrics`."""
+
+
+def advance_from(
+    source: AbstractSource[State], state: State, num_updates: int | Int[Array, ""]
+) -> tuple[State, ByName]:
+    """Draws and learns so many times. Returns the new state, and metrics of all updates."""
+    arrays, rest = eqx.partition(state, eqx.is_array)  # somebody's network may hold functions
+
+    @jax.jit  # traced once for the shapes below and for the loop
+    def update(arrays):
+        state, told = _update(source, eqx.combine(arrays, rest))
+        return eqx.filter(state, eqx.is_array), told
+
+    _, shapes = jax.eval_shape(update, arrays)
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(_, carry):
+        arrays, totals = carry
+        arrays, told = update(arrays)
+        return arrays, totals.then(told)
+
+    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
+    return eqx.combine(arrays, rest), totals.averaged(num_updates)
+
+
+def _update(source: AbstractSource[State], state: State) -> tuple[State, Told]:
+    key, draw_key, update_key = jax.random.split(state.key, 3)
+    experience, drawn = source.draw(state, draw_key)
+    agent, metrics = state.agent.update(experience, key=update_key)
+    learnt: Any = {"agent": agent, "key": key, "num_updates": state.num_updates + 1}
+    return source.follow(dataclasses.replace(state, **learnt), drawn, metrics)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def advance_chunk(
+    fixed: tuple[AbstractSource[State], Placement], state: State, num_updates: Int[Array, ""]
+) -> tuple[State, ByName]:
+    """`advance_from`, compiled, on the devices of a run. The state given is used up."""
+    source, place = fixed
+    state, metrics = advance_from(source, state.spread(place.constrain), num_updates)
+    return _strong(state.spread(place.constrain)), metrics
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """No array is weakly typed, as an environment's may be: the next chunk would compile anew."""
+    strong = lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x  # noqa: E731
+    return jax.tree.map(strong, tree)
+
+
+def check_shares(place: Placement, agent: Agent) -> None:
+    """Raises `UsageError` where the devices cannot share the agent's work."""
+    if agent.num_members is None:
+        place.check_divides(*agent.learns_from.shared)
+    else:
+        place.check_divides(agent.num_members, "members (num_seeds)")
