@@ -8,6 +8,7 @@ import pytest
 from eqx_q.agents.exploration import (
     EXPLORATIONS,
     AbstractExploration,
+    Boltzmann,
     EpsilonGreedy,
     EpsilonZGreedy,
     LaneEpsilons,
@@ -122,6 +123,20 @@ def test_each_row_has_its_own_epsilon():
     assert draw(exploration, rows([[1.0, 0.0]], 1), 1.0, key=4)[0].shape == (1, 1)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_boltzmann_draws_actions_by_their_values(temperature):
+    """Of all actions, whose values are the means of their factors'."""
+    index, _ = draw(Boltzmann(temperature), rows(VALUES), 1.0, is_legal="of values")
+    weights = np.exp((VALUES[0, :, None] + VALUES[1]) / 2 / temperature)
+    counts = np.zeros((3, 3))
+    np.add.at(counts, tuple(index.T), 1)
+    np.testing.assert_allclose(counts / R, weights / weights.sum(), atol=MAY_BE_OFF)
+    index, _ = draw(Boltzmann(temperature), rows(VALUES[:1]), 0.3)
+    weights = np.exp(VALUES[0] / temperature)
+    expected = 0.3 * weights / weights.sum() + 0.7 * np.array([0, 1, 0])
+    np.testing.assert_allclose(frequencies(index)[0], expected, atol=MAY_BE_OFF)
+
+
 @pytest.mark.parametrize(("mu", "longest"), [(2.0, 50), (1.2, 8), (0.0, 5)])
 def test_durations_are_zeta_distributed(mu, longest):
     """Counted as steps in which the choice stays, with ε = 0 after the first."""
@@ -212,6 +227,10 @@ def test_a_name_a_mapping_or_an_object():
         ({"mu": 2.0}, "give a name .epsilon_greedy, .*, a mapping of name and options, or"),
         ({"name": "ez_greedy", "mu": -1.0}, "mu=-1.0 makes no sense: it must be at least 0"),
         ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan makes no sense"),
+        (
+            {"name": "boltzmann", "temperature": 0},
+            "temperature=0.0 makes no sense: it must be above",
+        ),
         ({"name": "ez_greedy", "max_duration": 0}, "max_duration must be a whole number of at"),
     ],
 )
