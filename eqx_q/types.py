@@ -178,6 +178,7 @@ class Transitions(eqx.Module):
     - `terminated`: whether the task ended at `next_obs`; a truncated episode is bootstrapped there.
     - `next_obs`: what they lead to.
     - `weight`: of each in the loss, where they were not drawn uniformly.
+    - `next_action_mask`: the actions that are legal at `next_obs`, where not all of them are.
     """
 
     obs: Observation
@@ -187,3 +188,4 @@ class Transitions(eqx.Module):
     terminated: Bool[AnyArray, " B"]
     next_obs: Observation
     weight: Float[AnyArray, " B"] | None = None
+    next_action_mask: Bool[AnyArray, "B *M A"] | None = None
