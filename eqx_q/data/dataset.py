@@ -292,7 +292,7 @@ def _space_as_json(space: Any) -> dict[str, Any]:
             nvec, start = space.nvec.tolist(), space.start.tolist()
             return {"kind": kind, "nvec": nvec, "start": start, "dtype": space.dtype.str}
         case gymnasium.spaces.MultiBinary():
-            return {"kind": kind, "shape": list(space.shape)}
+            return {"kind": kind, "n": np.asarray(space.n).tolist()}
         case gymnasium.spaces.Dict():
             return {"kind": kind, "spaces": {x: _space_as_json(space[x]) for x in space}}
         case _:
@@ -308,8 +308,8 @@ def _space_of_json(content: Mapping[str, Any]) -> gymnasium.Space:
             return gymnasium.spaces.MultiDiscrete(
                 np.array(nvec), np.dtype(dtype).type, start=np.array(start)
             )
-        case {"kind": "MultiBinary", "shape": shape}:
-            return gymnasium.spaces.MultiBinary(shape)
+        case {"kind": "MultiBinary", "n": n}:
+            return gymnasium.spaces.MultiBinary(n)
         case {"kind": "Dict", "spaces": spaces}:
             return gymnasium.spaces.Dict({x: _space_of_json(y) for x, y in spaces.items()})
         case {"kind": "Tuple", "spaces": spaces}:

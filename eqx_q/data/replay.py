@@ -32,7 +32,7 @@ class Replay(eqx.Module):
     - `reward_clip`: whether rewards are clipped to [-1, 1] (Mnih et al. 2015, Methods).
     """
 
-    obs: PyTree[Shaped[Array, "R *stored"]]
+    obs: PyTree[Shaped[Array, "R ..."]]
     action: Shaped[Array, "R *action"]
     reward: Float[Array, " R"]
     terminated: Bool[Array, " R"]

@@ -4,24 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings import ACTIONS, FRAME, STACK, VECTOR, describe, random_episodes, write
+from recordings import ACTIONS, STACK, VECTOR, describe, observation, random_episodes, write
 
 from eqx_q.data import Blocks, Priorities, Replay, Sampling
 from eqx_q.data.replay import _SPAN
 from eqx_q.spaces import of_actions, of_observations
-
-
-def observation(episode, t, stack, stack_start):
-    """What the agent saw at time `t`, by a loop."""
-    if stack is None:
-        return episode.obs[t]
-    frames = []
-    for back in reversed(range(stack)):
-        if t - back >= 0:
-            frames.append(episode.obs[t - back])
-        else:
-            frames.append(episode.obs[0] if stack_start == "repeat" else np.zeros(FRAME, np.uint8))
-    return np.stack(frames)
 
 
 def naive(episodes, n_step, stack=None, stack_start="zeros", clip=False):
