@@ -47,3 +47,16 @@ def write(path, shards, description=None, **options):
                 writer.append(rows)
             writer.commit(f"shard{i}", run)
         return writer.finish()
+
+
+def observation(episode, t, stack, stack_start):
+    """What the agent saw at time `t`, by a loop over frames."""
+    if stack is None:
+        return episode.obs[t]
+    frames = []
+    for back in reversed(range(stack)):
+        if t - back >= 0:
+            frames.append(episode.obs[t - back])
+        else:
+            frames.append(episode.obs[0] if stack_start == "repeat" else np.zeros(FRAME, np.uint8))
+    return np.stack(frames)

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from environments import Clock, Guess, Relay
+from varied import VARIED, Whim
 
 import eqx_q
 from eqx_q.agents import decide
 from eqx_q.data import Rows, Writer
+from eqx_q.data.dataset import EXTRAS
 from eqx_q.errors import UsageError
 from eqx_q.loops import recording
 from eqx_q.loops.recording import describe, record
 from eqx_q.nets import AbstractQNetwork, NetworkOutput
 from eqx_q.spaces import of_observations
-from eqx_q.types import TimeStep
 from eqx_q.wrappers import Recording
 
 
@@ -47,26 +48,35 @@ class Loop:
     def _new(self):
         return {"obs": [], "action": [], "reward": [], "terminated": False}
 
-    def see(self, obs, action, reward, terminated, truncated, happened):
-        """A step of all lanes: what was seen, done and paid. Returns whether it is over."""
+    def see(self, obs, action, reward, terminated, truncated, happened, **more):
+        """A step of all lanes: what was seen, done and paid. Returns whether it is over.
+
+        `more` is what an environment may say besides, by name.
+        """
         self._time += 1
+        seen = {"obs": obs} | {name: x for name, x in more.items() if name != "agent_reward"}
+        done = {"action": action, "reward": reward} | {x: more[x] for x in more.keys() - seen}
         for lane, episode in enumerate(self._running):
             if self._stopped[lane]:
                 continue
+
+            def with_columns(columns, episode=episode, lane=lane):
+                of_lane = jax.tree.map(lambda x: x[lane], columns)
+                return episode | {x: [*episode.get(x, []), y] for x, y in of_lane.items()}
+
             if not happened[lane]:  # a final observation: the step was a reset
-                self.whole.append(episode | {"obs": [*episode["obs"], obs[lane]]})
+                self.whole.append(with_columns(seen))
                 self._running[lane] = self._new()
             elif not self._left:
                 self._stopped[lane] = True
                 if episode["obs"]:
-                    self.cut.append(episode | {"obs": [*episode["obs"], obs[lane]]})
+                    self.cut.append(with_columns(seen))
             else:
                 self._left -= 1
+                episode = with_columns(seen | done)
                 episode.setdefault("began", (self._time, lane))
-                episode["obs"].append(obs[lane])
-                episode["action"].append(action[lane])
-                episode["reward"].append(reward[lane])
                 episode["terminated"] = bool(terminated[lane])
+                self._running[lane] = episode
         return all(self._stopped)
 
     @property
@@ -78,19 +88,16 @@ def check_equal(dataset, loop, seen=lambda obs: obs):
     episodes = list(dataset.episodes())
     assert len(episodes) == len(loop.episodes)
     for ours, theirs in zip(episodes, loop.episodes, strict=True):
-        theirs["obs"] = np.stack(theirs["obs"])
-        theirs = theirs | {"obs": seen(theirs["obs"])}
-        for name, expected in (
-            Rows.of_episode(
-                theirs["obs"],
-                np.array(theirs["action"]),
-                np.array(theirs["reward"]),
-                terminated=theirs["terminated"],
-            )
-            ._asdict()
-            .items()
-        ):
-            np.testing.assert_array_equal(getattr(ours, name), expected, err_msg=name)
+        del theirs["began"]
+        theirs |= {
+            name: jax.tree.map(lambda *x: np.stack(x), *steps)
+            for name, steps in theirs.items()
+            if name != "terminated"
+        }
+        theirs["obs"] = seen(theirs["obs"])
+        expected = Rows.of_episode(**theirs)
+        assert jax.tree.structure(ours) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
 def play_in_a_loop(agent, env, num_steps, epsilon):
@@ -106,7 +113,10 @@ def play_in_a_loop(agent, env, num_steps, epsilon):
         memory = decision.memory
         state, then = step(state, decision.action, env_key)
         columns = (now.obs, decision.action, then.reward, then.terminated, then.truncated)
-        if loop.see(*(np.asarray(x) for x in columns), ~np.asarray(then.first)):
+        more = {name: getattr(now, name) for name in EXTRAS} | {"agent_reward": then.agent_reward}
+        more = {name: x for name, x in more.items() if x is not None}
+        columns, more = jax.tree.map(np.asarray, (columns, more))
+        if loop.see(*columns, ~np.asarray(then.first), **more):
             return loop
         now = then
 
@@ -137,6 +147,28 @@ def test_rows_equal_a_loop_over_gymnax(tmp_path, num_steps, options):
         assert said.return_mean == pytest.approx(np.mean(returns))
         assert dataset.rows.obs.dtype == np.float32
     assert dataset.shards[0].source == said._asdict()
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_rows_equal_a_loop_whatever_the_spaces(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(recording, "_CHUNK_STEPS", 20)
+    env = VARIED[name].replicate(3)
+    agent = Whim.of(env)
+    dataset, said = recorded(tmp_path / "data", agent, env, 100)
+    loop = play_in_a_loop(agent, env, 100, jnp.float32(0))
+    check_equal(dataset, loop)
+    assert (said.transitions, said.episodes, said.cut) == (100, len(loop.whole), len(loop.cut))
+    assert said.cut and dataset.rows.truncated.sum() > said.cut and dataset.rows.terminated.any()
+    description = dataset.description
+    assert description.action_space == env.action_space and description.num_agents == env.num_agents
+
+
+def test_a_team_with_memory_does_what_is_legal(tmp_path):
+    env = Relay(3)
+    agent = make_agent(env, num_agents=2, network_options={"memory": "gru", "hidden_sizes": [8]})
+    dataset, _ = recorded(tmp_path / "data", agent, env, 50, epsilon=0.5)
+    check_equal(dataset, play_in_a_loop(agent, env, 50, jnp.float32(0.5)))
+    assert dataset.rows.reward.min() >= 0  # nobody did what is not legal
 
 
 class Alternate(AbstractQNetwork):
@@ -237,8 +269,7 @@ def test_chunks_leave_no_trace(tmp_path, monkeypatch):
         monkeypatch.setattr(recording, "_CHUNK_STEPS", steps)
         monkeypatch.setattr(recording, "_CHUNK_BYTES", 200 * steps)  # that are written at a time
         chunks, _ = recorded(tmp_path / str(steps), agent, env, 60)
-        for ours, theirs in zip(chunks.rows, whole.rows, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        jax.tree.map(np.testing.assert_array_equal, chunks.rows, whole.rows)
     lengths = [len(episode.action) - 1 for episode in whole.episodes()]
     # In the order in which they begin: all at once, then after 2, 3, 4 and 4 steps.
     assert lengths[:9] == [1, 2, 3, 4, 5, 1, 2, 1, 3]
@@ -314,25 +345,17 @@ def test_stacks_that_frames_do_not_give_are_refused(tmp_path, says, fault):
         recorded(tmp_path / "data", make_agent(env), env, 30)
 
 
-class Choosy(Guess):
-    """Says which actions are legal."""
-
-    def _emit(self, sign, first, reward):
-        state, timestep = super()._emit(sign, first, reward)
-        legal = jnp.ones((self.num_envs, 3), bool)
-        mask = TimeStep(**vars(timestep) | {"action_mask": legal})
-        return state, mask
-
-
-def test_what_a_data_set_cannot_hold_is_refused(tmp_path):
+def test_what_does_not_fit_is_refused(tmp_path):
     env = Clock(2)
     agent, other = make_agent(env), make_agent(Guess(2))
-    with pytest.raises(UsageError, match="a team of 2 acts here"):
-        describe(Relay(2), "suite/Relay")
-    with pytest.raises(UsageError, match="only some actions are legal"):
-        recorded(tmp_path / "a", other, Choosy(2), 5)
     with pytest.raises(UsageError, match="record in the environment that it was"):
         recorded(tmp_path / "b", other, env, 5)
+    team = Relay(2)
+    alone = eqx_q.PQN.create(
+        team.observation_space, team.action_space, key=jax.random.key(0), network="mlp"
+    )
+    with pytest.raises(UsageError, match="the agent's num_agents is None, the environment's 2"):
+        recorded(tmp_path / "a", alone, team, 5)
     with pytest.raises(UsageError, match="at least one transition"):
         recorded(tmp_path / "c", agent, env, 0)
     members = eqx.filter_vmap(lambda key: make_agent_of(key, env))(

@@ -1,7 +1,7 @@
 """Data sets: a directory of plain arrays that memory-map, and a header that says what they are.
 
     frames.npy  or  obs.npy   uint8[R, height, width], unstacked; or what was observed, [R, ...]
-    action.npy                int32[R]; -1 in the row of an episode's final observation
+    action.npy                int32[R, ...]; -1 in the row of an episode's final observation
     reward.npy                float32[R], as the game gave it
     terminated.npy  truncated.npy  first.npy    bool[R]
     header.json               environment, spaces, preprocessing, source, shards, checksums
@@ -9,67 +9,135 @@
 Row t holds an observation, the action taken on it, and that action's reward and ending (as RLDS
 and Minari align them). An episode's final observation is a row of its own. So whatever action
 row t holds led to the observation in row t + 1.
+
+Where observations have several parts, each has a file: `obs.image.npy`, `obs.arm.joints.npy`.
+Actions of a `Box` are floats, and NaN instead of -1. A team's observations and actions have an axis
+of agents after that of rows. What else an environment says comes in columns of its own:
+
+    action_mask.npy           bool[R, (M,) A]: which actions are legal on that observation
+    agent_mask.npy            bool[R, M]: who of a team is there
+    agent_reward.npy          float32[R, M]: each one's own reward for that action
+    global_state.npy          float32[R, S]
 """
 
+import dataclasses
 import json
 import os
+import urllib.parse
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
+import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float, Float32, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
-from ..spaces import Box, Discrete
+from ..spaces import hashable, leaves, of_actions, of_observations, shapes
+from ..types import Observation
 
-FORMAT = 2
+FORMATS = (2, 3)  # the second has what only later versions know: see `Description.format`
 HEADER = "header.json"
 COLUMNS = {
-    "action": np.dtype("<i4"),
+    "action": np.dtype("<i4"),  # of a Box its own type
     "reward": np.dtype("<f4"),
     "terminated": np.dtype("|b1"),
     "truncated": np.dtype("|b1"),
     "first": np.dtype("|b1"),
 }
+EXTRAS = {
+    "action_mask": np.dtype("|b1"),
+    "agent_mask": np.dtype("|b1"),
+    "agent_reward": np.dtype("<f4"),
+    "global_state": np.dtype("<f4"),
+}
 BLOCK = 1 << 24  # bytes that a checksum reads at a time
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of a data set. Frames where its observations are stacks of them."""
+    """Consecutive rows of a data set. Frames where its observations are stacks of them.
 
-    obs: Shaped[np.ndarray, "R *obs"]
-    action: Int[np.ndarray, " R"]
+    A row with an action holds what that action brought: `reward`, `agent_reward` and the ending.
+    All else is of the moment in which it was chosen. The last four are there where the
+    description's `extras` say so.
+    """
+
+    obs: Observation
+    action: Shaped[np.ndarray, "R *action"]
     reward: Float32[np.ndarray, " R"]
     terminated: Bool[np.ndarray, " R"]
     truncated: Bool[np.ndarray, " R"]
     first: Bool[np.ndarray, " R"]
+    action_mask: Bool[np.ndarray, "R *M A"] | None = None
+    agent_mask: Bool[np.ndarray, "R M"] | None = None
+    agent_reward: Float32[np.ndarray, "R M"] | None = None
+    global_state: Float32[np.ndarray, "R S"] | None = None
 
     @classmethod
     def of_episode(
         cls,
-        obs: Shaped[np.ndarray, "L_and_1 *obs"],
-        action: Shaped[np.ndarray, " L"],
+        obs: Observation,
+        action: Shaped[np.ndarray, "L *action"],
         reward: Shaped[np.ndarray, " L"],
         *,
         terminated: bool,
+        action_mask: Bool[np.ndarray, "L_and_1 *M A"] | None = None,
+        agent_mask: Bool[np.ndarray, "L_and_1 M"] | None = None,
+        agent_reward: Float[np.ndarray, "L M"] | None = None,
+        global_state: Float[np.ndarray, "L_and_1 S"] | None = None,
     ) -> "Rows":
         """The rows of a whole episode, its final observation among them.
 
-        **Arguments:** `terminated`: whether the task ended it; else it was truncated.
+        **Arguments:** `terminated`: whether the task ended it; else it was truncated. What is seen
+        is one longer than what is done: `obs`, the masks and `global_state`.
         """
         length = len(action)
         last = np.arange(length + 1) == length - 1
+        if agent_reward is not None:
+            agent_reward = _with_last(agent_reward, 0).astype(np.float32)
+        if action.dtype.kind != "f":
+            action = action.astype(np.int32)
         return cls(
             obs=obs,
-            action=np.append(action, -1).astype(np.int32),
-            reward=np.append(reward, 0).astype(np.float32),
+            action=_with_last(action, no_action(action.dtype)),
+            reward=_with_last(reward, 0).astype(np.float32),
             terminated=last & terminated,
             truncated=last & (not terminated),
             first=np.arange(length + 1) == 0,
+            action_mask=action_mask,
+            agent_mask=agent_mask,
+            agent_reward=agent_reward,
+            global_state=None if global_state is None else global_state.astype(np.float32),
         )
+
+    @property
+    def acted(self) -> Bool[np.ndarray, " R"]:
+        """Of whole episodes: the rows with an action, which are all but the final observations."""
+        return np.append(~self.first[1:], False)
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Rows from `start` to before `stop`."""
+        return jax.tree.map(lambda x: x[start:stop], self)
+
+
+def no_action(dtype: np.dtype) -> float | int:
+    """What stands in the row of a final observation."""
+    return np.nan if dtype.kind == "f" else -1
+
+
+def _with_last(x: np.ndarray, value: float) -> np.ndarray:
+    return np.concatenate([x, np.full((1, *x.shape[1:]), value, x.dtype)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """An array of a data set: the name of its file, and what a row of it holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class Shard(NamedTuple):
@@ -90,64 +158,169 @@ class Description(NamedTuple):
     """What a data set is of.
 
     - `env`: the environment's id, `"<suite>/<name>"`.
-    - `observation_space`, `action_space`: of one lane, as an agent sees it.
+    - `observation_space`, `action_space`: of one lane (of one agent of it), as an agent sees it.
     - `stack`: how many frames an observation `[stack, height, width]` has; `None` where
         observations are stored as they are.
     - `stack_start`: what stands before an episode's first frame: `"zeros"`, or `"repeat"` of it.
     - `preprocessing`: what was done to observations and actions, by option. Data sets that differ
         in it do not mix.
     - `source`: where the data came from.
+    - `num_agents`: `None`, or how many agents the team has.
+    - `extras`: which of `action_mask`, `agent_mask`, `agent_reward` and `global_state` are there,
+        and the shape of each in a row.
     """
 
     env: str
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Discrete
+    observation_space: gymnasium.Space
+    action_space: gymnasium.Space
     stack: int | None = None
     stack_start: str = "zeros"
     preprocessing: Mapping[str, Any] = {}
     source: Mapping[str, Any] = {}
+    num_agents: int | None = None
+    extras: Mapping[str, tuple[int, ...]] = {}
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Of what a row holds of an observation: of a stack one frame."""
+        """Of what a row holds of an observation that is one array: of a stack one frame."""
         shape = self.observation_space.shape
+        assert shape is not None
         return shape if self.stack is None else shape[1:]
+
+    @property
+    def columns(self) -> Any:
+        """All columns: `Rows` of `Column`s.
+
+        **Raises:** `UsageError` where two parts of observations would share a file.
+        """
+        team = () if self.num_agents is None else (self.num_agents,)
+        action = self.action_space
+        dtype = COLUMNS["action"]
+        if isinstance(action, gymnasium.spaces.Box):
+            dtype = np.result_type(action.dtype, np.float32)
+        rest = {name: Column(name, (), dtype) for name, dtype in COLUMNS.items()}
+        rest["action"] = Column("action", (*team, *(action.shape or ())), dtype)
+        for name, shape in self.extras.items():
+            rest[name] = Column(name, tuple(shape), EXTRAS[name])
+        return Rows(self._parts(team), **rest)  # pyright: ignore[reportArgumentType]
+
+    def _parts(self, team: tuple[int, ...]) -> PyTree[Column]:
+        """The columns of observations."""
+        space = self.observation_space
+        if self.stack is not None:
+            assert space.dtype is not None
+            return Column("frames", (*team, *self.row_shape), space.dtype)
+        parts = []
+        for path, leaf in leaves(space):
+            # What may stand in a key of a `Dict` may not stand in the name of a file.
+            name = f"obs.{urllib.parse.quote(path, safe='')}" if path else "obs"
+            if name in [part.name for part in parts]:
+                raise UsageError(f"two parts of observations are called '{path}': rename one")
+            parts.append(Column(name, (*team, *(leaf.shape or ())), np.dtype(leaf.dtype)))
+        return jax.tree.unflatten(jax.tree.structure(shapes(space)), parts)
+
+    @property
+    def format(self) -> int:
+        """The first format that has all of this."""
+        plain = isinstance(self.observation_space, gymnasium.spaces.Box) and _counts_from_0(
+            self.action_space
+        )
+        return 2 if plain and self.num_agents is None and not self.extras else 3
 
     def as_json(self) -> dict[str, Any]:
         """For the header."""
-        space = self.observation_space
-        return {
+        space: Any = self.action_space
+        content = {
             "env": self.env,
-            "observation_space": {
-                "shape": list(space.shape),
-                "dtype": space.dtype.str,
-                "low": _bound(space.low),
-                "high": _bound(space.high),
-            },
-            "num_actions": int(self.action_space.n),
+            "observation_space": _space_as_json(self.observation_space),
+            **(
+                {"num_actions": int(space.n)}
+                if _counts_from_0(space)
+                else {"action_space": _space_as_json(space)}
+            ),
             "stack": self.stack,
             "stack_start": self.stack_start,
             "preprocessing": dict(self.preprocessing),
             "source": dict(self.source),
         }
+        if self.num_agents is not None:
+            content["num_agents"] = self.num_agents
+        if self.extras:
+            content["extras"] = {name: list(shape) for name, shape in self.extras.items()}
+        return content
 
     @classmethod
     def from_json(cls, header: Mapping[str, Any]) -> "Description":
         """As `as_json` gave it."""
-        space = header["observation_space"]
-        shape, dtype = tuple(space["shape"]), np.dtype(space["dtype"])
-        low, high = (
-            np.broadcast_to(np.array(space[name], dtype), shape) for name in ("low", "high")
-        )
+        if "action_space" in header:
+            action_space = _space_of_json(header["action_space"])
+        else:
+            action_space = gymnasium.spaces.Discrete(header["num_actions"])
+        extras = {name: tuple(shape) for name, shape in header.get("extras", {}).items()}
+        if unknown := extras.keys() - EXTRAS.keys():
+            raise ValueError(f"unknown extras {sorted(unknown)}")
         return cls(
             env=header["env"],
-            observation_space=Box(gymnasium.spaces.Box(low, high, shape, dtype.type)),
-            action_space=Discrete(gymnasium.spaces.Discrete(header["num_actions"])),
+            observation_space=of_observations(_space_of_json(header["observation_space"])),
+            action_space=of_actions(action_space),
             stack=header["stack"],
             stack_start=header["stack_start"],
             preprocessing=header["preprocessing"],
             source=header["source"],
+            num_agents=header.get("num_agents"),
+            extras=extras,
         )
+
+
+def _counts_from_0(space: gymnasium.Space) -> bool:
+    return isinstance(space, gymnasium.spaces.Discrete) and not space.start
+
+
+def _space_as_json(space: Any) -> dict[str, Any]:
+    kind = type(hashable(space)).__name__
+    match space:
+        case gymnasium.spaces.Box():  # the first kind there was goes without its name
+            return {
+                "shape": list(space.shape),
+                "dtype": space.dtype.str,
+                "low": _bound(space.low),
+                "high": _bound(space.high),
+            }
+        case gymnasium.spaces.Discrete():
+            return {"kind": kind, "n": int(space.n), "start": int(space.start)}
+        case gymnasium.spaces.MultiDiscrete():
+            nvec, start = space.nvec.tolist(), space.start.tolist()
+            return {"kind": kind, "nvec": nvec, "start": start, "dtype": space.dtype.str}
+        case gymnasium.spaces.MultiBinary():
+            return {"kind": kind, "n": np.asarray(space.n).tolist()}
+        case gymnasium.spaces.Dict():
+            return {"kind": kind, "spaces": {x: _space_as_json(space[x]) for x in space}}
+        case _:
+            return {"kind": kind, "spaces": [_space_as_json(x) for x in space]}
+
+
+def _space_of_json(content: Mapping[str, Any]) -> gymnasium.Space:
+    """As `_space_as_json` gave it."""
+    match content:
+        case {"kind": "Discrete", "n": n, "start": start}:
+            return gymnasium.spaces.Discrete(n, start=start)
+        case {"kind": "MultiDiscrete", "nvec": nvec, "start": start, "dtype": dtype}:
+            return gymnasium.spaces.MultiDiscrete(
+                np.array(nvec), np.dtype(dtype).type, start=np.array(start)
+            )
+        case {"kind": "MultiBinary", "n": n}:
+            return gymnasium.spaces.MultiBinary(n)
+        case {"kind": "Dict", "spaces": spaces}:
+            return gymnasium.spaces.Dict({x: _space_of_json(y) for x, y in spaces.items()})
+        case {"kind": "Tuple", "spaces": spaces}:
+            return gymnasium.spaces.Tuple([_space_of_json(x) for x in spaces])
+        case {"shape": _, "dtype": _, "low": _, "high": _}:
+            shape, dtype = tuple(content["shape"]), np.dtype(content["dtype"])
+            low, high = (
+                np.broadcast_to(np.array(content[name], dtype), shape) for name in ("low", "high")
+            )
+            return gymnasium.spaces.Box(low, high, shape, dtype.type)
+    raise ValueError(f"there is no space {dict(content)}")
 
 
 class Dataset:
@@ -167,15 +340,17 @@ class Dataset:
             self.description = Description.from_json(header)
             self.shards = [Shard(**shard) for shard in header["shards"]]
             self._checksums = {name: x["crc32"] for name, x in header["arrays"].items()}
-            arrays = {
-                name: _map(self.path / f"{name}.npy", x) for name, x in header["arrays"].items()
-            }
-            obs = arrays.pop("obs") if self.description.stack is None else arrays.pop("frames")
-            self.rows = Rows(obs, **arrays)
-            for name, x in self.rows._asdict().items():
-                row = self.description.row_shape if name == "obs" else ()
-                if x.shape != (len(self), *row):
-                    raise ValueError(f"{name} has shape {x.shape}")
+            columns = self.description.columns
+            arrays = [
+                _map(self.path / f"{column.name}.npy", header["arrays"][column.name])
+                for column in jax.tree.leaves(columns)
+            ]
+            if len(arrays) < len(header["arrays"]):
+                raise ValueError(f"arrays are {sorted(header['arrays'])}")
+            self.rows: Rows = jax.tree.unflatten(jax.tree.structure(columns), arrays)
+            for column, x in zip(jax.tree.leaves(columns), arrays, strict=True):
+                if x.shape != (len(self), *column.shape):
+                    raise ValueError(f"{column.name} has shape {x.shape}")
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -183,7 +358,7 @@ class Dataset:
                 f"'{self.path}' has a header that makes no sense ({error!r})"
             ) from error
         self._verify(COLUMNS)
-        self.num_transitions = int(np.sum(self.rows.action >= 0))
+        self.num_transitions = int(np.sum(self.rows.acted))
         self.num_episodes = len(self.rows.action) - self.num_transitions
 
     def __len__(self) -> int:
@@ -192,9 +367,9 @@ class Dataset:
 
     def episodes(self) -> Iterator[Rows]:
         """One after the other, each with the row of its final observation."""
-        starts = np.flatnonzero(self.rows.first)
+        starts = np.flatnonzero(self.rows.first).tolist()
         for start, stop in zip(starts, [*starts[1:], len(self)], strict=True):
-            yield Rows(*(x[start:stop] for x in self.rows))
+            yield self.rows.part(start, stop)
 
     def verify(self) -> None:
         """Reads everything. Raises `CorruptFileError` where a checksum is wrong."""
@@ -223,9 +398,10 @@ def _read_header(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise _damaged_header(path, error) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in FORMATS:
         raise CorruptFileError(
-            f"'{path}' is no data set that this eqx_q reads (format {FORMAT}): make it anew"
+            f"'{path}' is no data set that this eqx_q reads (formats {FORMATS[0]} and "
+            f"{FORMATS[1]}): make it anew"
         )
     try:
         return unseal(header)

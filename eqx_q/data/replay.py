@@ -1,12 +1,15 @@
-"""Drawing transitions: from rows in the memory of the device, inside the compiled program."""
+"""Drawing from rows in the memory of the device, inside the compiled program."""
+
+from typing import Any
 
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..types import Scalar, Transitions
+from ..spaces import Leaf, Space, cast
+from ..types import Episode, Observation, Rollout, Scalar, TimeStep, Transitions
 
 _SPAN = 1024  # of the sums that find a priority: about the root of their number
 
@@ -14,31 +17,38 @@ _SPAN = 1024  # of the sums that find a priority: about the root of their number
 class Replay(eqx.Module):
     """Rows of a data set in the memory of the device. See `Dataset` for what they are.
 
-    Frame stacks, n-step rewards and clipped rewards are made when transitions are drawn.
+    Frame stacks, n-step rewards and clipped rewards are made when something is drawn.
 
     **Attributes:**
 
-    - `obs`: `[R, ...]`, as they are stored: of stacks the frames, each once.
-    - `action`, `reward`, `terminated`, `truncated`: `[R]`.
+    - `obs`: arrays `[R, ...]`, as they are stored: of stacks the frames, each once.
+    - `action`: `[R, ...]`; `reward`, `terminated`, `truncated`: `[R]`.
     - `start`: the row where the row's episode starts.
-    - `drawable`: `[K]`, the rows that transitions may begin at; those from `num_drawable` on only
+    - `num_rows`: how many there are; those from there on only fill up the arrays.
+    - `drawable`: `[K]`, the rows that what is drawn may begin at; those from `num_drawable` on only
         fill it up.
-    - `stack`, `stack_start`: see `Description`.
-    - `dtype`: of observations, as the environment gives them.
+    - `action_mask`, `agent_mask`, `agent_reward`, `global_state`: `None`, or as in `Rows`.
+    - `observation_space`, `action_space`, `stack`, `stack_start`: see `Description`.
     - `reward_clip`: whether rewards are clipped to [-1, 1] (Mnih et al. 2015, Methods).
     """
 
-    obs: Shaped[Array, "R *stored"]
-    action: Int[Array, " R"]
+    obs: PyTree[Shaped[Array, "R ..."]]
+    action: Shaped[Array, "R *action"]
     reward: Float[Array, " R"]
     terminated: Bool[Array, " R"]
     truncated: Bool[Array, " R"]
     start: Int[Array, " R"]
+    num_rows: Int[Array, ""]
     drawable: Int[Array, " K"]
     num_drawable: Int[Array, ""]
+    action_mask: Bool[Array, "R *M A"] | None
+    agent_mask: Bool[Array, "R M"] | None
+    agent_reward: Float[Array, "R M"] | None
+    global_state: Float[Array, "R S"] | None
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     stack: int | None = eqx.field(static=True)
     stack_start: str = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
     reward_clip: bool = eqx.field(static=True)
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
@@ -65,31 +75,96 @@ class Replay(eqx.Module):
             length += going
             terminated |= going & self.terminated[now]
             going &= ~ended[now]
-        reward = jnp.stack(rewards, axis=-1)
-        if self.reward_clip:
-            reward = jnp.clip(reward, -1.0, 1.0)
-        obs, next_obs = self._observe(row, row + length, n_step)
-        return Transitions(obs, self.action[row], reward, length, terminated, next_obs, weight)
-
-    def _observe(
-        self, row: Int[Array, " B"], next_row: Int[Array, " B"], n_step: int
-    ) -> tuple[Shaped[Array, "B *obs"], Shaped[Array, "B *obs"]]:
-        """What an agent sees in these rows, and in those they lead to."""
-        if self.stack is None:
-            return self.obs[row].astype(self.dtype), self.obs[next_row].astype(self.dtype)
-        if n_step == 1:  # the stacks have all frames but one in common
+        reward = self._clipped(jnp.stack(rewards, axis=-1))
+        next_row = row + length
+        if self.stack is not None and n_step == 1:  # the stacks have all frames but one in common
             frames = self._frames(next_row, self.stack + 1)
-            return frames[:, :-1], frames[:, 1:]
-        return self._frames(row, self.stack), self._frames(next_row, self.stack)
+            obs, next_obs = frames[:, :-1], frames[:, 1:]
+        else:
+            obs, next_obs = self._observed(row), self._observed(next_row)
+        mask = None if self.action_mask is None else self.action_mask[next_row]
+        return Transitions(
+            obs, self.action[row], reward, length, terminated, next_obs, weight, mask
+        )
 
-    def _frames(self, last: Int[Array, " B"], num: int) -> Shaped[Array, "B num height width"]:
+    def sequences(self, place: Int[Array, " B"], length: int) -> Rollout:
+        """The `length` steps from each of these places of `drawable` on, a lane for each place.
+
+        A sequence goes on where its episode ends: the next one follows as it does in an environment
+        (see `TimeStep`), but its first timestep need not be that of the same lane. After the last
+        row there are only `first` timesteps, so that no step there is `real`. So where a step is
+        not real, its action means nothing; it is a legal one.
+
+        Of `timesteps.episode` only `ended` is known. There is no memory: that before the first
+        timestep is for the agent to choose, where it does not begin an episode.
+        """
+        row = self.drawable[place] + jnp.arange(length + 1)[:, None]
+        beyond = row >= self.num_rows
+        row = jnp.minimum(row, self.num_rows - 1)
+        first = beyond | (self.start[row] == row)
+        before = jnp.maximum(row - 1, 0)  # where it was done what led here
+
+        def brought(x: Shaped[Array, "R *own"]) -> Shaped[Array, "T_and_1 B *own"]:
+            x = x[before]
+            return jnp.where(_over(first, x), jnp.zeros_like(x), x)
+
+        def seen(x: Shaped[Array, "R *own"] | None) -> Shaped[Array, "T_and_1 B *own"] | None:
+            return None if x is None else x[row]
+
+        terminated, truncated = brought(self.terminated), brought(self.truncated)
+        none = jnp.zeros(first.shape)
+        timesteps = TimeStep(
+            obs=self._observed(row),
+            reward=self._clipped(brought(self.reward)),
+            terminated=terminated,
+            truncated=truncated,
+            first=first,
+            episode=Episode(terminated | truncated, none, none.astype(jnp.int32)),
+            action_mask=seen(self.action_mask),
+            agent_mask=seen(self.agent_mask),
+            agent_reward=(
+                None if self.agent_reward is None else self._clipped(brought(self.agent_reward))
+            ),
+            global_state=seen(self.global_state),
+        )
+        action = self.action[row[:-1]]
+        reset = _over(first[1:], action)
+        return Rollout(timesteps, jnp.where(reset, self._any_action(), action))
+
+    def _clipped(self, reward: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jnp.clip(reward, -1.0, 1.0) if self.reward_clip else reward
+
+    def _any_action(self) -> Shaped[Array, "*action"]:
+        """One that is legal, if any is."""
+        space: Any = self.action_space
+        match space:
+            case gymnasium.spaces.Box():
+                least = space.low
+            case gymnasium.spaces.MultiBinary():
+                least = 0
+            case _:
+                least = space.start
+        return jnp.broadcast_to(jnp.asarray(least, self.action.dtype), space.shape)
+
+    def _observed(self, row: Int[Array, "*rows"]) -> Observation:
+        """What an agent sees in these rows."""
+        if self.stack is not None:
+            return self._frames(row, self.stack)
+        return cast(self.observation_space, jax.tree.map(lambda x: x[row], self.obs))
+
+    def _frames(self, last: Int[Array, "*rows"], num: int) -> Shaped[Array, "*rows num height width"]:
         """The `num` frames up to `last`; before their episode's start its padding."""
-        rows = last[:, None] + jnp.arange(1 - num, 1)
-        start = self.start[last][:, None]
-        frames = self.obs[jnp.maximum(rows, start)].astype(self.dtype)
+        rows = last[..., None] + jnp.arange(1 - num, 1)
+        start = self.start[last][..., None]
+        frames = cast(self.observation_space, self.obs[jnp.maximum(rows, start)])
         if self.stack_start == "repeat":
             return frames
-        return jnp.where((rows >= start)[..., None, None], frames, 0)
+        return jnp.where(_over(rows >= start, frames), frames, 0)
+
+
+def _over(rows: Bool[Array, "*rows"], x: Shaped[Array, "..."]) -> Bool[Array, "*rows_and_ones"]:
+    """Of each of `x`'s rows one truth value, with `x`'s number of axes."""
+    return rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))
 
 
 class Priorities(eqx.Module):

@@ -198,7 +198,7 @@ def _blocks(
                 terminated=episode.terminated and size == length,
             )
             for start in range(0, size, _BLOCK):
-                part = Rows(*(column[start : start + _BLOCK] for column in rows))
+                part = rows.part(start, start + _BLOCK)
                 frames = episode.frames[start : start + len(part.action)]
                 yield functools.partial(_decoded, frames, part, description.row_shape, path)
         if left is not None:

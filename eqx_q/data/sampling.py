@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from ..errors import UnknownNameError, UsageError
+from ..spaces import of_actions, of_observations
 from .dataset import Dataset
 from .replay import Replay
 
@@ -21,7 +22,7 @@ _WAYS = ("shard", "episode", "transition")
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How transitions are drawn from a data set.
+    """How transitions are drawn from a data set, or sequences by where they begin.
 
     **Attributes:**
 
@@ -89,7 +90,7 @@ class Blocks:
         rows = dataset.rows
         self._starts = np.flatnonzero(rows.first)
         self._stops = np.append(self._starts[1:], len(dataset))
-        self._drawable = self._choose(np.asarray(rows.action) >= 0)
+        self._drawable = self._choose(rows.acted)
         self.num_transitions = int(self._drawable.sum())
         if not self.num_transitions:
             raise UsageError(
@@ -99,7 +100,8 @@ class Blocks:
         self._episodes = np.flatnonzero(counts)
         self._lengths = (self._stops - self._starts)[self._episodes]
         self._counts = counts[self._episodes]
-        self._row_bytes = sum(x.dtype.itemsize * int(np.prod(x.shape[1:])) for x in rows) + 8
+        arrays = jax.tree.leaves(rows)
+        self._row_bytes = sum(x.dtype.itemsize * int(np.prod(x.shape[1:])) for x in arrays) + 8
         self._groups = self._shards_of_episodes()
         self.num_blocks = self._count_blocks() if num_blocks is None else num_blocks
         self._num_rows, self._num_drawable = self._largest()
@@ -128,18 +130,18 @@ class Blocks:
         drawable = np.concatenate([self._drawable[start:stop] for start, stop in ranges])
         drawable = np.flatnonzero(drawable)
         begins = np.repeat(first, lengths)
+        arrays = {name: jax.tree.map(whole, x) for name, x in rows._asdict().items()}
+        del arrays["first"]  # `start` says it
         return Replay(
-            obs=whole(rows.obs),
-            action=whole(rows.action),
-            reward=whole(rows.reward),
-            terminated=whole(rows.terminated),
-            truncated=whole(rows.truncated),
+            **arrays,
             start=_padded(begins, self._num_rows),
+            num_rows=jnp.asarray(lengths.sum(), jnp.int32),
             drawable=_padded(drawable, self._num_drawable),
             num_drawable=jnp.asarray(len(drawable), jnp.int32),
+            observation_space=of_observations(description.observation_space),
+            action_space=of_actions(description.action_space),
             stack=description.stack,
             stack_start=description.stack_start,
-            dtype=description.observation_space.dtype,
             reward_clip=self._sampling.reward_clip,
         )
 

@@ -7,24 +7,29 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import jax
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
 from ..saving.files import cannot_write, write_whole
+from ..spaces import select
 from .dataset import (
     BLOCK,
     COLUMNS,
-    FORMAT,
+    EXTRAS,
     HEADER,
+    Column,
     Dataset,
     Description,
     Rows,
     Shard,
+    no_action,
     seal,
     unseal,
 )
@@ -41,9 +46,9 @@ class Writer:
     the same description goes on after it, and `done` says which shards are there.
 
     **Arguments:** `path`: of the directory to be. `description`: of the data. `dtype`: in which
-    observations are stored, where that is narrower than the space's. `narrow`: whether they are
-    stored as `uint8` as long as they are whole numbers from 0 to 255; the first that is not
-    rewrites those that are there already.
+    observations are stored, where that is narrower than the space's (one for each of their parts,
+    in their structure). `narrow`: whether they are stored as `uint8` as long as they are whole
+    numbers from 0 to 255; the first that is not rewrites those that are there already.
 
     **Raises:** `UsageError` where there is something at `path` already, or where what lies in
     `<path>.partial` is of another description.
@@ -54,7 +59,7 @@ class Writer:
         path: str | os.PathLike,
         description: Description,
         *,
-        dtype: np.dtype | type | None = None,
+        dtype: PyTree[np.dtype | type] = None,
         narrow: bool = False,
     ):
         self.path = Path(path)
@@ -62,13 +67,17 @@ class Writer:
         self._partial = self.path.with_name(self.path.name + ".partial")
         if self.path.exists():
             raise UsageError(f"there is something at '{self.path}' already: choose another place")
-        name = "obs" if description.stack is None else "frames"
-        space = description.observation_space
-        self._shapes = {name: description.row_shape} | dict.fromkeys(COLUMNS, ())
-        self._obs, self._wide = name, np.dtype(dtype or space.dtype)
+        self._columns = description.columns
+        columns: list[Column] = jax.tree.leaves(self._columns)
+        self._shapes = {column.name: column.shape for column in columns}
+        self._dtypes = {column.name: column.dtype for column in columns}
+        parts: list[Column] = jax.tree.leaves(self._columns.obs)
+        dtypes = [part.dtype for part in parts] if dtype is None else jax.tree.leaves(dtype)
+        self._wide = {
+            part.name: np.dtype(one) for part, one in zip(parts, dtypes, strict=True)
+        }  # of observations
+        self._dtypes |= dict.fromkeys(self._wide, np.dtype(np.uint8)) if narrow else self._wide
         self._narrow = narrow
-        self._dtypes = {name: np.dtype(np.uint8) if narrow else self._wide} | COLUMNS
-        self._num_actions = int(description.action_space.n)
         self._shards: list[Shard] = []
         self._rows = self._committed = 0
         self._checksums = dict.fromkeys(self._shapes, 0)
@@ -106,10 +115,13 @@ class Writer:
         where the type in which they are stored, or the disk, does not take them.
         """
         self._check_open()
+        if self.description.stack is None:
+            rows = rows._replace(obs=select(self.description.observation_space, rows.obs))
+        self._check_shapes(rows)
         rows = self._fitted(rows)
         self._check(rows)
         try:
-            for (name, file), x in zip(self._files.items(), rows, strict=True):
+            for (name, file), x in zip(self._files.items(), jax.tree.leaves(rows), strict=True):
                 data = np.ascontiguousarray(x, self._dtypes[name])
                 data = data.reshape(-1).view(np.uint8).data
                 file.write(data)
@@ -156,7 +168,7 @@ class Writer:
         if not self._rows:
             raise UsageError(f"there are no data for '{self.path}': nothing is written")
         self._check_open()
-        header = {"format": FORMAT, **self.description.as_json()}
+        header = {"format": self.description.format, **self.description.as_json()}
         header |= {"shards": [shard._asdict() for shard in self._shards]}
         header["arrays"] = {
             name: {
@@ -239,8 +251,9 @@ class Writer:
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Goes on where another writer stopped."""
-        if self._narrow and state["dtypes"].get(self._obs) == self._wide.str:
-            self._dtypes[self._obs] = self._wide  # as they turned out to be
+        for name, wide in self._wide.items():
+            if self._narrow and state["dtypes"].get(name) == wide.str:
+                self._dtypes[name] = wide  # as they turned out to be
         ours = json.loads(json.dumps(self._state()))
         if any(state[name] != ours[name] for name in ("description", "dtypes")):
             raise UsageError(
@@ -262,23 +275,26 @@ class Writer:
 
     def _fitted(self, rows: Rows) -> Rows:
         """Rows with observations as narrow as those that are stored; else makes room for them."""
-        stored = self._dtypes[self._obs]
-        if not self._narrow or stored == self._wide or rows.obs.dtype == stored:
-            return rows
+        return rows._replace(obs=jax.tree.map(self._fitted_part, self._columns.obs, rows.obs))
+
+    def _fitted_part(self, column: Column, x: Shaped[np.ndarray, "R *obs"]) -> np.ndarray:
+        stored = self._dtypes[column.name]
+        if not self._narrow or stored == self._wide[column.name] or x.dtype == stored:
+            return x
         with np.errstate(invalid="ignore"):  # what is not finite is not equal either
-            narrow = rows.obs.astype(np.uint8)
-        if np.array_equal(narrow, rows.obs):
-            return rows._replace(obs=narrow)
+            narrow = x.astype(np.uint8)
+        if np.array_equal(narrow, x):
+            return narrow
         try:
-            self._widen(self._partial / _WIDER)
+            self._widen(column.name, self._partial / _WIDER)
         except OSError as error:
             self.close()
             raise cannot_write(self._partial, error) from error
-        return rows
+        return x
 
-    def _widen(self, temporary: Path) -> None:
-        """Stores observations as they are, those that are there already too."""
-        name, wide, progress = self._obs, self._wide, self._partial / _PROGRESS
+    def _widen(self, name: str, temporary: Path) -> None:
+        """Stores a part of observations as it is, that of those that are there already too."""
+        wide, progress = self._wide[name], self._partial / _PROGRESS
         row = math.prod(self._shapes[name])
         source, self._dtypes[name] = self._files[name], wide
         file = open(temporary, "w+b")  # noqa: SIM115
@@ -323,32 +339,42 @@ class Writer:
                 "last commit"
             )
 
+    def _check_shapes(self, rows: Rows) -> None:
+        """That there is what the description says."""
+        extras = {name for name in EXTRAS if getattr(rows, name) is not None}
+        if extras != self.description.extras.keys():
+            raise UsageError(
+                f"rows come with {', '.join(sorted(extras)) or 'no extras'}, but the description "
+                f"has extras={dict(self.description.extras)}: say there what comes"
+            )
+        for column, x in zip(jax.tree.leaves(self._columns), jax.tree.leaves(rows), strict=True):
+            shape = (len(rows.action), *column.shape)
+            dtype = self._wide.get(column.name, column.dtype)
+            if x.shape == shape and np.can_cast(x.dtype, dtype, "same_kind"):
+                continue
+            found, expected = f"{x.dtype}{list(x.shape)}", f"{dtype}{list(shape)}"
+            what = "observations are" if column.name in ("obs", "frames") else f"{column.name} is"
+            raise UsageError(f"{what} {found}, not {expected}")
+
     def _check(self, rows: Rows) -> None:
         """That these rows may follow those before."""
         if not len(rows.action):
             return
-        for name in COLUMNS:
-            if (shape := getattr(rows, name).shape) != (len(rows.action),):
-                raise UsageError(
-                    f"columns of {len(rows.action)} rows, but {name} has shape {shape}"
-                )
-        expected = (len(rows.action), *self.description.row_shape)
-        dtype = self._dtypes["obs" if self.description.stack is None else "frames"]
-        if rows.obs.shape != expected or not np.can_cast(rows.obs.dtype, dtype, "same_kind"):
-            raise UsageError(
-                f"observations are {rows.obs.dtype}{list(rows.obs.shape)}, not "
-                f"{dtype}{list(expected)}"
-            )
-        ended, final = rows.terminated | rows.truncated, rows.action == -1
+        ended = rows.terminated | rows.truncated
         follows_end = np.append(self._final_is_next, ended[:-1])
+        legal, final = self._legal(rows.action), _is_none(rows.action)
+        none = np.full((1, *rows.action.shape[1:]), no_action(rows.action.dtype))
+        if np.all(self._legal(none)):
+            final &= follows_end  # it may be an action as well
         follows_final = np.append(self._begins, final[:-1])
+        paid = _any(rows.reward != 0)
+        if rows.agent_reward is not None:
+            paid = paid | _any(rows.agent_reward != 0)
         for wrong, what in (
             (rows.terminated & rows.truncated, "is both terminated and truncated"),
-            ((rows.action < -1) | (rows.action >= self._num_actions), "has no legal action"),
-            (_overflows(rows.obs, dtype), f"has an observation that {dtype} does not hold"),
-            (_overflows(rows.reward, COLUMNS["reward"]), "has a reward that float32 does not hold"),
-            (~np.isfinite(rows.reward), "has a reward that is not finite"),
-            (final & ((rows.reward != 0) | ended), "is a final observation with a reward or end"),
+            (~legal & ~final, "has no legal action"),
+            *self._overflowing(rows),
+            (final & (paid | ended), "is a final observation with a reward or end"),
             (final != follows_end, "must be a final observation just where the row before ended"),
             (rows.first != follows_final, "must be a first one just after a final observation"),
         ):
@@ -356,6 +382,42 @@ class Writer:
                 row = self._rows + int(np.argmax(wrong))
                 raise UsageError(f"row {row} {what}: mend the source of these data")
         self._final_is_next, self._begins = bool(ended[-1]), bool(final[-1])
+
+    def _overflowing(self, rows: Rows) -> Iterator[tuple[Bool[np.ndarray, " R"], str]]:
+        """Where something is not what its type holds."""
+        for name, x in zip(self._wide, jax.tree.leaves(rows.obs), strict=True):
+            dtype = self._dtypes[name]
+            yield _overflows(x, dtype), f"has an observation that {dtype} does not hold"
+        for name in ("reward", "agent_reward", "global_state"):
+            x = getattr(rows, name)
+            if x is not None:
+                what = name.replace("_", " ")
+                a = "an" if what.startswith("a") else "a"
+                yield _overflows(x, COLUMNS["reward"]), f"has {a} {what} that float32 does not hold"
+                yield _any(~np.isfinite(x)), f"has {a} {what} that is not finite"
+
+    def _legal(self, action: Shaped[np.ndarray, "R *action"]) -> Bool[np.ndarray, " R"]:
+        """Where the environment takes the action."""
+        match self.description.action_space:
+            case gymnasium.spaces.Discrete(n=n, start=start):
+                legal = (action >= start) & (action < start + n)
+            case gymnasium.spaces.MultiDiscrete(nvec=nvec, start=start):
+                legal = (action >= start) & (action < start + nvec)
+            case gymnasium.spaces.MultiBinary():
+                legal = (action == 0) | (action == 1)
+            case _:  # of a `Box` bounds are met to rounding only
+                legal = np.isfinite(action)
+        return ~_any(~legal)
+
+
+def _any(x: Bool[np.ndarray, "R *row"]) -> Bool[np.ndarray, " R"]:
+    """In each row."""
+    return np.any(x, axis=tuple(range(1, x.ndim)))
+
+
+def _is_none(action: Shaped[np.ndarray, "R *action"]) -> Bool[np.ndarray, " R"]:
+    """Where there is no action."""
+    return ~_any(~(np.isnan(action) if action.dtype.kind == "f" else action == -1))
 
 
 def _overflows(values: Shaped[np.ndarray, "R *row"], dtype: np.dtype) -> Bool[np.ndarray, " R"]:
@@ -365,4 +427,4 @@ def _overflows(values: Shaped[np.ndarray, "R *row"], dtype: np.dtype) -> Bool[np
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
     wrong = np.isinf(stored) & np.isfinite(values) if dtype.kind == "f" else stored != values
-    return np.any(np.reshape(wrong, (len(values), -1)), axis=1)
+    return _any(wrong)

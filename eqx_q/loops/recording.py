@@ -13,9 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..agents import Agent, decide
 from ..data import Description, Rows, Writer
+from ..data.dataset import EXTRAS, no_action
 from ..errors import UsageError
-from ..types import AnyArray, Memory, Scalar, TimeStep
+from ..spaces import Box, shapes
+from ..types import AnyArray, Memory, Observation, Scalar, TimeStep
 from ..wrappers import Env
+from ..wrappers.host import closing
 
 _CHUNK_SECONDS = 0.5  # between looks at the progress and at Ctrl-C
 _CHUNK_BYTES = 16 << 20
@@ -37,19 +40,27 @@ class Recorded(NamedTuple):
 
 
 class _Rows(eqx.Module):
-    """Rows of all lanes, `T` steps of them: those of a data set, `R`, before they are in order."""
+    """Rows of all lanes, `T` steps of them: those of a data set, `R`, before they are in order.
 
-    obs: Shaped[AnyArray, "*lanes_and_obs"]
-    action: Int[AnyArray, "*lanes"]
+    `final`: which of them are final observations.
+    """
+
+    obs: Observation
+    action: Shaped[AnyArray, "*lanes_and_action"]
     reward: Float[AnyArray, "*lanes"]
     terminated: Bool[AnyArray, "*lanes"]
     truncated: Bool[AnyArray, "*lanes"]
     first: Bool[AnyArray, "*lanes"]
+    action_mask: Bool[AnyArray, "*lanes_and_actions"] | None
+    agent_mask: Bool[AnyArray, "*lanes M"] | None
+    agent_reward: Float[AnyArray, "*lanes M"] | None
+    global_state: Float[AnyArray, "*lanes S"] | None
+    final: Bool[AnyArray, "*lanes"]
 
     def of_lane(self, lane: int, begin: int, end: int) -> Rows:
         """Some rows of one lane: a copy, which does not keep those of the others alive."""
-        columns = (self.obs, self.action, self.reward, self.terminated, self.truncated, self.first)
-        return Rows(*(np.array(x[begin:end, lane]) for x in columns))
+        columns = Rows(*(getattr(self, name) for name in Rows._fields))
+        return jax.tree.map(lambda x: np.array(x[begin:end, lane]), columns)
 
 
 class _State(eqx.Module):
@@ -73,20 +84,20 @@ def describe(
 
     **Arguments:** `name`: the environment's id, `"<suite>/<name>"`. `preprocessing`: what was done
     beside what the environment says of itself. `source`: where the data come from.
-
-    **Raises:** `UsageError` where a data set cannot hold what the environment gives.
     """
-    _check_recordable(env)
-    space: Any = env.observation_space
     recording = env.recording
+    timestep = _seen(env)
+    extras = {name: getattr(timestep, name) for name in EXTRAS}
     return Description(
         env=name,
-        observation_space=space,
+        observation_space=env.observation_space,
         action_space=env.action_space,
-        stack=recording.stack,
+        stack=_stack(env),
         stack_start=recording.stack_start,
         preprocessing={**recording.preprocessing, **(preprocessing or {})},
         source=source or {},
+        num_agents=env.num_agents,
+        extras={name: x.shape[1:] for name, x in extras.items() if x is not None},
     )
 
 
@@ -159,19 +170,28 @@ def record(
     return recorded
 
 
-def _check_recordable(env: Env) -> None:
-    if env.num_agents is not None:
-        raise UsageError(
-            f"a team of {env.num_agents} acts here, and a data set holds the actions of one agent: "
-            "record an environment with one"
-        )
+def _seen(env: Env) -> TimeStep:
+    """A timestep, of which only shapes count. `env` stays where it stands."""
+    key = jax.random.key(0)
+    if not env.on_host:
+        return eqx.filter_eval_shape(env.reset, key)[1]
+    with closing(env.replicate(1)) as one:
+        return one.reset(key)[1]
+
+
+def _stack(env: Env) -> int | None:
+    """Of how many frames observations are stacks, if each frame is to be stored once.
+
+    It is where they are nothing but a stack.
+    """
+    alone = isinstance(env.observation_space, Box) and env.num_agents is None
+    return env.recording.stack if alone else None
 
 
 def _check_fits(agent: Agent, env: Env) -> None:
-    _check_recordable(env)
     if agent.num_members is not None:
         raise UsageError("record the members of a population one by one: population.member(i)")
-    for name in ("observation_space", "action_space"):
+    for name in ("observation_space", "action_space", "num_agents"):
         ours, theirs = getattr(agent, name), getattr(env, name)
         if ours != theirs:
             raise UsageError(
@@ -182,9 +202,8 @@ def _check_fits(agent: Agent, env: Env) -> None:
 
 def _capacity(env: Env) -> int:
     """The most steps of a chunk."""
-    space: Any = env.observation_space
-    shape = space.shape if env.recording.stack is None else space.shape[1:]
-    row = int(np.prod(shape)) * space.dtype.itemsize * env.num_envs
+    arrays = jax.tree.leaves(shapes(env.observation_space, env.num_envs, env.num_agents or 1))
+    row = sum(x.size * x.dtype.itemsize for x in arrays) // (_stack(env) or 1)
     return int(np.clip(_CHUNK_BYTES // max(1, row), 1, _CHUNK_STEPS))
 
 
@@ -192,18 +211,13 @@ def _start(agent: Agent, env: Env, key: PRNGKeyArray) -> _State:
     """Every lane at the start of its first episode."""
     reset_key, key = jax.random.split(key)
     env_state, timestep = env.reset(reset_key)
-    if timestep.action_mask is not None:
-        raise UsageError(
-            "only some actions are legal here, and data sets do not hold which: "
-            "record an environment without action masks"
-        )
     memory = agent.initial_memory(env.num_envs)
-    return _State(env_state, timestep, memory, key, _starts_well(env, jnp.asarray(timestep.obs)))
+    return _State(env_state, timestep, memory, key, _starts_well(env, timestep.obs))
 
 
-def _starts_well(env: Env, obs: Shaped[Array, "N *obs"]) -> Bool[Array, ""]:
-    """Whether these stacks of frames are those of an episode's start."""
-    return jnp.all(_is_start(env, obs)) if env.recording.stack else jnp.array(True)
+def _starts_well(env: Env, obs: Observation) -> Bool[Array, ""]:
+    """Whether stacks of frames are those of an episode's start."""
+    return jnp.all(_is_start(env, jnp.asarray(obs))) if _stack(env) else jnp.array(True)
 
 
 def _is_start(env: Env, obs: Shaped[AnyArray, "N S *frame"]) -> Bool[Array, " N"]:
@@ -214,7 +228,7 @@ def _is_start(env: Env, obs: Shaped[AnyArray, "N S *frame"]) -> Bool[Array, " N"
 
 def _follows(env: Env, before: TimeStep, after: TimeStep) -> Bool[Array, ""]:
     """Whether the frames before an observation's newest are those that a reader will put there."""
-    if not env.recording.stack:
+    if not _stack(env):
         return jnp.array(True)
     shifted = after.obs[:, :-1] == before.obs[:, 1:]
     shifted = jnp.all(shifted, axis=tuple(range(1, after.obs.ndim)))
@@ -231,8 +245,23 @@ def _play(
     data set, and the one at `length` has no action yet, unless its episode has ended.
     """
 
-    def stored(obs):
-        return obs[:, -1] if env.recording.stack else obs
+    def row(now: TimeStep, action, then: TimeStep) -> _Rows:
+        """What was seen and done, and what that brought."""
+        # What follows an end is a reset, not a consequence: that row holds the final observation.
+        final = now.ended.reshape(-1, *[1] * (action.ndim - 1))
+        return _Rows(
+            obs=now.obs[:, -1] if _stack(env) else now.obs,
+            action=jnp.where(final, no_action(action.dtype), action),
+            reward=then.reward,
+            terminated=then.terminated,
+            truncated=then.truncated,
+            first=now.first,
+            action_mask=now.action_mask,
+            agent_mask=now.agent_mask,
+            agent_reward=then.agent_reward,
+            global_state=now.global_state,
+            final=now.ended,
+        )
 
     def step(index, carry):
         state, rows = carry
@@ -240,23 +269,16 @@ def _play(
         key, act_key, env_key = jax.random.split(state.key, 3)
         decision = decide(agent, now, state.memory, epsilon=epsilon, key=act_key)
         env_state, then = env.step(state.env_state, decision.action, env_key)
-        # What follows an end is a reset, not a consequence: that row holds the final observation.
-        row = _Rows(
-            obs=stored(now.obs),
-            action=jnp.where(now.ended, -1, decision.action),
-            reward=then.reward,
-            terminated=then.terminated,
-            truncated=then.truncated,
-            first=now.first,
-        )
+        rows = _put(rows, row(now, decision.action, then), index)
         sound = state.sound & _follows(env, now, then)
-        return _State(env_state, then, decision.memory, key, sound), _put(rows, row, index)
+        return _State(env_state, then, decision.memory, key, sound), rows
 
     def last(state):
-        timestep = state.timestep
-        no, zero = jnp.zeros_like(timestep.first), jnp.zeros_like(timestep.reward)
-        action = jnp.where(timestep.ended, -1, 0)
-        return _Rows(stored(timestep.obs), action, zero, no, no, timestep.first)
+        now = state.timestep
+        team = () if env.num_agents is None else (env.num_agents,)
+        shape = (env.num_envs, *team, *(env.action_space.shape or ()))
+        dtype = jnp.float32 if isinstance(env.action_space, Box) else jnp.int32
+        return row(now, jnp.zeros(shape, dtype), jax.tree.map(jnp.zeros_like, now))
 
     rows = jax.tree.map(lambda x: jnp.zeros((capacity + 1, *x.shape), x.dtype), last(state))
     state, rows = jax.lax.fori_loop(0, length, step, (state, rows))
@@ -278,14 +300,14 @@ def _cut(rows: _Rows, length: int, missing: int) -> tuple[int, Int[np.ndarray, "
 
     **Returns:** how many transitions there are up to there, and how many rows of each lane.
     """
-    real = rows.action[:length] >= 0
+    real = ~rows.final[:length]
     num_lanes = real.shape[1]
     made = int(real.sum())
     if made < missing:
         return made, np.full(num_lanes, length)
     step, lane = divmod(int(np.flatnonzero(real)[missing - 1]), num_lanes)
     stops = step + (np.arange(num_lanes) <= lane)
-    return missing, stops + (rows.action[stops, np.arange(num_lanes)] < 0)  # a final row stays
+    return missing, stops + rows.final[stops, np.arange(num_lanes)]  # a final row stays
 
 
 class _Episode:
@@ -311,9 +333,8 @@ class _Lanes:
     def add(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> list[float]:
         """Takes so many rows of each lane. Gives back the returns of the episodes that ended."""
         returns, begins = [], [0] * len(stops)
-        final = rows.action < 0
-        inside = np.arange(len(final))[:, None] < stops
-        for step, lane in np.argwhere((rows.first | final) & inside).tolist():  # by time
+        inside = np.arange(len(rows.final))[:, None] < stops
+        for step, lane in np.argwhere((rows.first | rows.final) & inside).tolist():  # by time
             if rows.first[step, lane]:
                 self._newest[lane], begins[lane] = _Episode(ended=False), step
                 self._begun.append(self._newest[lane])
@@ -335,9 +356,18 @@ class _Lanes:
         running = [lane for lane, episode in enumerate(self._newest) if not episode.ended]
         for lane in running:
             episode, stop = self._newest[lane], int(stops[lane])
-            known, final = _joined(episode.parts), rows.of_lane(lane, stop, stop + 1)
-            obs = np.concatenate([known.obs, final.obs])
-            whole = Rows.of_episode(obs, known.action, known.reward, terminated=False)
+            known = _joined(episode.parts)
+            seen = _joined([known, rows.of_lane(lane, stop, stop + 1)])
+            whole = Rows.of_episode(
+                seen.obs,
+                known.action,
+                known.reward,
+                terminated=False,
+                action_mask=seen.action_mask,
+                agent_mask=seen.agent_mask,
+                agent_reward=known.agent_reward,
+                global_state=seen.global_state,
+            )
             episode.parts, episode.ended = [whole], True
         return len(running)
 
@@ -347,7 +377,7 @@ class _Lanes:
         size = 0
         while self._begun and self._begun[0].ended:
             parts += (of_episode := self._begun.popleft().parts)
-            size += sum(part.obs.nbytes for part in of_episode)
+            size += sum(x.nbytes for x in jax.tree.leaves(of_episode))
             if size > _CHUNK_BYTES:
                 yield _joined(parts)
                 parts, size = [], 0
@@ -356,7 +386,7 @@ class _Lanes:
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 
 
 def _count(recorded: Recorded, made: int, returns: list[float]) -> Recorded:

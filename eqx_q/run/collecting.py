@@ -1,6 +1,7 @@
 """Recording a data set from the agents that runs left behind."""
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from ..agents import Agent, Population
-from ..data import Dataset, Writer
+from ..data import Dataset, Description, Writer
 from ..errors import UsageError
 from ..loops.callbacks import Interrupt, Progress
 from ..loops.recording import Recorded, describe, record
@@ -91,7 +92,7 @@ def collect_run(
                 "seed": seed,
             },
         )
-        _check_disk(out, one, steps)
+        _check_disk(out, one, description, steps)
         writer = stack.enter_context(Writer(out, description, narrow=True))
         # Emulators that go on play other games than those that are there already.
         emulator_seed = seed_of_emulators(seed, f"data {len(writer.done)}")
@@ -205,13 +206,15 @@ def _agent_of(path: Path) -> Agent:
     return tree if isinstance(tree, Agent) else tree.agent
 
 
-def _check_disk(out: Path, env: Env, steps: int) -> None:
+def _check_disk(out: Path, env: Env, description: Description, steps: int) -> None:
     """Raises `UsageError` where the disk will not take what is still to be written."""
+    stack = description.stack or 1
     _, timestep = env.reset(jax.random.key(0))
-    obs = np.asarray(timestep.obs)
-    stack = env.recording.stack or 1
-    whole = np.array_equal(obs, obs.astype(np.uint8))  # a guess of what the writer will find
-    row = obs[0].size // stack * (1 if whole else obs.itemsize) + 11
+    obs = [np.asarray(x) for x in jax.tree.leaves(timestep.obs)]
+    # Whether whole numbers are stored in a byte each is a guess of what the writer will find.
+    row = sum(x.size * (1 if np.array_equal(x, x.astype(np.uint8)) else x.itemsize) for x in obs)
+    columns = jax.tree.leaves(description.columns._replace(obs=None))
+    row = row // stack + sum(math.prod(x.shape) * x.dtype.itemsize for x in columns)
     partial = out.with_name(out.name + ".partial")
     there = sum(path.stat().st_size for path in partial.glob("*")) if partial.is_dir() else 0
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())

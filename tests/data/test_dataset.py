@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
 from recordings import ACTIONS, STACK, VECTOR, describe, random_episode, random_episodes, write
@@ -18,13 +19,14 @@ ARRAYS = ("action", "reward", "terminated", "truncated", "first")
 
 
 def concatenated(episodes):
-    return Rows(*(np.concatenate(x) for x in zip(*episodes, strict=True)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *episodes)
 
 
 def assert_rows(ours, theirs):
-    for name, a, b in zip(Rows._fields, ours, theirs, strict=True):
-        assert a.dtype == b.dtype, name
-        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
 
 
 def test_an_episode_as_rows():
@@ -49,7 +51,7 @@ def test_what_is_written_is_what_is_read(tmp_path, stack):
     written = write(tmp_path / "data", [(episodes[:3], 1), (episodes[3:], 2)], description)
     for dataset in (written, Dataset(str(tmp_path / "data"))):
         assert_rows(dataset.rows, concatenated(episodes))
-        assert all(isinstance(x, np.memmap) for x in dataset.rows)
+        assert all(isinstance(x, np.memmap) for x in jax.tree.leaves(dataset.rows))
         for ours, theirs in zip(dataset.episodes(), episodes, strict=True):
             assert_rows(ours, theirs)
         assert dataset.description == description
@@ -219,8 +221,8 @@ def changed(**columns):
         (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\], not "),
         (ROWS._replace(obs=ROWS.obs[:3]), r"observations are float32\[3, 3\]"),
         (ROWS._replace(obs=ROWS.obs.astype(complex)), "observations are complex128"),
-        (ROWS._replace(reward=ROWS.reward[:1]), "columns of 4 rows, but reward has shape"),
-        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), "columns of 4 rows, but first"),
+        (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\], not float32\[4\]"),
+        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\], not bool\[4\]"),
         (changed(truncated={2: True}), "row 2 is both terminated and truncated"),
         (changed(action={1: 4}), "row 1 has no legal action"),
         (changed(action={1: -2}), "row 1 has no legal action"),
@@ -243,7 +245,7 @@ def test_rows_that_make_no_episodes_are_refused(tmp_path, rows, message):
             writer.append(rows)
         # Nothing of them is there, and what is right may follow; also one by one.
         for t in range(4):
-            writer.append(Rows(*(x[t : t + 1] for x in ROWS)))
+            writer.append(ROWS.part(t, t + 1))
         row = int(message.split()[1]) if message.startswith("row") else 0
         with pytest.raises(UsageError, match=message.replace(f"row {row}", f"row {row + 4}")):
             writer.append(rows)
@@ -291,24 +293,21 @@ def test_rewards_that_become_infinite_are_refused(tmp_path):
 
 
 def test_what_follows_from_one_call_to_the_next(tmp_path):
-    def part(start, stop):
-        return Rows(*(x[start:stop] for x in ROWS))
-
     with Writer(tmp_path / "data", describe()) as writer:
-        writer.append(part(0, 0))
+        writer.append(ROWS.part(0, 0))
         with pytest.raises(UsageError, match="row 0 must be a first one"):
-            writer.append(part(1, 4))
-        writer.append(part(0, 2))
+            writer.append(ROWS.part(1, 4))
+        writer.append(ROWS.part(0, 2))
         with pytest.raises(UsageError, match="'here' has no final observation"):
             writer.commit("here")
         with pytest.raises(UsageError, match="row 2 must be a first one"):
-            writer.append(part(0, 2))
-        writer.append(part(2, 3))
+            writer.append(ROWS.part(0, 2))
+        writer.append(ROWS.part(2, 3))
         with pytest.raises(UsageError, match="has no final observation"):
             writer.commit("here")
         with pytest.raises(UsageError, match="row 3 must be a final observation"):
-            writer.append(part(0, 3))
-        writer.append(part(3, 4))
+            writer.append(ROWS.part(0, 3))
+        writer.append(ROWS.part(3, 4))
         with pytest.raises(UsageError, match="4 rows are not committed"):
             writer.finish()
         writer.commit("here")
@@ -512,16 +511,16 @@ def rewrite(path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda h: h.update(format=3), "format 2"),
-        (lambda h: h.pop("format") and None, "format 2"),
-        (lambda h: [h], "format 2"),
+        (lambda h: h.update(format=4), "formats 2 and 3"),
+        (lambda h: h.pop("format") and None, "formats 2 and 3"),
+        (lambda h: [h], "formats 2 and 3"),
         (lambda h: h.pop("env") and None, "makes no sense"),
         (lambda h: h.pop("shards") and None, "makes no sense"),
         (lambda h: h.update(stack=4), "makes no sense"),
         (lambda h: h.update(arrays=[]), "makes no sense"),
         (lambda h: h.update(num_actions=None), "makes no sense"),
         (lambda h: h["arrays"].pop("first") and None, "makes no sense"),
-        (lambda h: h["arrays"].update(more=h["arrays"]["first"]), "is damaged"),
+        (lambda h: h["arrays"].update(more=h["arrays"]["first"]), "makes no sense"),
         (lambda h: h["observation_space"].update(dtype="nonsense"), "makes no sense"),
         (lambda h: h["observation_space"].update(shape=[2]), "makes no sense"),
         (lambda h: h["arrays"]["obs"].update(dtype="<f8"), "but the header says"),
@@ -551,7 +550,7 @@ def test_a_changed_character_of_the_header_is_found(path):
         other = "7" if character != "7" else "3"
         damaged = text[:position] + other + text[position + 1 :]
         (path / "header.json").write_text(damaged)
-        with pytest.raises(CorruptFileError, match=r"is damaged: .*; make|format 2"):
+        with pytest.raises(CorruptFileError, match=r"is damaged: .*; make|formats 2"):
             Dataset(path)
 
 

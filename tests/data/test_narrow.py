@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from eqx_q.data import Dataset, Description, Rows, Writer
+from eqx_q.data.dataset import COLUMNS
 from eqx_q.errors import UsageError
 from eqx_q.spaces import Box, Discrete
 
@@ -65,7 +66,7 @@ def test_the_first_that_is_none_widens_all(tmp_path, odd, close):
     assert dataset.rows.obs.dtype == np.float32
     np.testing.assert_array_equal(dataset.rows.obs, np.concatenate(parts))
     assert sorted(path.name for path in dataset.path.iterdir()) == sorted(
-        [f"{name}.npy" for name in ("obs", *Rows._fields[1:])] + ["header.json"]
+        [f"{name}.npy" for name in ("obs", *COLUMNS)] + ["header.json"]
     )
     assert len(Dataset(dataset.path)) == 16
 

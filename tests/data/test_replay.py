@@ -4,23 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recordings import FRAME, STACK, VECTOR, describe, random_episodes, write
+from recordings import ACTIONS, STACK, VECTOR, describe, observation, random_episodes, write
 
 from eqx_q.data import Blocks, Priorities, Replay, Sampling
 from eqx_q.data.replay import _SPAN
-
-
-def observation(episode, t, stack, stack_start):
-    """What the agent saw at time `t`, by a loop."""
-    if stack is None:
-        return episode.obs[t]
-    frames = []
-    for back in reversed(range(stack)):
-        if t - back >= 0:
-            frames.append(episode.obs[t - back])
-        else:
-            frames.append(episode.obs[0] if stack_start == "repeat" else np.zeros(FRAME, np.uint8))
-    return np.stack(frames)
+from eqx_q.spaces import of_actions, of_observations
 
 
 def naive(episodes, n_step, stack=None, stack_start="zeros", clip=False):
@@ -156,11 +144,17 @@ def a_replay(num_drawable, num_places):
         terminated=none > 0,
         truncated=none > 0,
         start=none,
+        num_rows=jnp.asarray(1, jnp.int32),
         drawable=jnp.zeros(num_places, jnp.int32),
         num_drawable=jnp.asarray(num_drawable, jnp.int32),
+        action_mask=None,
+        agent_mask=None,
+        agent_reward=None,
+        global_state=None,
+        observation_space=of_observations(VECTOR),
+        action_space=of_actions(ACTIONS),
         stack=None,
         stack_start="zeros",
-        dtype=np.dtype(np.float32),
         reward_clip=False,
     )
 
