@@ -181,7 +181,6 @@ class Transitions(eqx.Module):
     - `next_obs`: what they lead to.
     - `next_action_mask`: what is legal there; `None`: everything.
     - `weight`: of each in the loss, where they were not drawn uniformly.
-    - `next_action_mask`: the actions that are legal at `next_obs`, where not all of them are.
     """
 
     obs: Observation
@@ -192,4 +191,3 @@ class Transitions(eqx.Module):
     next_obs: Observation
     next_action_mask: Bool[AnyArray, "B A"] | None = None
     weight: Float[AnyArray, " B"] | None = None
-    next_action_mask: Bool[AnyArray, "B *M A"] | None = None

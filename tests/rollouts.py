@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from eqx_q.spaces import Box, MultiBinary, MultiDiscrete
 from eqx_q.types import TimeStep
 from eqx_q.wrappers import Env
 
@@ -16,6 +17,17 @@ def agents(env: Env) -> tuple[int, ...]:
     return () if env.num_agents is None else (env.num_agents,)
 
 
+def sample(space, key, *axes: int) -> jax.Array:
+    """Actions at random, behind `axes`."""
+    shape = (*axes, *space.shape)
+    if isinstance(space, Box):
+        return jax.random.uniform(key, shape, minval=space.low, maxval=space.high)
+    if isinstance(space, MultiBinary):
+        return jax.random.randint(key, shape, 0, 2)
+    sizes = space.nvec if isinstance(space, MultiDiscrete) else int(space.n)
+    return jax.random.randint(key, shape, 0, sizes) + space.start
+
+
 @eqx.filter_jit
 def roll(env: Env, state, key):
     """`CHUNK` random steps. Returns the state, and the actions and the timesteps, stacked."""
@@ -23,8 +35,7 @@ def roll(env: Env, state, key):
 
     def step(state, key):
         action_key, step_key = jax.random.split(key)
-        shape = (env.num_envs, *agents(env))
-        action = jax.random.randint(action_key, shape, 0, int(env.action_space.n))
+        action = sample(env.action_space, action_key, env.num_envs, *agents(env))
         state, timestep = env.step(state, action, step_key)
         return state, (action, timestep)
 

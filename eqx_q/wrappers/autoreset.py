@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..types import AnyArray, Episode, TimeStep
+from ..types import AnyArray, Episode, Observation, TimeStep
 
 
 class Report(eqx.Module):
@@ -18,7 +18,7 @@ class Report(eqx.Module):
     where that is not the learner's `reward`.
     """
 
-    obs: Shaped[Array, "*lanes_and_obs"]
+    obs: Observation
     reward: Float[Array, "*lanes"]
     terminated: Bool[Array, "*lanes"]
     truncated: Bool[Array, "*lanes"]
@@ -74,7 +74,7 @@ class Running(eqx.Module):
 
 
 ResetLane = Callable[[PRNGKeyArray], tuple[PyTree, Report]]
-StepLane = Callable[[PyTree, Int[Array, "*M"], PRNGKeyArray], tuple[PyTree, Report]]
+StepLane = Callable[[PyTree, Shaped[Array, "*M_and_action"], PRNGKeyArray], tuple[PyTree, Report]]
 
 
 class Lasting(eqx.Module):
@@ -102,7 +102,7 @@ def step(
     reset_lane: ResetLane,
     step_lane: StepLane,
     state: LaneState,
-    action: Int[Array, "N *M"],
+    action: Shaped[Array, "N *M_and_action"],
     key: PRNGKeyArray,
     *,
     resets_at_once: int | None = None,

@@ -12,6 +12,7 @@ from gymnasium.vector.utils import batch_space
 
 from ..errors import MissingExtraError, UsageError
 from ..types import TimeStep
+from .conversion import write_mask
 from .env import Env
 from .loop import Loop
 
@@ -25,7 +26,7 @@ def to_gymnasium(
     """`env` as a `gymnasium.Env` where it has one lane, else as a `gymnasium.vector.VectorEnv`.
 
     A vector resets lanes as `env` does, in the step after their episode ended, which is
-    `AutoresetMode.NEXT_STEP`. `info` has `"action_mask"` (`int8`, as Gymnasium's spaces want it)
+    `AutoresetMode.NEXT_STEP`. `info` has `"action_mask"` (as Gymnasium's spaces want it to sample)
     where there is one, and `"metrics"` where the suite has some. Compiled once.
 
     **Arguments:**
@@ -78,7 +79,7 @@ class GymnasiumBridge(gymnasium.Env):
         super().reset(seed=seed)
         timestep = self._loop.reset(seed)
         self._over = False
-        return timestep.obs[0], _lane(_info(timestep))
+        return _lane(timestep.obs), self._info(timestep)
 
     def step(self, action: Any):
         if self._over:
@@ -86,11 +87,11 @@ class GymnasiumBridge(gymnasium.Env):
         timestep = self._loop.step(np.array([action]))
         self._over = bool(timestep.ended[0])
         return (
-            timestep.obs[0],
+            _lane(timestep.obs),
             float(timestep.reward[0]),
             bool(timestep.terminated[0]),
             bool(timestep.truncated[0]),
-            _lane(_info(timestep)),
+            self._info(timestep),
         )
 
     def render(self):
@@ -98,6 +99,14 @@ class GymnasiumBridge(gymnasium.Env):
 
     def close(self):
         self._loop.env.close()
+
+    def _info(self, timestep: TimeStep) -> dict[str, Any]:
+        info: dict[str, Any] = {}
+        if timestep.action_mask is not None:
+            info["action_mask"] = write_mask(self._loop.env.action_space, timestep.action_mask[0])
+        if timestep.episode.metrics:
+            info["metrics"] = _lane(timestep.episode.metrics)
+        return info
 
 
 class GymnasiumVectorBridge(VectorEnv):
@@ -137,18 +146,25 @@ class GymnasiumVectorBridge(VectorEnv):
 
     def _infos(self, timestep: TimeStep) -> dict[str, Any]:
         """With Gymnasium's marks for which lanes have an entry: all."""
-        info = _info(timestep)
+        info: dict[str, Any] = {}
+        if timestep.action_mask is not None:
+            space = self._loop.env.action_space
+            masks = [write_mask(space, lane) for lane in timestep.action_mask]
+            info["action_mask"] = _of_lanes(masks)
+        if timestep.episode.metrics:
+            info["metrics"] = timestep.episode.metrics
         return info | {f"_{name}": np.ones(self.num_envs, bool) for name in info}
 
 
-def _info(timestep: TimeStep) -> dict[str, Any]:
-    info: dict[str, Any] = {}
-    if timestep.action_mask is not None:
-        info["action_mask"] = np.asarray(timestep.action_mask, np.int8)
-    if timestep.episode.metrics:
-        info["metrics"] = timestep.episode.metrics
-    return info
+def _lane(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
 
 
-def _lane(info: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda x: x[0], info)
+def _of_lanes(masks: list[Any]) -> np.ndarray:
+    """As Gymnasium puts the `info` of lanes side by side: what is no array, in one of objects."""
+    if isinstance(masks[0], np.ndarray):
+        return np.stack(masks)
+    objects = np.empty(len(masks), object)
+    for lane, mask in enumerate(masks):
+        objects[lane] = mask
+    return objects

@@ -116,7 +116,7 @@ def ids() -> list[str]:
     return list(_IDS)
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
+def accepts(source: Any) -> bool:
     """Whether `source` is a Craftax environment, or a pair of one and its parameters."""
     if isinstance(source, tuple) and len(source) == 2:
         source = source[0]

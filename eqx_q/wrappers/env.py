@@ -8,8 +8,9 @@ import equinox as eqx
 import gymnasium
 import numpy as np
 from equinox import AbstractVar
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
+from ..spaces import Leaf
 from ..types import TimeStep
 
 
@@ -38,7 +39,8 @@ class Env(eqx.Module):
 
     **Attributes:**
 
-    - `observation_space`, `action_space`: Gymnasium spaces of *one* lane (of one agent of it).
+    - `observation_space`, `action_space`: Gymnasium spaces of *one* lane (of one agent of it), of
+        the kinds in [`eqx_q.spaces`][].
     - `num_envs`: lanes.
     - `num_agents`: `None`, or `M` for a team.
     - `on_host`: whether the environment lives outside JAX (an emulator, a Python object). Then its
@@ -47,7 +49,7 @@ class Env(eqx.Module):
     """
 
     observation_space: AbstractVar[gymnasium.Space]
-    action_space: AbstractVar[gymnasium.spaces.Discrete]
+    action_space: AbstractVar[Leaf]
     num_envs: AbstractVar[int]
     num_agents: AbstractVar[int | None]
     on_host: AbstractVar[bool]
@@ -68,6 +70,11 @@ class Env(eqx.Module):
         """How many devices it was made for, where it lives outside JAX."""
         return 1
 
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None:
+        """Of a team whose agents differ, the kind of each: those alike have the same number."""
+        return None
+
     @abc.abstractmethod
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         """Starts an episode in every lane.
@@ -77,9 +84,12 @@ class Env(eqx.Module):
 
     @abc.abstractmethod
     def step(
-        self, state: PyTree, action: Int[Array, "N *M"], key: PRNGKeyArray
+        self, state: PyTree, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[PyTree, TimeStep]:
-        """Acts in every lane; resets a lane instead where its episode ended in the step before."""
+        """Acts in every lane; resets a lane instead where its episode ended in the step before.
+
+        Actions are what `action_space` has: numbers of any whole kind, or `float32` of a `Box`.
+        """
 
     @abc.abstractmethod
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "Env":

@@ -1,48 +1,71 @@
-"""Atari: real ROMs in EnvPool's C++ threads, stepped inside XLA (envpool.readthedocs.io)."""
+"""EnvPool: Atari and many others, in C++ threads (envpool.readthedocs.io)."""
 
+import functools
+import subprocess
+import sys
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import envpool
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-from envpool.atari.registration import atari_game_list
+from envpool.registration import registry
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, PRNGKeyArray, Shaped, UInt8
 
+from .. import spaces
 from ..errors import UnknownNameError, UsageError
-from ..spaces import Box, Discrete
-from ..types import Episode, TimeStep
+from ..spaces import Box, Leaf, Space
+from ..types import AnyArray, Episode, Observation, TimeStep
+from .conversion import Senses, actions_of, complete, factors, map_leaves
 from .env import Env, Recording
+from .envpool_rules import AtariRules, PlainRules, Rules
+from .host import Host, HostEnv, Reported
 
 # What the wrapper itself decides.
-_FIXED = ("num_envs", "batch_size", "seed", "base_path", "task", "max_num_players")
+_FIXED = ("num_envs", "batch_size", "seed", "env_seed", "base_path", "task", "max_num_players")
 _FIXED += ("gym_reset_return_info",)
 
-# What is done to observations and actions.
-_PREPROCESSING = ("frame_skip", "gray_scale", "img_height", "img_width", "use_inter_area_resize")
-_PREPROCESSING += ("full_action_space", "repeat_action_probability", "mode", "difficulty")
+_NO_LIMIT = (0, np.iinfo(np.int32).max)  # of `max_episode_steps`: the game's own, or none
+_MASKS = ("action_mask", "legal_action_mask")  # of `info`
 
 
 @jax.tree_util.register_pytree_node_class
 class Pool:
-    """The emulators. Hashed by identity, since compiled code is bound to the pool it came from.
+    """The environments. Hashed by identity, since compiled code is bound to the pool it came from.
 
     A node without leaves rather than a static field, so that `jit` sees when it is closed, and
     compiled code never writes to memory that has been freed.
+
+    **Attributes:**
+
+    - `in_xla`: whether its step is an XLA call. Not where it speaks of numbers with 64 bits, which
+        JAX does not have: that call would get their layout wrong.
+    - `takes`: its own space of actions.
+    - `senses`: of what its environments say.
     """
 
-    def __init__(self, name: str, num_envs: int, seed: int, options: dict[str, Any]):
-        known = [
-            option for option in envpool.make_spec(name).config._fields if option not in _FIXED
-        ]
+    def __init__(
+        self,
+        name: str,
+        num_envs: int,
+        seed: int,
+        leave_out: tuple[str, ...],
+        options: dict[str, Any],
+    ):
+        self.name, self.num_envs, self.options = name, num_envs, options
+        self.leave_out = leave_out
+        self.rules: Rules = _rules(name)
+        known = [option for option in _spec(name).config._fields if option not in _FIXED]
         for option in options:
             if option not in known:
                 raise UnknownNameError("option", option, known)
-        self.name, self.options = name, options
         try:
-            _check(options)
+            self.rules.check(options)
             self.envpool: Any = envpool.make(
                 name,
                 env_type="gymnasium",
@@ -52,9 +75,22 @@ class Pool:
                 **options,
             )
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{name} cannot be made with {options}: {error}") from error
-        self.step: Any
-        self.handle, _, _, self.step = self.envpool.xla()
+            what = " ".join(str(error).split())
+            raise UsageError(f"{name} cannot be made with {options}: {what}") from error
+        spec = self.envpool.spec
+        fields = (*spec._state_spec, *spec._action_spec)
+        self.in_xla = all(jax.dtypes.canonicalize_dtype(kind) == kind for kind, *_ in fields)
+        self.takes: gymnasium.Space = self.envpool.action_space
+        self.senses = Senses.of(
+            _repaired(self.envpool.observation_space), actions_of(self.takes), leave_out
+        )
+        kind, shape, *_ = spec._action_spec[-1]
+        self._action = np.dtype(kind), tuple(size for size in shape if size != -1)
+        limit = self.envpool.config["max_episode_steps"]
+        self.max_episode_steps = None if limit in _NO_LIMIT else int(limit)
+        if self.in_xla:
+            self.step: Any
+            self.handle, _, _, self.step = self.envpool.xla()
 
     def open(self) -> "Pool":
         """Itself. Raises `UsageError` after `close`."""
@@ -63,9 +99,46 @@ class Pool:
         return self
 
     def close(self) -> None:
-        """Frees the emulators."""
+        """Frees the environments."""
         jax.effects_barrier()  # no step may be under way
         self.envpool = self.step = None
+
+    def told(self, action: AnyArray) -> AnyArray:
+        """Actions, clipped to their bounds, in the type and the shape that it wants."""
+        kind, shape = self._action
+        if isinstance(self.takes, gymnasium.spaces.Box) and kind.kind == "f":
+            action = action.clip(self.takes.low, self.takes.high)
+        return action.astype(kind).reshape(self.num_envs, *shape)
+
+    def see(self, obs: Any) -> Observation:
+        """What is seen of its observations, in arrays of their spaces' shapes."""
+        space = self.senses.space
+        return spaces.as_rows(space, spaces.select(space, self.senses.seen(obs)), self.num_envs)
+
+    def mask(self, obs: Any, info: dict[str, Any], numpy: ModuleType) -> AnyArray | None:
+        """What it says is legal, if it says so."""
+        choices = sum(factors(self.senses.actions))
+        given = next((info[name] for name in _MASKS if name in info), None)
+        if self.senses.tells_mask:
+            given = obs["action_mask"]
+        if given is None or not choices or given.size != self.num_envs * choices:
+            return None
+        mask = given.reshape(self.num_envs, choices).astype(bool)
+        return complete(self.senses.actions, mask, numpy)
+
+    def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "Pool":
+        """Another of the same kind."""
+        options = {"leave_out": self.leave_out} | self.options | options
+        return Pool(self.name, num_envs, seed, tuple(options.pop("leave_out")), options)
+
+    def render(self, lane: int) -> Any:
+        """A picture of one lane, or `None`."""
+        if not _can_draw(self.name):
+            return None
+        try:
+            return self.open().envpool.render(env_ids=lane)[0]
+        except RuntimeError:  # not all are drawn
+            return None
 
     def tree_flatten(self) -> tuple[tuple[()], tuple["Pool", bool]]:
         """No leaves. Once it is closed nothing compiled before matches, and `open` is asked."""
@@ -77,16 +150,6 @@ class Pool:
         return pool[0]
 
 
-def _check(options: dict[str, Any]) -> None:
-    """Refuses what EnvPool lets pass, to do something senseless later."""
-    at_least_one = ("frame_skip", "stack_num", "img_height", "img_width", "max_episode_steps")
-    for option in (*at_least_one, "noop_max"):  # 1: the one frame that it always plays
-        if options.get(option, 1) < 1:
-            raise ValueError(f"{option} is {options[option]}: give 1 or more")
-    if not 0 <= options.get("repeat_action_probability", 0) <= 1:
-        raise ValueError("repeat_action_probability must lie between 0 and 1")
-
-
 class PoolState(eqx.Module):
     """The token that orders calls, and the episodes: the learner's (`ended`) and the game's."""
 
@@ -96,43 +159,40 @@ class PoolState(eqx.Module):
 
 
 class EnvpoolEnv(Env):
-    """Atari games in lockstep, in EnvPool's threads.
+    """Environments in lockstep, in EnvPool's threads, which XLA calls.
 
-    Observations are stacks of frames, `uint8[stack, height, width]`. With `episodic_life` a lost
-    life is `terminated`, and a `first` timestep follows; `episode` goes on to the end of the game.
-    Rewards of `episode` are those of the game, whatever `reward_clip`.
+    Of Atari, observations are stacks of frames, `uint8[stack, height, width]`. With `episodic_life`
+    a lost life is `terminated`, and a `first` timestep follows; `episode` goes on to the end of the
+    game. Rewards of `episode` are those of the game, whatever `reward_clip`.
 
-    The emulators are seeded when they are made, and `reset` ignores its key. It must be called
-    outside `jit`.
+    They are seeded when they are made, and `reset` ignores its key. It must be called outside
+    `jit`.
     """
 
     pool: Pool
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
-    max_episode_steps: int = eqx.field(static=True)
+    max_episode_steps: int | None = eqx.field(static=True)
 
     def __init__(self, pool: Pool):
         self.pool = pool
-        self.observation_space = Box(pool.envpool.observation_space)
-        self.action_space = Discrete(pool.envpool.action_space)
-        self.num_envs = len(pool.envpool)
+        self.observation_space = pool.senses.space
+        self.action_space = pool.senses.actions
+        self.num_envs = pool.num_envs
         self.num_agents = None
         self.on_host = True
-        self.max_episode_steps = pool.envpool.config["max_episode_steps"]
+        self.max_episode_steps = pool.max_episode_steps
 
     @property
     def recording(self) -> Recording:
-        """Whole games, unclipped. Frames of three colours are three channels: none is apart."""
-        config = self.pool.open().envpool.config
-        return Recording(
-            options={"episodic_life": False, "reward_clip": False},
-            stack=config["stack_num"] if config["gray_scale"] else None,
-            stack_start="repeat",
-            preprocessing={name: config[name] for name in _PREPROCESSING},
-        )
+        """What its rules say, and what is left out."""
+        pool = self.pool.open()
+        recording = pool.rules.recording(pool.envpool.config)
+        left_out = {"leave_out": list(pool.leave_out)} if pool.leave_out else {}
+        return recording._replace(preprocessing={**recording.preprocessing, **left_out})
 
     def reset(self, key: PRNGKeyArray) -> tuple[PoolState, TimeStep]:
         pool = self.pool.open()
@@ -141,66 +201,172 @@ class EnvpoolEnv(Env):
                 "EnvPool resets on the host: call env.reset outside jit, scan and vmap"
             )
         jax.effects_barrier()  # no step may be under way
-        obs, _ = pool.envpool.reset()
+        obs, info = pool.envpool.reset()
         no, zero = jnp.zeros(self.num_envs, bool), jnp.zeros(self.num_envs)
         episode = Episode(no, zero, jnp.zeros(self.num_envs, jnp.int32))
-        timestep = TimeStep(jnp.asarray(obs), zero, no, no, ~no, episode)
+        timestep = TimeStep(self._see(obs), zero, no, no, ~no, episode, pool.mask(obs, info, jnp))
         return PoolState(jnp.asarray(pool.handle), no, episode), timestep
 
     def step(
-        self, state: PoolState, action: Int[Array, " N"], key: PRNGKeyArray
+        self, state: PoolState, action: Shaped[Array, "N *action"], key: PRNGKeyArray
     ) -> tuple[PoolState, TimeStep]:
-        # EnvPool resets in the step after an episode ended. With `episodic_life`, after a lost
-        # life, that step changes nothing in the game.
-        token, (obs, reward, terminated, truncated, info) = self.pool.open().step(
-            state.token, action.astype(jnp.int32)
+        # EnvPool resets in the step after an episode ended.
+        pool = self.pool.open()
+        token, (obs, reward, terminated, truncated, info) = pool.step(
+            state.token, pool.told(action)
         )
         first, before = state.ended, state.episode
-        # Of a game that ends in the very step of its time limit EnvPool says that it is truncated.
-        game_over = info["terminated"].astype(bool) & ~first
+        # Of a game that ends in the very step of its time limit EnvPool says that it is truncated,
+        # and often says nothing else.
+        game_reward, game_over = pool.rules.game(reward, terminated, info)
+        game_over = game_over & ~first
         terminated = (terminated & ~first) | game_over
         truncated = truncated & ~terminated & ~first
         episode = Episode(
             game_over | truncated,
-            jnp.where(before.ended, 0.0, before.returns + jnp.where(first, 0.0, info["reward"])),
+            jnp.where(before.ended, 0.0, before.returns + jnp.where(first, 0.0, game_reward)),
             jnp.where(before.ended, 0, before.length + ~first),
         )
-        reward = jnp.where(first, 0.0, reward)
-        timestep = TimeStep(obs, reward, terminated, truncated, first, episode)
+        reward, mask = jnp.where(first, 0.0, reward), pool.mask(obs, info, jnp)
+        timestep = TimeStep(self._see(obs), reward, terminated, truncated, first, episode, mask)
         return PoolState(token, terminated | truncated, episode), timestep
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "EnvpoolEnv":
-        return make(self.pool.name, num_envs, seed=seed, **(self.pool.options | options))
+        return EnvpoolEnv(self.pool.replicate(num_envs, seed, options))
 
-    def render(self, state: PoolState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"]:
-        return self.pool.open().envpool.render(env_ids=lane)[0]
+    def render(self, state: PoolState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
+        return self.pool.open().render(lane)
 
     def close(self) -> None:
         self.pool.close()
 
+    def _see(self, obs: Any) -> Observation:
+        return spaces.cast(self.observation_space, self.pool.see(obs))
+
+
+class PoolHost(Host):
+    """A pool whose step XLA cannot call, called back."""
+
+    num_agents = None
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+        self.is_open = True
+        self.leave_out = pool.leave_out
+        self.observation_space, self.action_space = pool.senses.space, pool.senses.actions
+        self.num_envs, self.max_episode_steps = pool.num_envs, pool.max_episode_steps
+        self._no = np.zeros(self.num_envs, bool)
+        self._seen = spaces.shapes(self.observation_space, self.num_envs)
+        shapes: Any = {"obs": self._seen}
+        for name, kind in {"reward": np.float32, "terminated": bool, "truncated": bool}.items():
+            shapes[name] = jax.ShapeDtypeStruct((self.num_envs,), kind)
+        self.shapes = shapes
+
+    def reset(self) -> Reported:
+        obs, _ = self.pool.envpool.reset()
+        return self._report(obs, self._no, self._no, self._no)
+
+    def step(self, action: Shaped[AnyArray, "N *action"]) -> Reported:
+        return self._report(*self.pool.envpool.step(self.pool.told(np.asarray(action)))[:4])
+
+    def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "PoolHost":
+        return PoolHost(self.pool.replicate(num_envs, seed, options))
+
+    def render(self, lane: int) -> Any:
+        return self.pool.render(lane)
+
+    def close(self) -> None:
+        self.is_open = False
+        self.pool.close()
+
+    def _report(self, obs, reward, terminated, truncated) -> Reported:
+        return {
+            "obs": jax.tree.map(
+                lambda x, seen: np.asarray(x, seen.dtype), self.pool.see(obs), self._seen
+            ),
+            "reward": np.asarray(reward, np.float32),
+            "terminated": np.asarray(terminated, bool),
+            "truncated": np.asarray(truncated, bool),
+        }
+
 
 def ids() -> list[str]:
-    """All Atari games whose ROMs come with EnvPool."""
-    names = ("".join(word.capitalize() for word in game.split("_")) for game in atari_game_list)
-    return [f"{name}-v5" for name in names]
+    """All that EnvPool has registered; some need more than it brings."""
+    return envpool.list_all_envs()
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
+def accepts(source: Any) -> bool:
     """Pools of the caller's own are not taken: a pool must be seeded and wired when it is made."""
     return False
 
 
-def make(source: str, num_envs: int, *, seed: int = 0, **options: Any) -> EnvpoolEnv:
-    """Makes a pool of Atari games.
+def make(
+    source: str, num_envs: int, *, seed: int = 0, leave_out: Iterable[str] = (), **options: Any
+) -> EnvpoolEnv | HostEnv:
+    """Makes a pool.
 
     **Arguments:**
 
-    - `source`: the game, such as `"Pong-v5"`.
+    - `source`: the environment, such as `"Pong-v5"` or `"MiniGrid-DoorKey-5x5-v0"`.
     - `num_envs`: lanes.
-    - `seed`: of the emulators.
-    - `options`: EnvPool's own: `episodic_life`, `reward_clip`, `repeat_action_probability`,
-        `noop_max`, `frame_skip`, `stack_num`, `max_episode_steps`, `num_threads` and more.
+    - `seed`: of the environments.
+    - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
+    - `options`: EnvPool's own: `max_episode_steps`, `num_threads`, `frame_skip` and more; of Atari
+        `episodic_life`, `reward_clip`, `repeat_action_probability`, `noop_max`, `stack_num`.
     """
-    if source not in ids():
-        raise UnknownNameError("Atari game", source, ids())
-    return EnvpoolEnv(Pool(source, num_envs, seed, options))
+    pool = Pool(source, num_envs, seed, tuple(leave_out), options)
+    return EnvpoolEnv(pool) if pool.in_xla else HostEnv(PoolHost(pool))
+
+
+def _spec(name: str) -> Any:
+    """What EnvPool says of an environment for one."""
+    if name not in registry.specs:
+        raise UnknownNameError("environment of EnvPool", name, ids())
+    try:
+        spec = envpool.make_spec(name)
+    except (ImportError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        raise UsageError(f"EnvPool cannot make '{name}': {what}") from error
+    players = spec.config.max_num_players
+    if players > 1:
+        raise UsageError(
+            f"'{name}' has {players} players, which share no lane of EnvPool's: teams are in "
+            "pettingzoo/... and jaxmarl/..."
+        )
+    return spec
+
+
+def _module(name: str) -> str:
+    return registry.specs[name][0]
+
+
+def _rules(name: str) -> Rules:
+    return AtariRules() if _module(name) == "envpool.atari" else PlainRules()
+
+
+def _repaired(space: gymnasium.Space) -> Space:
+    """`space` without bounds where C++ has not set them: from its least positive number up."""
+
+    def repaired(path: str, leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, Box) or leaf.dtype.kind != "f":
+            return leaf
+        low = np.where(leaf.low == np.finfo(leaf.dtype).tiny, -np.inf, leaf.low)
+        high = np.where(leaf.high == np.finfo(leaf.dtype).max, np.inf, leaf.high)
+        return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
+
+    return map_leaves(repaired, spaces.of_observations(space))
+
+
+@functools.cache
+def _can_draw(name: str) -> bool:
+    """Whether it is safe to ask for a picture.
+
+    MuJoCo ends the process where there is no OpenGL: another process must see whether there is.
+    """
+    if not _module(name).startswith("envpool.mujoco"):
+        return True
+    code = (
+        f"import envpool; pool = envpool.make({name!r}, env_type='gymnasium', num_envs=1, "
+        "render_mode='rgb_array'); pool.reset(); pool.render(env_ids=0)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -4,20 +4,20 @@ import functools
 import importlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium
+import jax
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, VectorizeMode, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import FlattenObservation
-from jaxtyping import Int
+from jaxtyping import Bool, Shaped
 
 from ..errors import UnknownNameError, UsageError
-from ..spaces import Discrete
 from ..types import AnyArray
-from .host import Host, HostEnv, Reported, cast_box, shapes_of
+from .conversion import Senses, actions_of, as_taken, factors, read_mask
+from .host import Host, HostEnv, Reported, shapes_of
 
 VECTORIZATIONS = ("auto", "sync", "async")
 
@@ -25,9 +25,9 @@ VECTORIZATIONS = ("auto", "sync", "async")
 class GymnasiumHost(Host):
     """A Gymnasium vector environment.
 
-    Observations are `float32`, or `uint8` where they are so; spaces other than `Box` are flattened
-    (`Discrete` becomes one-hot). An `info["action_mask"]` becomes the action mask; where
-    the very first reset gives none, there is none later.
+    Arrays of observations are `uint8` where they are so, else `int32` or `float32`. An
+    `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`), becomes
+    the action mask; where the very first reset gives none, there is none later.
     """
 
     num_agents = None
@@ -38,23 +38,21 @@ class GymnasiumHost(Host):
         seed: int,
         max_episode_steps: int | None,
         recipe: tuple[Any, dict[str, Any]],
+        leave_out: tuple[str, ...],
     ):
         self.vector = vector
         self.is_open = True
         self.max_episode_steps = max_episode_steps
         self.num_envs = vector.num_envs
-        space, actions = vector.single_observation_space, vector.single_action_space
-        if not isinstance(actions, gymnasium.spaces.Discrete):
-            raise UsageError(f"Q-learning needs Discrete actions, not {actions}: discretise them")
-        if not isinstance(space, gymnasium.spaces.Box):
-            raise UsageError(f"observations of {space} cannot be made one flat array")
-        self.observation_space = cast_box(space)
-        self.action_space = Discrete(gymnasium.spaces.Discrete(int(actions.n)))
-        self._first_action = int(actions.start)
+        self.leave_out = leave_out
+        self.action_space = actions_of(vector.single_action_space)
+        self._senses = Senses.of(vector.single_observation_space, self.action_space, leave_out)
+        self.observation_space = self._senses.space
         self._recipe = recipe
         self._seed: int | None = seed
         obs, info = vector.reset(seed=seed)
-        self._has_mask = "action_mask" in info
+        gives_mask = self._senses.tells_mask or "action_mask" in info
+        self._has_mask = gives_mask and bool(factors(self.action_space))
         self.shapes = shapes_of(self._fresh(obs, info))
 
     def reset(self) -> Reported:
@@ -62,8 +60,8 @@ class GymnasiumHost(Host):
         self._seed = None
         return self._fresh(obs, info)
 
-    def step(self, action: Int[AnyArray, " N"]) -> Reported:
-        actions = np.asarray(action, np.int64) + self._first_action
+    def step(self, action: Shaped[AnyArray, "N *action"]) -> Reported:
+        actions = as_taken(self.vector.single_action_space, action)
         return self._report(*self.vector.step(actions))
 
     def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "GymnasiumHost":
@@ -88,19 +86,22 @@ class GymnasiumHost(Host):
 
     def _report(self, obs, reward, terminated, truncated, info: dict[str, Any]) -> Reported:
         report = {
-            "obs": np.asarray(obs, self.observation_space.dtype),
+            "obs": self._senses.see(obs, self.num_envs),
             "reward": np.asarray(reward, np.float32),
             "terminated": np.asarray(terminated, bool),
             "truncated": np.asarray(truncated, bool),
         }
-        return report | ({"action_mask": self._mask(info)} if self._has_mask else {})
+        return report | ({"action_mask": self._masks(obs, info)} if self._has_mask else {})
 
-    def _mask(self, info: dict[str, Any]) -> np.ndarray:
+    def _masks(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, "N A"]:
         """Lanes that give no mask now may do anything."""
-        masks = np.ones((self.num_envs, int(self.action_space.n)), bool)
-        given = info.get("_action_mask", np.zeros(self.num_envs, bool))
-        if given.any():
-            masks[given] = info["action_mask"][given]
+        masks = np.ones((self.num_envs, sum(factors(self.action_space))), bool)
+        given = info.get("_action_mask", np.full(self.num_envs, "action_mask" in info))
+        for lane in range(self.num_envs):
+            if self._senses.tells_mask or given[lane]:
+                parts = obs if self._senses.tells_mask else info
+                own = jax.tree.map(lambda x: x[lane], parts["action_mask"])  # noqa: B023
+                masks[lane] = read_mask(self.action_space, own)
         return masks
 
 
@@ -109,9 +110,10 @@ def ids() -> list[str]:
     return list(gymnasium.registry)
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
-    """Whether `source` may be a function that returns a `gymnasium.Env`."""
-    return callable(source)
+def accepts(source: Any) -> bool:
+    """Whether `source` is a Gymnasium environment, or a class of such."""
+    kind = source if isinstance(source, type) else type(source)
+    return issubclass(kind, gymnasium.Env)
 
 
 def make(
@@ -120,6 +122,7 @@ def make(
     *,
     seed: int = 0,
     vectorization: str = "auto",
+    leave_out: Iterable[str] = (),
     **options: Any,
 ) -> HostEnv:
     """Makes a vector of Python environments.
@@ -132,17 +135,27 @@ def make(
     - `seed`: of the environments: lane `i` gets `seed + i`.
     - `vectorization`: `"sync"` steps one environment after the other, `"async"` each in a process
         of its own, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
+    - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
     - `options`: of `gymnasium.make` and of the environment, or keyword arguments of the function.
     """
-    return HostEnv(_host(source, num_envs, seed=seed, vectorization=vectorization, **options))
+    own = {"vectorization": vectorization, "leave_out": tuple(leave_out)}
+    return HostEnv(_host(source, num_envs, seed=seed, **own, **options))
 
 
 def _host(
-    source: Any, num_envs: int, *, seed: int, vectorization: str, **options: Any
+    source: Any,
+    num_envs: int,
+    *,
+    seed: int,
+    vectorization: str,
+    leave_out: tuple[str, ...],
+    **options: Any,
 ) -> GymnasiumHost:
+    if isinstance(source, gymnasium.Env):
+        raise UsageError("each lane needs an environment of its own: give a function that makes it")
     if vectorization not in VECTORIZATIONS:
         raise UnknownNameError("vectorization", vectorization, VECTORIZATIONS)
-    recipe = (source, {"vectorization": vectorization, **options})
+    recipe = (source, {"vectorization": vectorization, "leave_out": leave_out, **options})
     try:
         spec, create = _resolve(source)
         vector = _vectorised(spec, num_envs, options) if spec and vectorization == "auto" else None
@@ -152,7 +165,8 @@ def _host(
         if vector is None and vectorization == "async":
             one = functools.partial(_ignoring_interrupts, os.getpid(), one)
             # Not forked from here, where JAX has threads.
-            vector = AsyncVectorEnv([one] * num_envs, context="forkserver")
+            shares = not leave_out  # what is left out may be of a kind that cannot be shared
+            vector = AsyncVectorEnv([one] * num_envs, context="forkserver", shared_memory=shares)
         elif vector is None:
             vector = SyncVectorEnv([one] * num_envs)
             spec = vector.envs[0].spec
@@ -162,7 +176,7 @@ def _host(
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"Gymnasium cannot make {source!r}: {what}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
-    return GymnasiumHost(vector, seed, limit, recipe)
+    return GymnasiumHost(vector, seed, limit, recipe, leave_out)
 
 
 def _resolve(source: Any) -> tuple[EnvSpec | None, Callable[..., gymnasium.Env]]:
@@ -178,8 +192,7 @@ def _one(create: Callable[..., gymnasium.Env], options: dict[str, Any]) -> gymna
     env = create(**options)
     if not isinstance(env, gymnasium.Env):
         raise TypeError(f"the function must return a gymnasium.Env, not a {type(env).__name__}")
-    is_box = isinstance(env.observation_space, gymnasium.spaces.Box)
-    return env if is_box else FlattenObservation(env)
+    return env
 
 
 def _ignoring_interrupts(parent: int, create: Callable[[], gymnasium.Env]) -> gymnasium.Env:
@@ -203,10 +216,8 @@ def _vectorised(spec: EnvSpec, num_envs: int, options: dict[str, Any]) -> Vector
         )
     except (TypeError, gymnasium.error.Error):  # it lacks an option that the single one may have
         return None
-    if (
-        vector.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP
-        and not vector.metadata.get("jax", False)
-        and isinstance(vector.single_observation_space, gymnasium.spaces.Box)
+    if vector.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP and not vector.metadata.get(
+        "jax", False
     ):
         return vector
     vector.close()

@@ -11,16 +11,18 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnax.environments import spaces
+from gymnax.environments import spaces as gymnax_spaces
 from gymnax.environments.environment import Environment
 from gymnax.environments.misc import frozen_lake
 from gymnax.registration import registered_envs
 from gymnax.visualize import vis_gym
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped, UInt8
 
+from .. import spaces
 from ..errors import UnknownNameError, UsageError
-from ..spaces import Box, Discrete
+from ..spaces import Leaf, Space
 from .autoreset import Report
+from .conversion import actions_of
 from .drawing import draw_grid, quiet_pygame
 from .lanes import Lanes
 
@@ -43,8 +45,8 @@ class Game:
     options: dict[str, Any]
     env: Environment
     params: Any
-    observation_space: Box
-    action_space: Discrete
+    observation_space: Space
+    action_space: Leaf
     num_agents: None = None
     state_size: None = None
     lanes_per_reset: None = None
@@ -60,7 +62,7 @@ class Game:
         return state, Report(_observe(self.env, self.params, obs), jnp.array(0.0), no, no)
 
     def step(
-        self, state: PyTree, action: Int[Array, ""], key: PRNGKeyArray
+        self, state: PyTree, action: Shaped[Array, "*action"], key: PRNGKeyArray
     ) -> tuple[PyTree, Report]:
         """Acts in one lane. Not gymnax's `step`, which resets at once and hides where it did."""
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
@@ -79,7 +81,7 @@ class Game:
             vis_gym.set_gym_params(renderer, name, self.params)
             renderer.state = vis_gym.get_gym_state(state, name)
             return renderer.render()
-        if len(self.observation_space.shape) in (2, 3):
+        if len(self.observation_space.shape or ()) in (2, 3):
             return draw_grid(np.asarray(_look(self, state)))
         plan = _plan(self.env, state)
         return None if plan is None else draw_grid(plan)
@@ -87,6 +89,31 @@ class Game:
     def replace(self, options: dict[str, Any]) -> "Game":
         """The same with other options."""
         return _game(self.source, self.options | options)
+
+
+def _actions(env: Environment, params: Any) -> Leaf:
+    """The actions it takes, a `Box` with its bounds in every dimension."""
+    space = env.action_space(params)
+    if isinstance(space, gymnax_spaces.Discrete):
+        return actions_of(gymnasium.spaces.Discrete(int(space.n)))
+    if isinstance(space, gymnax_spaces.Box):
+        low, high = (np.broadcast_to(x, space.shape) for x in (space.low, space.high))
+        dtype = np.dtype(space.dtype).type
+        return actions_of(gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype))
+    raise UsageError(f"actions of {env.name} must be Discrete or a Box, not {space}")
+
+
+def _space(obs: Any) -> gymnasium.Space:
+    """Of observations, in dicts, tuples and arrays."""
+    if isinstance(obs, dict):
+        return gymnasium.spaces.Dict({name: _space(child) for name, child in obs.items()})
+    if isinstance(obs, tuple):
+        return gymnasium.spaces.Tuple([_space(child) for child in obs])
+    return gymnasium.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+
+
+def _shapes(obs: Any) -> Any:
+    return jax.tree.map(lambda x: x.shape, obs)
 
 
 def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None:
@@ -105,12 +132,11 @@ def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None
 
 
 def ids() -> list[str]:
-    """All of gymnax but what has continuous actions, and MNISTBandit, which needs a download."""
-    names = [name for name in registered_envs if name != "MNISTBandit-bsuite"]
-    return [name for name in names if _is_discrete(*_default(name))]
+    """All of gymnax but MNISTBandit, which needs a download."""
+    return [name for name in registered_envs if name != "MNISTBandit-bsuite"]
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
+def accepts(source: Any) -> bool:
     """Whether `source` is a gymnax environment, or a pair of one and its parameters."""
     if isinstance(source, tuple) and len(source) == 2:
         source = source[0]
@@ -154,33 +180,29 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
 
 def _configured(source: Any, options: dict[str, Any], env: Environment, params: Any) -> Game:
     """With spaces that are true of what is seen and done."""
-    if not _is_discrete(env, params):
-        raise UsageError(f"{env.name} has continuous actions: Q-learning needs discrete ones")
+    actions = _actions(env, params)
 
-    def seen(key: PRNGKeyArray) -> tuple[Array, Array]:
+    def seen(key: PRNGKeyArray, action: Array) -> tuple[PyTree, PyTree]:
         first, state = env.reset_env(key, params)
-        later = env.step_env(key, state, jnp.int32(0), params)[0]
+        later = env.step_env(key, state, action, params)[0]
         return _observe(env, params, first), _observe(env, params, later)
 
-    first, later = jax.eval_shape(seen, jax.random.key(0))
-    if first.shape != later.shape:
+    first, later = jax.eval_shape(seen, jax.random.key(0), spaces.shapes(actions))
+    if first != later:
         raise UsageError(
-            f"{env.name} gives observations of shape {first.shape} after reset, "
-            f"but {later.shape} after step: they must be the same"
+            f"{env.name} gives observations of shape {_shapes(first)} after reset, "
+            f"but {_shapes(later)} after step: they must be the same"
         )
-    observations = Box(gymnasium.spaces.Box(-np.inf, np.inf, first.shape, np.float32))
-    actions = Discrete(gymnasium.spaces.Discrete(int(env.num_actions)))
+    observations = spaces.of_observations(_space(first))
     return Game(source, options, env, params, observations, actions)
 
 
-def _observe(env: Environment, params: Any, obs: Any) -> Float[Array, "*obs"]:
+def _observe(env: Environment, params: Any, obs: Any) -> PyTree[Float[Array, "..."]]:
     """As `float32`; one-hot where gymnax gives an index."""
-    if not isinstance(obs, jax.Array):
-        raise UsageError(f"{env.name} must observe one array, not a {type(obs).__name__}")
     space = env.observation_space(params)
-    if isinstance(space, spaces.Discrete):
+    if isinstance(space, gymnax_spaces.Discrete):
         return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
-    return obs.astype(jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), obs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -200,10 +222,6 @@ def _classic_renderer(name: str) -> Any:
 @functools.cache
 def _default(name: str) -> tuple[Environment, Any]:
     return gymnax.make(name)
-
-
-def _is_discrete(env: Environment, params: Any) -> bool:
-    return isinstance(env.action_space(params), spaces.Discrete)
 
 
 def _replace(params: Any, options: dict[str, Any], also_known: tuple[str, ...] = ()) -> Any:

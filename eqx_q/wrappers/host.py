@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import gymnasium
 import jax
 import numpy as np
 from jax.experimental import io_callback
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
 from ..errors import UsageError
-from ..spaces import Box, Discrete
+from ..spaces import Leaf, Space
 from ..types import AnyArray, TimeStep
 from .autoreset import Report, Running
 from .drawing import quiet_pygame
-from .env import Env
+from .env import Env, Recording
 
-Reported: TypeAlias = dict[str, np.ndarray]  # fields of a `Report`, of all lanes
+Reported: TypeAlias = dict[str, PyTree[np.ndarray]]  # fields of a `Report`, of all lanes
 
 
 class Host(abc.ABC):
@@ -32,13 +31,16 @@ class Host(abc.ABC):
     shapes and types in `shapes`.
     """
 
-    observation_space: Box
-    action_space: Discrete
+    observation_space: Space
+    action_space: Leaf
     num_envs: int
     num_agents: int | None
     max_episode_steps: int | None
-    shapes: dict[str, jax.ShapeDtypeStruct]
+    shapes: dict[str, PyTree[jax.ShapeDtypeStruct]]
     is_open: bool
+    leave_out: tuple[str, ...] = ()
+    agent_kinds: tuple[int, ...] | None = None
+    state_size: int | None = None
     failure: Exception | None = None  # what was last raised in a callback
 
     @abc.abstractmethod
@@ -46,7 +48,7 @@ class Host(abc.ABC):
         """Starts an episode in every lane. The first reset takes the seed, later ones go on."""
 
     @abc.abstractmethod
-    def step(self, action: Int[AnyArray, "N *M"]) -> Reported:
+    def step(self, action: Shaped[AnyArray, "N *M_and_action"]) -> Reported:
         """Acts in every lane; resets a lane instead where its episode ended in the step before."""
 
     @abc.abstractmethod
@@ -76,17 +78,9 @@ class Host(abc.ABC):
             raise
 
 
-def cast_box(space: gymnasium.spaces.Box) -> Box:
-    """`space` with values of `uint8` where it has those, else of `float32`."""
-    dtype = np.uint8 if space.dtype == np.uint8 else np.float32
-    with np.errstate(over="ignore"):  # the largest float64 becomes infinite
-        low, high = space.low.astype(dtype), space.high.astype(dtype)
-    return Box(gymnasium.spaces.Box(low, high, space.shape, dtype))
-
-
-def shapes_of(reported: Reported) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(reported: Reported) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
     """What compiled code must know of a report before it has one."""
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in reported.items()}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reported)
 
 
 class HostEnv(Env):
@@ -96,8 +90,8 @@ class HostEnv(Env):
     """
 
     host: Host = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
@@ -112,12 +106,26 @@ class HostEnv(Env):
         self.on_host = True
         self.max_episode_steps = host.max_episode_steps
 
+    @property
+    def recording(self) -> Recording:
+        """Without what is left out."""
+        left_out = list(self.host.leave_out)
+        return Recording(preprocessing={"leave_out": left_out} if left_out else {})
+
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None:
+        return self.host.agent_kinds
+
+    @property
+    def state_size(self) -> int | None:
+        return self.host.state_size
+
     def reset(self, key: PRNGKeyArray) -> tuple[Running, TimeStep]:
         reported = self._call_back(self.host.reset)
         return Running.start(self.num_envs).follow(Report(**reported))
 
     def step(
-        self, state: Running, action: Int[Array, "N *M"], key: PRNGKeyArray
+        self, state: Running, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[Running, TimeStep]:
         reported = self._call_back(self.host.step, action)
         return state.follow(Report(**reported))

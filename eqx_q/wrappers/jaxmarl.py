@@ -138,7 +138,7 @@ def ids() -> list[str]:
     return [name for name in _CLASSES if name not in _UNFIT]
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
+def accepts(source: Any) -> bool:
     """Whether `source` is a JaxMARL environment."""
     return isinstance(source, MultiAgentEnv)
 

@@ -5,9 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
-from ..spaces import Box, Discrete
+from ..spaces import Leaf, Space
 from ..types import TimeStep
 from . import autoreset
 from .autoreset import LaneState, Report
@@ -29,9 +29,9 @@ class Game(Protocol):
     """
 
     @property
-    def observation_space(self) -> Box: ...
+    def observation_space(self) -> Space: ...
     @property
-    def action_space(self) -> Discrete: ...
+    def action_space(self) -> Leaf: ...
     @property
     def num_agents(self) -> int | None: ...
     @property
@@ -46,7 +46,7 @@ class Game(Protocol):
         ...
 
     def step(
-        self, state: PyTree, action: Int[Array, "*M"], key: PRNGKeyArray
+        self, state: PyTree, action: Shaped[Array, "*M_and_action"], key: PRNGKeyArray
     ) -> tuple[PyTree, Report]:
         """Acts in one lane."""
         ...
@@ -64,8 +64,8 @@ class Lanes(Env):
     """Lanes of one game."""
 
     game: Game = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: Discrete = eqx.field(static=True)
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
@@ -88,7 +88,7 @@ class Lanes(Env):
         return autoreset.reset(self.game.reset, key, self.num_envs)
 
     def step(
-        self, state: LaneState, action: Int[Array, "N *M"], key: PRNGKeyArray
+        self, state: LaneState, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[LaneState, TimeStep]:
         ratio = self.game.lanes_per_reset
         at_once = None if ratio is None else -(-self.num_envs // ratio)

@@ -29,6 +29,7 @@ class Loop:
             return key, *env.step(state, action, own)
 
         self.env = env
+        self._kind = jax.dtypes.canonicalize_dtype(env.action_space.dtype)
         self._reset = reset if env.on_host else jax.jit(reset)  # emulators reset outside
         self._step = jax.jit(step)
         self._draws = render_mode is not None
@@ -53,7 +54,9 @@ class Loop:
         """Acts in every lane."""
         if self._key is None:
             raise gymnasium.error.ResetNeeded("call reset before the first step")
-        self._key, self._state, timestep = self._step(self._key, self._state, np.int32(action))
+        self._key, self._state, timestep = self._step(
+            self._key, self._state, np.asarray(action, self._kind)
+        )
         return _on_host(timestep)
 
     def render(self, lane: int) -> UInt8[np.ndarray, "height width 3"] | None:

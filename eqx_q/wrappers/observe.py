@@ -1,44 +1,58 @@
 """Hiding a part of what is observed, of any environment."""
 
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import gymnasium
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
-from ..errors import UsageError
-from ..spaces import Box, of_observations
+from .. import spaces
+from ..errors import UnknownNameError, UsageError
+from ..spaces import Box, Leaf, Space
 from ..types import TimeStep
+from .conversion import map_leaves
 from .env import Env, Recording
 
 
 class Observe(Env):
-    """An environment of which only some entries of the observation's last axis are seen.
+    """An environment of whose observations only a part is seen.
 
-    `Observe(cartpole, [0, 2])` hides the velocities; of images it keeps channels.
+    `Observe(cartpole, [0, 2])` hides the velocities; of images such a list keeps channels.
 
-    **Raises:** `UsageError` where `entries` is no list of whole numbers, or there is no such entry.
+    **Arguments:**
+
+    - `observe`: a list of entries of the last axis, or such lists by the path of an array.
+    - `leave_out`: the paths of what is not seen at all.
+
+    **Raises:** `UsageError` where there is no such entry, or a list has no whole numbers.
     """
 
     env: Env
-    entries: tuple[int, ...] = eqx.field(static=True)
-    observation_space: Box = eqx.field(static=True)
-    action_space: gymnasium.spaces.Discrete = eqx.field(static=True)
+    observe: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
+    leave_out: tuple[str, ...] = eqx.field(static=True)
+    whole_space: Space = eqx.field(static=True)
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
     max_episode_steps: int | None = eqx.field(static=True)
 
-    def __init__(self, env: Env, entries: Any):
+    def __init__(self, env: Env, observe: Any = None, leave_out: Iterable[str] = ()):
         self.env = env
-        space = of_observations(env.observation_space)
-        self.entries = _checked(entries, space.shape)
-        part = np.s_[..., list(self.entries)]
-        box = gymnasium.spaces.Box(space.low[part], space.high[part], dtype=space.dtype.type)
-        self.observation_space = Box(box)
+        self.leave_out = tuple(leave_out)
+        left = spaces.without(env.observation_space, self.leave_out)
+        self.whole_space = spaces.of_observations(left)
+        self.observe = _checked(observe, self.whole_space)
+        entries = dict(self.observe)
+        self.observation_space = map_leaves(
+            lambda path, leaf: _part(leaf, entries.get(path)), self.whole_space
+        )
         self.action_space = env.action_space
         self.num_envs = env.num_envs
         self.num_agents = env.num_agents
@@ -46,21 +60,28 @@ class Observe(Env):
         self.max_episode_steps = env.max_episode_steps
 
     @property
-    def state_size(self) -> int | None:
-        """That of the environment, of which nothing is hidden."""
-        return self.env.state_size
-
-    @property
     def recording(self) -> Recording:
         """That of the environment; it hides nothing of the axis along which frames are stacked."""
-        inner = self.env.recording
-        return inner._replace(preprocessing={**inner.preprocessing, "observe": list(self.entries)})
+        inner, hidden = self.env.recording, {}
+        if self.observe:
+            hidden["observe"] = _as_given(self.observe)
+        if self.leave_out:
+            hidden["leave_out"] = list(self.leave_out)
+        return inner._replace(preprocessing={**inner.preprocessing, **hidden})
+
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None:
+        return self.env.agent_kinds
+
+    @property
+    def state_size(self) -> int | None:
+        return self.env.state_size
 
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         return self._see(*self.env.reset(key))
 
     def step(
-        self, state: PyTree, action: Int[Array, "N *M"], key: PRNGKeyArray
+        self, state: PyTree, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[PyTree, TimeStep]:
         return self._see(*self.env.step(state, action, key))
 
@@ -73,7 +94,8 @@ class Observe(Env):
         **options: Any,
     ) -> "Observe":
         env = self.env.replicate(num_envs, seed=seed, **options)
-        return Observe(env, self.entries if observe is None else observe)
+        observe = _as_given(self.observe) if observe is None else observe
+        return Observe(env, observe, self.leave_out)
 
     def render(self, state: PyTree, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
         return self.env.render(state, lane)
@@ -82,11 +104,39 @@ class Observe(Env):
         self.env.close()
 
     def _see(self, state: PyTree, timestep: TimeStep) -> tuple[PyTree, TimeStep]:
-        seen = jnp.asarray(timestep.obs)[..., jnp.array(self.entries)]
-        return state, eqx.tree_at(lambda t: t.obs, timestep, seen)
+        whole, structure = jax.tree.flatten(spaces.select(self.whole_space, timestep.obs))
+        entries, seen = dict(self.observe), []
+        for (path, _), x in zip(spaces.leaves(self.whole_space), whole, strict=True):
+            seen.append(jnp.asarray(x)[..., jnp.array(entries[path])] if path in entries else x)
+        obs = jax.tree.unflatten(structure, seen)
+        return state, eqx.tree_at(lambda t: t.obs, timestep, obs)
 
 
-def _checked(observe: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _as_given(observe: tuple[tuple[str, tuple[int, ...]], ...]) -> Any:
+    lists = {path: list(entries) for path, entries in observe}
+    return lists.get("", lists)
+
+
+def _checked(observe: Any, space: Space) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    leaves = dict(spaces.leaves(space))
+    if observe is None:
+        return ()
+    if not isinstance(observe, Mapping):
+        if "" not in leaves:
+            paths = list(leaves)
+            raise UsageError(
+                f"observe is {observe!r}, but observations are several arrays: give lists by "
+                f"path, such as {{{paths[0]!r}: [0]}}; paths are {', '.join(paths)}"
+            )
+        observe = {"": observe}
+    for path in observe:
+        if path not in leaves:
+            raise UnknownNameError("array of observations", path, leaves)
+    return tuple((path, _entries(observe[path], leaves[path])) for path in observe)
+
+
+def _entries(observe: Any, leaf: Leaf) -> tuple[int, ...]:
+    shape = leaf.shape if isinstance(leaf, Box) else ()
     size = shape[-1] if shape else 0
     try:
         entries = tuple(operator.index(entry) for entry in observe)
@@ -98,3 +148,11 @@ def _checked(observe: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
             f"whole numbers from 0 to {size - 1}"
         )
     return entries
+
+
+def _part(leaf: Leaf, entries: tuple[int, ...] | None) -> Leaf:
+    if entries is None:
+        return leaf
+    assert isinstance(leaf, Box)
+    part = np.s_[..., list(entries)]
+    return Box(gymnasium.spaces.Box(leaf.low[part], leaf.high[part], dtype=leaf.dtype.type))

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
 from ..sharding import AXIS, ManyDevices, Placement
+from ..spaces import Leaf, Space
 from ..types import TimeStep
 from .env import Env, Recording
 
@@ -52,8 +52,8 @@ class PerDevice(Env):
 
     envs: tuple[Env, ...]
     place: ManyDevices = eqx.field(static=True)
-    observation_space: gymnasium.Space = eqx.field(static=True)
-    action_space: gymnasium.spaces.Discrete = eqx.field(static=True)
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
     num_envs: int = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     on_host: bool = eqx.field(static=True)
@@ -71,11 +71,6 @@ class PerDevice(Env):
         self.max_episode_steps = one.max_episode_steps
 
     @property
-    def state_size(self) -> int | None:
-        """That of each."""
-        return self.envs[0].state_size
-
-    @property
     def recording(self) -> Recording:
         """That of each."""
         return self.envs[0].recording
@@ -85,6 +80,14 @@ class PerDevice(Env):
         """One for each."""
         return self.place.num_devices
 
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None:
+        return self.envs[0].agent_kinds
+
+    @property
+    def state_size(self) -> int | None:
+        return self.envs[0].state_size
+
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         started = [env.reset(key) for env in self.envs]
         started = jax.tree.map(lambda *x: jnp.concatenate(x), *started)
@@ -93,7 +96,7 @@ class PerDevice(Env):
         return started
 
     def step(
-        self, state: PyTree, action: Int[Array, "N *M"], key: PRNGKeyArray
+        self, state: PyTree, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[PyTree, TimeStep]:
         def step(state: PyTree, action: Array, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
             here = jax.lax.axis_index(AXIS) % len(self.envs)

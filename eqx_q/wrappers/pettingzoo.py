@@ -1,6 +1,5 @@
 """PettingZoo: teams of agents, stepped in Python (pettingzoo.farama.org)."""
 
-import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -9,21 +8,22 @@ from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import gymnasium
+import jax
 import numpy as np
 import pettingzoo
-from gymnasium.spaces import flatten, flatten_space
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, PyTree, Shaped
 from pettingzoo import EnvSpec
 from pettingzoo.utils import AECEnv, ParallelEnv, aec_to_parallel
 
+from .. import spaces
 from ..errors import MissingExtraError, UnknownNameError, UsageError
-from ..spaces import Box, Discrete
+from ..spaces import Box, Discrete, Leaf, Space
 from ..types import AnyArray
+from .conversion import Senses, actions_of, as_taken, cast_space, factors, map_leaves
 from .drawing import quiet_pygame
-from .host import Host, HostEnv, Reported, cast_box, shapes_of
+from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
 
-_OWN_OPTIONS = ("pad", "team_reward")  # not of the environment
 _VERSION = re.compile(r"[-_]v(\d+)$")
 _PACKAGES = ("mpe2",)  # whose modules are environments; PettingZoo's own are in its registry
 
@@ -31,52 +31,36 @@ _PACKAGES = ("mpe2",)  # whose modules are environments; PettingZoo's own are in
 class _Player:
     """One agent: how what it sees is read, and what it does is said."""
 
-    def __init__(self, agent: Any, index: int, env: ParallelEnv):
-        space, actions = env.observation_space(agent), env.action_space(agent)
-        if not isinstance(actions, gymnasium.spaces.Discrete):
-            raise UsageError(
-                f"Q-learning needs Discrete actions, those of agent '{agent}' are {actions}: "
-                "discretise them"
-            )
-        self.agent, self.index = agent, index
-        self.num_actions, self._first_action = int(actions.n), int(actions.start)
-        self.gives_mask, self._space = False, space
-        if isinstance(space, gymnasium.spaces.Dict) and "action_mask" in space.spaces:
-            self.gives_mask, self._space = True, space["observation"]
-        self._is_box = isinstance(self._space, gymnasium.spaces.Box)
-        box = self._space if self._is_box else flatten_space(self._space)
-        if not isinstance(box, gymnasium.spaces.Box):
-            raise UsageError(f"observations of {space} cannot be made one flat array")
-        self.box = cast_box(box)
+    def __init__(self, agent: Any, index: int, env: ParallelEnv, leave_out: tuple[str, ...]):
+        self.agent, self.index, self._takes = agent, index, env.action_space(agent)
+        self.actions = actions_of(self._takes)
+        self.senses = Senses.of(env.observation_space(agent), self.actions, leave_out)
+        self.num_choices = sum(factors(self.actions))
 
-    def see(self, obs: Any) -> Shaped[np.ndarray, "*own_obs"]:
-        """The observation as an array."""
-        obs = obs["observation"] if self.gives_mask else obs
-        seen = np.asarray(obs if self._is_box else flatten(self._space, obs))
-        if seen.shape != self.box.shape:
-            raise UsageError(
-                f"agent '{self.agent}' observes an array of shape {seen.shape}, "
-                f"but its space says {self.box.shape}"
-            )
-        return seen
+    def see(self, obs: Any) -> PyTree[np.ndarray]:
+        """The observation's arrays."""
+        try:
+            return self.senses.see(obs)
+        except UsageError as error:
+            raise UsageError(f"agent '{self.agent}': {error}") from None
 
-    def legal(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, " own_actions"]:
-        """What its mask allows; all where there is no mask, or one that allows nothing."""
-        mask = (
-            obs["action_mask"] if self.gives_mask and obs is not None else info.get("action_mask")
-        )
-        if mask is None or not np.any(mask):
-            return np.ones(self.num_actions, bool)
-        return np.asarray(mask, bool)
+    def legal(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, " own_choices"]:
+        """What its mask allows; all where there is no mask."""
+        says_nothing = obs is None and self.senses.tells_mask
+        mask = None if says_nothing else self.senses.mask(obs, info)
+        return np.ones(self.num_choices, bool) if mask is None else mask
 
-    def do(self, action: int) -> int:
-        """The action as the environment counts it."""
-        if action >= self.num_actions:
+    def do(self, action: Shaped[np.ndarray, "*action"], actions: Leaf) -> Any:
+        """The action, one of the team's `actions`, as the environment takes it."""
+        if not isinstance(actions, Discrete):
+            return as_taken(self._takes, action)
+        index, choices = int(action - actions.start), self.num_choices
+        if index >= choices:
             raise UsageError(
-                f"agent '{self.agent}' has {self.num_actions} actions, action {action} is padding: "
+                f"agent '{self.agent}' has {choices} actions, action {action} is padding: "
                 "choose by the action mask"
             )
-        return action + self._first_action
+        return index + int(self._takes.start)
 
 
 class PettingZooHost(Host):
@@ -91,9 +75,9 @@ class PettingZooHost(Host):
     others go on; where the whole episode is truncated, those truncated are still alive. It sees its
     last observation in the step in which it is done, zeros and a reward of 0 from the next on.
 
-    Observations are `float32`, or `uint8` where all are so; spaces other than `Box` are flattened.
-    Masks are those of `info["action_mask"]` or of observations `{"observation", "action_mask"}`;
-    where the very first reset gives none, there are none later.
+    Arrays of observations are `uint8` where they are so, else `int32` or `float32`. Masks are those
+    of `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`); where
+    the very first reset gives none, there are none later.
     """
 
     max_episode_steps = None
@@ -104,43 +88,48 @@ class PettingZooHost(Host):
         seed: int,
         pad: bool,
         team_reward: str,
-        recipe: tuple[Any, dict[str, Any]],
+        global_state: bool | None,
+        leave_out: tuple[str, ...],
+        recipe: tuple[Any, dict[str, Any], dict[str, Any]],
     ):
         self.envs = envs
         self.is_open = True
         self.num_envs = len(envs)
+        self.leave_out = leave_out
         self._recipe = recipe
         self._team_reward = team_reward
         agents = list(getattr(envs[0], "possible_agents", ()))
         if not agents:
             raise UsageError("the environment names no possible_agents: a team needs a size")
         self.num_agents = len(agents)
-        self._players = {x: _Player(x, m, envs[0]) for m, x in enumerate(agents)}
+        self._players = {x: _Player(x, m, envs[0], leave_out) for m, x in enumerate(agents)}
         players = self._players.values()
-        sizes = [player.num_actions for player in players]
-        if len(set(sizes)) > 1 and not pad:
-            raise UsageError(
-                f"agents have {_listed(sizes)} actions: pad=true gives all of them the most, "
-                "and masks what an agent lacks"
-            )
-        self.observation_space = _common_box([player.box for player in players], pad)
-        self.action_space = Discrete(gymnasium.spaces.Discrete(max(sizes)))
+        seen, done = [x.senses.space for x in players], [x.actions for x in players]
+        kinds = list(dict.fromkeys(zip(seen, done, strict=True)))
+        numbers = tuple(kinds.index(one) for one in zip(seen, done, strict=True))
+        self.agent_kinds = numbers if len(kinds) > 1 else None
+        self.action_space = _common_actions(done, pad)
+        self.observation_space = map_leaves(_with_zeros, _common_observations(seen, pad))
+        self._unseen = _unseen(self.observation_space, self.num_agents)
         self._seeds: list[int | None] = [seed + lane for lane in range(self.num_envs)]
         self._ended = [False] * self.num_envs
         first = [env.reset(seed=seed + lane) for lane, env in enumerate(envs)]
-        self._has_mask = (
-            len(set(sizes)) > 1
-            or any(player.gives_mask for player in players)
+        self.state_size = _state_size(envs[0], global_state)
+        self._has_mask = bool(factors(self.action_space)) and (
+            len({player.num_choices for player in players}) > 1
+            or any(player.senses.tells_mask for player in players)
             or any("action_mask" in info for _, infos in first for info in infos.values())
         )
         self.shapes = shapes_of(
-            _stack([self._report(*one, env.agents) for env, one in zip(envs, first, strict=True)])
+            _stack(
+                [self._report(env, *one, env.agents) for env, one in zip(envs, first, strict=True)]
+            )
         )
 
     def reset(self) -> Reported:
         return _stack([self._reset(lane) for lane in range(self.num_envs)])
 
-    def step(self, action: Int[AnyArray, "N M"]) -> Reported:
+    def step(self, action: Shaped[AnyArray, "N M *action"]) -> Reported:
         action = np.asarray(action)
         return _stack(
             [
@@ -150,8 +139,9 @@ class PettingZooHost(Host):
         )
 
     def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "PettingZooHost":
-        source, made_with = self._recipe
-        return _host(source, num_envs, seed=seed, **(made_with | options))
+        source, own, made_with = self._recipe
+        own = {name: options.pop(name, value) for name, value in own.items()}
+        return _host(source, num_envs, seed, own, made_with | options)
 
     def render(self, lane: int) -> Any:
         env = self.envs[lane]
@@ -165,18 +155,19 @@ class PettingZooHost(Host):
     def _reset(self, lane: int) -> Reported:
         env, seed = self.envs[lane], self._seeds[lane]
         self._seeds[lane], self._ended[lane] = None, False
-        return self._report(*env.reset(seed=seed), env.agents)
+        return self._report(env, *env.reset(seed=seed), env.agents)
 
-    def _step(self, lane: int, action: Int[np.ndarray, " M"]) -> Reported:
-        env = self.envs[lane]
+    def _step(self, lane: int, action: Shaped[np.ndarray, "M *action"]) -> Reported:
+        env, space = self.envs[lane], self.action_space
         acting = list(env.agents)
-        actions = {x: self._players[x].do(int(action[self._players[x].index])) for x in acting}
+        actions = {x: self._players[x].do(action[self._players[x].index], space) for x in acting}
         obs, reward, terminated, truncated, info = env.step(actions)
         present = {*acting, *env.agents}
         alive = [x for x in env.agents if not (terminated.get(x) or truncated.get(x))]
         cut_off = [x for x in acting if truncated.get(x) and not terminated.get(x)]
         self._ended[lane] = ended = not alive
         return self._report(
+            env,
             {agent: one for agent, one in obs.items() if agent in present},
             info,
             alive or cut_off,
@@ -187,6 +178,7 @@ class PettingZooHost(Host):
 
     def _report(
         self,
+        env: ParallelEnv,
         obs: dict[Any, Any],
         info: dict[Any, Any],
         alive: list[Any],
@@ -195,25 +187,30 @@ class PettingZooHost(Host):
         truncated: bool = False,
     ) -> Reported:
         """What one lane reports."""
-        reward, agents, space = reward or {}, list(self._players), self.observation_space
+        reward, agents = reward or {}, list(self._players)
         report = {
-            "obs": np.zeros((len(agents), *space.shape), space.dtype),
+            "obs": jax.tree.map(np.copy, self._unseen),
             "reward": self._pay(reward),
             "terminated": np.asarray(terminated),
             "truncated": np.asarray(truncated),
             "agent_mask": np.array([x in alive for x in agents]),
             "agent_reward": np.array([reward.get(x, 0) for x in agents], np.float32),
         }
+        if self.state_size is not None:
+            report["global_state"] = np.asarray(env.state(), np.float32).ravel()
         if self._has_mask:
-            report["action_mask"] = np.zeros((len(agents), int(self.action_space.n)), bool)
+            choices = sum(factors(self.action_space))
+            report["action_mask"] = np.zeros((len(agents), choices), bool)
         for agent, player in self._players.items():
             m, own = player.index, obs.get(agent)
             if own is not None:
-                seen = player.see(own)
-                report["obs"][(m, *map(slice, seen.shape))] = seen
+                for all_see, sees in zip(
+                    jax.tree.leaves(report["obs"]), jax.tree.leaves(player.see(own)), strict=True
+                ):
+                    all_see[(m, *map(slice, sees.shape))] = sees
             if self._has_mask:
                 legal = player.legal(own, info.get(agent, {}))
-                report["action_mask"][m, : player.num_actions] = legal
+                report["action_mask"][m, : player.num_choices] = legal
         return report
 
     def _pay(self, reward: dict[Any, float]) -> np.ndarray:
@@ -228,22 +225,49 @@ class PettingZooHost(Host):
 
 
 def _stack(reports: list[Reported]) -> Reported:
-    return {name: np.stack([one[name] for one in reports]) for name in reports[0]}
+    return jax.tree.map(lambda *x: np.stack(x), *reports)
 
 
 def _listed(values: Iterable[Any]) -> str:
     return ", ".join(str(value) for value in dict.fromkeys(values))
 
 
-def _common_box(boxes: list[Box], pad: bool) -> Box:
-    """A space for what any agent sees, padded at the ends of its axes, and for zeros."""
+def _common_actions(of_agents: list[Leaf], pad: bool) -> Leaf:
+    """A space for what any agent does."""
+    first = of_agents[0]
+    if all(one == first for one in of_agents):
+        return first
+    if not all(isinstance(one, Discrete) for one in of_agents):
+        raise UsageError(
+            f"agents act in {_listed(of_agents)}: they must act alike, or be Discrete with pad=true"
+        )
+    sizes = [sum(factors(one)) for one in of_agents]
+    if len(set(sizes)) > 1 and not pad:
+        raise UsageError(
+            f"agents have {_listed(sizes)} actions: pad=true gives all of them the most, "
+            "and masks what an agent lacks"
+        )
+    starts = {int(one.start) for one in of_agents if isinstance(one, Discrete)}
+    start = starts.pop() if len(starts) == 1 else 0
+    return Discrete(gymnasium.spaces.Discrete(max(sizes), start=start))
+
+
+def _common_observations(of_agents: list[Space], pad: bool) -> Space:
+    """A space for what any agent sees, its arrays padded at the ends of their axes."""
+    first = of_agents[0]
+    if all(one == first for one in of_agents):
+        return first
+    boxes = [one for one in of_agents if isinstance(one, Box)]
     shapes = [box.shape for box in boxes]
+    if len(boxes) < len(of_agents) or len({len(shape) for shape in shapes}) > 1:
+        raise UsageError(
+            f"agents observe {_listed(of_agents)}, which nothing pads to one: wrap the environment "
+            "so that all observe alike"
+        )
     if len(set(shapes)) > 1 and not pad:
         raise UsageError(
             f"agents observe arrays of shapes {_listed(shapes)}: pad=true fills them up with zeros"
         )
-    if len({len(shape) for shape in shapes}) > 1:
-        raise UsageError(f"observations of shapes {_listed(shapes)} cannot be padded to one")
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
     dtype = np.result_type(*(box.dtype for box in boxes))
     low, high = np.zeros(shape, dtype), np.zeros(shape, dtype)
@@ -251,7 +275,36 @@ def _common_box(boxes: list[Box], pad: bool) -> Box:
         own = tuple(map(slice, box.shape))
         low[own] = np.minimum(low[own], box.low)
         high[own] = np.maximum(high[own], box.high)
-    return Box(gymnasium.spaces.Box(low, high, shape, dtype.type))
+    return cast_space(Box(gymnasium.spaces.Box(low, high, shape, dtype.type)))
+
+
+def _with_zeros(path: str, leaf: Leaf) -> Leaf:
+    """A space that holds zeros too, which those see who are dead."""
+    if not isinstance(leaf, Box):
+        return leaf
+    low, high = np.minimum(leaf.low, 0), np.maximum(leaf.high, 0)
+    return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
+
+
+def _unseen(space: Space, num_agents: int) -> PyTree[np.ndarray]:
+    """What agents see that are dead: zeros, or the first of what is counted from elsewhere."""
+    shapes, structure = jax.tree.flatten(spaces.shapes(space, num_agents))
+    starts = [getattr(leaf, "start", 0) for _, leaf in spaces.leaves(space)]
+    fills = [np.full(x.shape, one, x.dtype) for x, one in zip(shapes, starts, strict=True)]
+    return jax.tree.unflatten(structure, fills)
+
+
+def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
+    """How many numbers of the environment's `state()` are reported, if it is."""
+    if wanted is False:
+        return None
+    try:
+        state = np.asarray(env.state())
+    except (NotImplementedError, AttributeError):
+        if wanted:
+            raise UsageError("the environment has no state(): leave out global_state") from None
+        return None
+    return state.size if wanted or state.ndim == 1 else None  # a picture only for those who ask
 
 
 def ids() -> list[str]:
@@ -264,23 +317,10 @@ def ids() -> list[str]:
     return sorted(found)
 
 
-def accepts(source: Any, options: dict[str, Any]) -> bool:
-    """Whether `source` is a PettingZoo environment, a class of such, or a function that makes one.
-
-    To know what a function makes, it is called once more; what it made is closed if it is one of
-    these. Anything else is left alone: it may be an object that the caller goes on with.
-    """
-    if isinstance(source, type) or not callable(source):
-        kind = source if isinstance(source, type) else type(source)
-        return issubclass(kind, (ParallelEnv, AECEnv))
-    options = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
-    made: Any = None
-    with contextlib.suppress(Exception):
-        made = source(**options)
-    if not isinstance(made, (ParallelEnv, AECEnv)):
-        return False
-    made.close()
-    return True
+def accepts(source: Any) -> bool:
+    """Whether `source` is a PettingZoo environment, or a class of such."""
+    kind = source if isinstance(source, type) else type(source)
+    return issubclass(kind, (ParallelEnv, AECEnv))
 
 
 def make(
@@ -290,6 +330,8 @@ def make(
     seed: int = 0,
     pad: bool = False,
     team_reward: str = "sum",
+    global_state: bool | None = None,
+    leave_out: Iterable[str] = (),
     **options: Any,
 ) -> HostEnv:
     """Makes teams of PettingZoo's.
@@ -301,21 +343,26 @@ def make(
         that returns a `ParallelEnv`, or an `AECEnv` that PettingZoo can convert.
     - `num_envs`: lanes.
     - `seed`: of the environments: lane `i` gets `seed + i`.
-    - `pad`: for agents that differ: observations are filled up with zeros at the ends of their
-        axes, and actions up to the most that an agent has; the mask forbids those.
+    - `pad`: for agents that differ: observations, one array each, are filled up with zeros at the
+        ends of their axes, and `Discrete` actions up to the most that an agent has; the mask
+        forbids those. Agents that are alike may have spaces of any kind.
     - `team_reward`: `"sum"` of the agents' rewards; `"mean"`, that sum over `num_agents`;
         `"shared"` where all are paid alike: what each of them is.
+    - `global_state`: whether the environment's `state()` becomes the timestep's `global_state`;
+        `None`: where it has one that is no picture.
+    - `leave_out`: entries of `Dict` observations, by path, that the agents do not see.
     - `options`: of the environment, or keyword arguments of the function.
     """
-    options = {"pad": pad, "team_reward": team_reward, **options}
-    return HostEnv(_host(source, num_envs, seed=seed, **options))
+    own = {"pad": pad, "team_reward": team_reward, "global_state": global_state}
+    own["leave_out"] = tuple(leave_out)
+    return HostEnv(_host(source, num_envs, seed, own, options))
 
 
 def _host(
-    source: Any, num_envs: int, *, seed: int, pad: bool, team_reward: str, **options: Any
+    source: Any, num_envs: int, seed: int, own: dict[str, Any], options: dict[str, Any]
 ) -> PettingZooHost:
-    require_choice("team_reward", team_reward, get_args(TeamReward))
-    recipe = (source, {"pad": pad, "team_reward": team_reward, **options})
+    require_choice("team_reward", own["team_reward"], get_args(TeamReward))
+    recipe = (source, own, dict(options))
     if isinstance(source, (ParallelEnv, AECEnv)):
         raise UsageError("each lane needs an environment of its own: give a function that makes it")
     quiet_pygame()
@@ -333,7 +380,7 @@ def _host(
     except Exception as error:  # whatever an environment's constructor trips over
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"PettingZoo cannot make {source!r}: {what}") from error
-    return PettingZooHost(envs, seed, pad, team_reward, recipe)
+    return PettingZooHost(envs, seed, recipe=recipe, **own)
 
 
 def _parallel(env: Any) -> ParallelEnv:

@@ -3,10 +3,13 @@
 import copy
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 from pettingzoo import ParallelEnv
 
 from ..types import AnyArray, TimeStep
+from .conversion import legal_action, write_mask
 from .env import Env
 from .loop import Loop
 
@@ -44,12 +47,7 @@ class PettingZooBridge(ParallelEnv):
     def step(self, actions: dict[str, Any]):
         if not self.agents:
             return {}, {}, {}, {}, {}
-        chosen = np.array([actions.get(agent, 0) for agent in self.possible_agents])
-        if self._timestep.action_mask is not None:  # the dead, too, do something legal
-            legal = np.argmax(self._of_all(self._timestep.action_mask), axis=-1)
-            chosen = np.where(
-                [agent in self.agents for agent in self.possible_agents], chosen, legal
-            )
+        chosen = np.stack([self._chosen(agent, actions) for agent in self.possible_agents])
         self._timestep = timestep = self._loop.step(chosen[None] if self._is_team else chosen)
         ended, cut_off = bool(timestep.ended[0]), bool(timestep.truncated[0])
         alive = self._alive(timestep)
@@ -69,13 +67,22 @@ class PettingZooBridge(ParallelEnv):
     def close(self):
         self._loop.env.close()
 
+    def _chosen(self, agent: str, actions: dict[str, Any]) -> AnyArray:
+        """Its action; of the dead, too, something legal."""
+        space, mask = self._loop.env.action_space, self._timestep.action_mask
+        if agent in self.agents and agent in actions:
+            return np.asarray(actions[agent], space.dtype)
+        own = None if mask is None else self._of_all(mask)[self.possible_agents.index(agent)]
+        return legal_action(space, own)
+
     def _of_all(self, values: AnyArray) -> AnyArray:
         """What the arrays of one lane hold for each agent: alone it is the lane."""
         return values[0] if self._is_team else values
 
-    def _of_agents(self, values: AnyArray) -> dict[str, Any]:
+    def _of_agents(self, values: PyTree[AnyArray]) -> dict[str, Any]:
         """The values of the agents that act."""
-        by_agent = dict(zip(self.possible_agents, self._of_all(values), strict=True))
+        of_all, numbers = jax.tree.map(self._of_all, values), enumerate(self.possible_agents)
+        by_agent = {agent: jax.tree.map(lambda x: x[m], of_all) for m, agent in numbers}  # noqa: B023
         return {agent: by_agent[agent] for agent in self.agents}
 
     def _alive(self, timestep: TimeStep) -> dict[str, bool]:
@@ -95,5 +102,5 @@ class PettingZooBridge(ParallelEnv):
             info["metrics"] = metrics.copy()
         if timestep.action_mask is not None:
             for agent, mask in self._of_agents(timestep.action_mask).items():
-                infos[agent]["action_mask"] = np.asarray(mask, np.int8)
+                infos[agent]["action_mask"] = write_mask(self._loop.env.action_space, mask)
         return infos

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,50 +19,76 @@ class Suite(NamedTuple):
     The module has
 
     - `ids() -> list[str]`: the names it knows;
-    - `accepts(source, options) -> bool`: whether it can wrap this object of the caller's own;
+    - `accepts(source) -> bool`: whether it can wrap this object of the caller's own (or what a
+        function of theirs has made);
     - `make(source, num_envs, *, seed, **options) -> Env`: from a name or such an object.
+
+    **Attributes:**
+
+    - `leaves_out`: whether `make` takes `leave_out` itself.
+    - `own_options`: of a suite that takes functions, those options of `make` that are not theirs.
     """
 
     module: str
     package: str
     extra: str | None
-    takes_functions: bool = False  # which may import the package only when called
+    leaves_out: bool = False
+    own_options: tuple[str, ...] | None = None
 
+
+_TEAM = ("pad", "team_reward", "global_state")
 
 # To add a suite: one file, and one line here.
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "craftax": Suite(".craftax", "craftax", "jax-envs"),
-    "envpool": Suite(".envpool", "envpool", "atari"),
+    "envpool": Suite(".envpool", "envpool", "atari", True),
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
-    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", takes_functions=True),
-    "gymnasium": Suite(".gymnasium", "gymnasium", None),  # last: it accepts any function
+    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", True, _TEAM),
+    "gymnasium": Suite(".gymnasium", "gymnasium", None, True, ("vectorization",)),
 }
 
 
-def make(source: Any, num_envs: int, *, seed: int = 0, observe: Any = None, **options: Any) -> Env:
+def make(
+    source: Any,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    leave_out: Sequence[str] = (),
+    observe: Any = None,
+    **options: Any,
+) -> Env:
     """Makes a vectorised environment.
 
     **Arguments:**
 
     - `source`: `"suite/name"`, or one's own: a gymnax environment, a pair of it and its
-        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment. Where
-        PettingZoo is installed, a function is called once more, to see what it makes.
+        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
+    - `leave_out`: entries of `Dict` observations that the agent does not see, by their paths:
+        `["mission", "arm.velocity"]`. They may be of kinds that nothing can be learnt from.
     - `observe`: a list of those entries of the observation's last axis that are not hidden:
-        `[0, 2]` leaves CartPole without velocities. `None`: all.
+        `[0, 2]` leaves CartPole without velocities. Where observations are several arrays,
+        such lists by path: `{"image": [0]}`. `None`: all.
     - `options`: of the suite.
 
     **Raises:** `UsageError` for what is unknown or cannot be done, with what would have been right.
     """
     if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
         raise UsageError(f"num_envs is {num_envs!r}: give a whole number of lanes, 1 or more")
-    env = _make(source, num_envs, seed, options)
-    return env if observe is None else Observe(env, observe)
+    if isinstance(leave_out, str) or not all(isinstance(path, str) for path in leave_out):
+        raise UsageError(f"leave_out is {leave_out!r}: give a list of paths, such as ['mission']")
+    name, source = _suite_of(source, options)
+    suite, leave_out = _load(name), tuple(leave_out)
+    if leave_out and SUITES[name].leaves_out:
+        options, leave_out = options | {"leave_out": leave_out}, ()
+    env = suite.make(source, num_envs, seed=seed, **options)
+    return Observe(env, observe, leave_out) if leave_out or observe is not None else env
 
 
-def _make(source: Any, num_envs: int, seed: int, options: dict[str, Any]) -> Env:
+def _suite_of(source: Any, options: dict[str, Any]) -> tuple[str, Any]:
+    """The suite that can make an environment of `source`, and what it takes for `source`."""
     if isinstance(source, str):
         suite, slash, name = source.partition("/")
         if not slash:
@@ -70,10 +97,20 @@ def _make(source: Any, num_envs: int, seed: int, options: dict[str, Any]) -> Env
             )
         if suite not in SUITES:
             raise UnknownNameError("suite", suite, SUITES)
-        return _load(suite).make(name, num_envs, seed=seed, **options)
-    for name, suite in SUITES.items():
-        if _may_hold(suite, source) and _load(name).accepts(source, options):
-            return _load(name).make(source, num_envs, seed=seed, **options)
+        return suite, name
+    name = _accepting(source, SUITES)
+    if name is not None:
+        return name, source
+    if callable(source) and not isinstance(source, type):
+        function = _Called(source, options)
+        takers = {x: suite for x, suite in SUITES.items() if suite.own_options is not None}
+        name = _accepting(function.first, takers)
+        if name is not None:
+            return name, function
+        kind = type(function.first).__name__
+        raise UsageError(
+            f"the function must return a gymnasium.Env or a PettingZoo environment, not a {kind}"
+        )
     raise UsageError(
         f"cannot make an environment of {source!r}: give 'suite/name', a gymnax environment "
         "(alone or with its parameters), or a function that returns a gymnasium.Env "
@@ -81,15 +118,35 @@ def _make(source: Any, num_envs: int, seed: int, options: dict[str, Any]) -> Env
     )
 
 
-def _may_hold(suite: Suite, source: Any) -> bool:
-    """Whether it can be of the suite: whoever holds an object of a package has imported it.
+def _accepting(source: Any, suites: Mapping[str, Suite]) -> str | None:
+    """The suite that can wrap it: whoever holds an object of a package has imported it."""
+    for name, suite in suites.items():
+        if suite.package in sys.modules and _load(name).accepts(source):
+            return name
+    return None
 
-    A function may do so only when it is called.
-    """
-    is_imported = suite.package in sys.modules
-    if is_imported or not (suite.takes_functions and callable(source)):
-        return is_imported
-    return importlib.util.find_spec(suite.package) is not None
+
+class _Called:
+    """A function that has been called to see what it makes, which is the first that it returns."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        own = {option for suite in SUITES.values() for option in suite.own_options or ()}
+        self._function = function
+        self._options = {name: value for name, value in options.items() if name not in own}
+        try:
+            self.first = function(**self._options)
+        except UsageError:
+            raise
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"{function!r} makes no environment: {what}") from error
+
+    def __call__(self, **options: Any) -> Any:
+        """What it makes."""
+        first, self.first = self.first, None
+        if first is not None and options == self._options:
+            return first
+        return self._function(**options)
 
 
 def env_ids(suite: str) -> list[str]:

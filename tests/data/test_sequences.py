@@ -74,7 +74,9 @@ def test_sequences_are_what_the_environment_said(tmp_path, name):
             taken[real], actions[begin : begin + num - 1][real[: num - 1]]
         )
         assert not np.any(real[num - 1 :])
-        assert np.all(ours.timesteps.first[num:, lane]) and not np.any(ours.timesteps.ended[num:, lane])
+        assert np.all(ours.timesteps.first[num:, lane]) and not np.any(
+            ours.timesteps.ended[num:, lane]
+        )
         assert not np.any(ours.timesteps.reward[num:, lane])
         agents = taken[~real].reshape(-1, *(env.action_space.shape or ()))
         assert all(env.action_space.contains(_as_sampled(env.action_space, x)) for x in agents)
@@ -137,7 +139,9 @@ def test_transitions_say_what_is_legal_next(tmp_path):
     begins = np.flatnonzero(rows.acted)
     np.testing.assert_array_equal(ours.next_action_mask, rows.action_mask[begins + ours.length])
     for obs, of_rows in ((ours.obs, begins), (ours.next_obs, begins + ours.length)):
-        jax.tree.map(lambda x, y, at=of_rows: np.testing.assert_array_equal(x, y[at]), obs, rows.obs)
+        jax.tree.map(
+            lambda x, y, at=of_rows: np.testing.assert_array_equal(x, y[at]), obs, rows.obs
+        )
     np.testing.assert_array_equal(ours.action, rows.action[begins])
 
 

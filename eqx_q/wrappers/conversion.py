@@ -1,0 +1,216 @@
+"""What environments outside JAX say, as arrays that it has; and what they are told."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+from jaxtyping import Bool, PyTree, Shaped
+
+from .. import spaces
+from ..errors import UsageError
+from ..spaces import Box, Dict, Discrete, Leaf, MultiBinary, MultiDiscrete, Space, Tuple
+from ..types import AnyArray
+
+_MOST_CHOICES = 2**16  # of a whole number among an environment's actions
+
+
+def map_leaves(function: Callable[[str, Leaf], Leaf], space: Space, path: str = "") -> Space:
+    """`space` with `function(path, leaf)` in place of each leaf."""
+    if isinstance(space, Dict):
+        return Dict({x: map_leaves(function, space[x], f"{path}.{x}".lstrip(".")) for x in space})
+    if isinstance(space, Tuple):
+        children = enumerate(space.spaces)
+        mapped = [map_leaves(function, one, f"{path}.{i}".lstrip(".")) for i, one in children]
+        return Tuple(gymnasium.spaces.Tuple(mapped))
+    assert isinstance(space, Leaf)
+    return function(path, space)
+
+
+def cast_space(space: Space) -> Space:
+    """`space` with the types that arrays have in JAX: `uint8`, `int32` or `float32`."""
+    return map_leaves(lambda path, leaf: _cast(leaf), space)
+
+
+def _cast(leaf: Leaf) -> Leaf:
+    if not isinstance(leaf, Box) or leaf.dtype == np.uint8:
+        return leaf
+    if leaf.dtype.kind == "f":
+        dtype = np.float32
+        with np.errstate(over="ignore"):  # the largest float64 becomes infinite
+            low, high = leaf.low.astype(dtype), leaf.high.astype(dtype)
+    else:
+        dtype, whole = np.int32, np.iinfo(np.int32)
+        low, high = (np.clip(x, whole.min, whole.max).astype(dtype) for x in (leaf.low, leaf.high))
+    return Box(gymnasium.spaces.Box(low, high, leaf.shape, dtype))
+
+
+def actions_of(space: gymnasium.Space) -> Leaf:
+    """The space of the actions that an environment is given: those that it takes.
+
+    A `Box` of whole numbers is `MultiDiscrete`; any other has `float32`.
+
+    **Raises:** `UsageError` for what Q-learning cannot choose from.
+    """
+    leaf = spaces.of_actions(space)
+    if not isinstance(leaf, Box) or leaf.dtype.kind == "f":
+        return _cast(leaf)
+    low = leaf.low.astype(np.int64)
+    choices = leaf.high.astype(np.int64) - low + 1
+    if (choices > _MOST_CHOICES).any():
+        raise UsageError(
+            f"actions of {space} have more than {_MOST_CHOICES} choices: wrap the environment in "
+            "gymnasium.wrappers.TransformAction"
+        )
+    return MultiDiscrete(gymnasium.spaces.MultiDiscrete(choices, start=low))
+
+
+def as_taken(space: gymnasium.Space, action: AnyArray) -> Shaped[np.ndarray, "..."]:
+    """Actions in the type and the bounds of `space`, the environment's own."""
+    action = np.asarray(action).astype(space.dtype)
+    if isinstance(space, gymnasium.spaces.Box):  # rounding may have led out of it
+        action = np.clip(action, space.low, space.high)
+    return action
+
+
+def factors(actions: Leaf) -> tuple[int, ...]:
+    """How many choices each factor of an action has. A `Box` has none."""
+    if isinstance(actions, Discrete):
+        return (int(actions.n),)
+    if isinstance(actions, MultiDiscrete):
+        return tuple(int(n) for n in actions.nvec.ravel())
+    return (2,) * int(np.prod(actions.shape)) if isinstance(actions, MultiBinary) else ()
+
+
+def read_mask(actions: Leaf, given: Any) -> Bool[np.ndarray, " A"]:
+    """A mask, in any of the forms that are in use, as what is legal of each choice.
+
+    Of `Discrete` it is an array; of `MultiDiscrete` arrays nested as its choices are, or one of
+    them all; of `MultiBinary` the same (off and on of each bit), or Gymnasium's array with what
+    each bit must be, and 2 where it is free.
+
+    **Raises:** `UsageError` where it is for another number of choices.
+    """
+    sizes = factors(actions)
+    mask = np.concatenate([np.ravel(np.asarray(part)) for part in jax.tree.leaves(given)])
+    if isinstance(actions, MultiBinary) and len(mask) == len(sizes):
+        mask = np.stack([mask != 1, mask != 0], axis=-1).ravel()
+    if len(mask) != sum(sizes):
+        raise UsageError(f"an action mask has {len(mask)} entries, for {sum(sizes)} choices")
+    return complete(actions, mask.astype(bool), np)
+
+
+def complete(
+    actions: Leaf, mask: Bool[AnyArray, "*lanes A"], numpy: ModuleType
+) -> Bool[AnyArray, "*lanes A"]:
+    """`mask`, but where nothing is legal of a factor (a game is over) all of it is."""
+    ends = itertools.accumulate(factors(actions), initial=0)
+    parts = [mask[..., start:end] for start, end in itertools.pairwise(ends)]
+    return numpy.concatenate([x | ~x.any(-1, keepdims=True) for x in parts], axis=-1)
+
+
+def write_mask(actions: Leaf, mask: Bool[np.ndarray, " A"]) -> Any:
+    """`mask` in Gymnasium's own form, as `actions.sample` takes it."""
+    flags = np.asarray(mask, np.int8)
+    if isinstance(actions, MultiDiscrete):
+        parts = iter(np.split(flags, np.cumsum(factors(actions))[:-1]))
+        return _nested(actions.nvec.shape, parts)
+    if isinstance(actions, MultiBinary):
+        off, on = np.moveaxis(flags.reshape(*actions.shape, 2), -1, 0)
+        return np.where(off & on, 2, on).astype(np.int8)
+    return flags
+
+
+def _nested(shape: tuple[int, ...], parts: Any) -> tuple:
+    if len(shape) == 1:
+        return tuple(next(parts) for _ in range(shape[0]))
+    return tuple(_nested(shape[1:], parts) for _ in range(shape[0]))
+
+
+def legal_action(actions: Leaf, mask: Bool[np.ndarray, " A"] | None) -> Shaped[np.ndarray, "..."]:
+    """The first legal action."""
+    if isinstance(actions, Box):
+        return actions.low
+    sizes = factors(actions)
+    parts = [np.ones(n) for n in sizes]
+    if mask is not None:
+        parts = np.split(np.asarray(mask), np.cumsum(sizes)[:-1])
+    chosen = np.reshape([int(np.argmax(part)) for part in parts], actions.shape)
+    start = getattr(actions, "start", 0)
+    return np.asarray(chosen + start, actions.dtype)
+
+
+def arrays(space: Space, obs: Any, *axes: int) -> PyTree[np.ndarray]:
+    """What of an observation is in `space`, in NumPy arrays of its types behind `axes`.
+
+    **Raises:** `UsageError` where something is missing or of another shape.
+    """
+    found, structure = jax.tree.flatten(spaces.select(space, obs))
+    cast = []
+    for (path, leaf), x in zip(spaces.leaves(space), found, strict=True):
+        if x.shape != (*axes, *leaf.shape):
+            where = f" at '{path}'" if path else ""
+            raise UsageError(
+                f"an observation has shape {x.shape[len(axes) :]}{where}, but its space says "
+                f"{leaf.shape}"
+            )
+        cast.append(np.asarray(x, jax.dtypes.canonicalize_dtype(leaf.dtype)))
+    return jax.tree.unflatten(structure, cast)
+
+
+@dataclasses.dataclass(frozen=True)
+class Senses:
+    """What an agent sees of an environment's observations, and what they tell of legal actions.
+
+    **Attributes:**
+
+    - `space`: of what it sees.
+    - `actions`: what it can do.
+    - `tells_mask`: whether observations are a `Dict` whose entry `"action_mask"` has a number for
+        each choice: then that is the mask, and not seen.
+    - `sees_one`: whether of such, as is the custom, only `"observation"` is left: then that alone
+        is seen.
+    """
+
+    space: Space
+    actions: Leaf
+    tells_mask: bool
+    sees_one: bool
+
+    @classmethod
+    def of(cls, space: gymnasium.Space, actions: Leaf, leave_out: Iterable[str] = ()) -> "Senses":
+        """Those of an environment, but for the entries `leave_out`, by path."""
+        space = spaces.without(space, leave_out)
+        tells_mask = sees_one = False
+        if isinstance(space, gymnasium.spaces.Dict) and "action_mask" in space.spaces:
+            mask = (np.prod(leaf.shape or ()) for _, leaf in spaces.leaves(space["action_mask"]))
+            tells_mask = sum(mask) in _mask_lengths(actions)
+        if tells_mask:
+            space = spaces.without(space, ["action_mask"])
+            sees_one = list(space) == ["observation"]
+            space = space["observation"] if sees_one else space
+        return cls(cast_space(spaces.of_observations(space)), actions, tells_mask, sees_one)
+
+    def seen(self, obs: Any) -> Any:
+        """What is seen of an observation, and perhaps more."""
+        return obs["observation"] if self.sees_one else obs
+
+    def see(self, obs: Any, *axes: int) -> PyTree[np.ndarray]:
+        """The arrays of what is seen, behind `axes`."""
+        return arrays(self.space, self.seen(obs), *axes)
+
+    def mask(self, obs: Any, info: Any) -> Bool[np.ndarray, " A"] | None:
+        """What is legal, as one lane's observation or its `info["action_mask"]` says."""
+        given = obs["action_mask"] if self.tells_mask else info.get("action_mask")
+        return None if given is None else read_mask(self.actions, given)
+
+
+def _mask_lengths(actions: Leaf) -> tuple[int, ...]:
+    sizes = factors(actions)
+    if isinstance(actions, MultiBinary):
+        return sum(sizes), len(sizes)
+    return (sum(sizes),) if sizes else ()
