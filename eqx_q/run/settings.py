@@ -111,8 +111,8 @@ def traced(config: Config) -> set[str]:
 
 
 def _is_part(field: dataclasses.Field, options: Mapping[str, Any]) -> bool:
-    is_class = isinstance(field.type, type) and field.name in options
-    return is_class and issubclass(field.type, Part)
+    kind = field.type
+    return field.name in options and isinstance(kind, type) and issubclass(kind, Part)
 
 
 def _created(target: str) -> Any:
