@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from environments import Guess
+from parts import Parted
 from recordings import ACTIONS, STACK, VECTOR, describe, random_episodes, write
 
 import eqx_q
-from eqx_q.data import Blocks, Rows, Sampling
+from eqx_q.data import Blocks, Replay, Rows, Sampling
 from eqx_q.data.sampling import _SHARE
 from eqx_q.errors import DivergedError, UsageError
 from eqx_q.loops.callbacks import Checkpoint, Evaluation, Interrupt, Progress
@@ -162,7 +163,7 @@ def test_it_is_its_pure_core(dataset):
     for _ in range(13):
         key, draw_key, update_key = jax.random.split(key, 3)
         batch = replay.transitions(replay.draw(draw_key, (8,)), 1)
-        ours, new, _ = ours.update(batch, key=update_key)
+        ours, new = ours.update(batch, key=update_key)
         losses.append(new["loss"])
     np.testing.assert_allclose(np.mean(losses), metrics["loss"], rtol=1e-4)
     obs = dataset.rows.obs[:9]
@@ -304,6 +305,49 @@ def test_quantiles_and_frame_stacks_and_steps(tmp_path):
     assert np.isfinite(history[-1]["loss"])
 
 
+@pytest.mark.parametrize("num_members", [None, 2])
+def test_sequences_where_an_agent_learns_from_those(dataset, monkeypatch, num_members):
+    """Each a lane of a rollout, from memory as at an episode's start."""
+
+    def sequences(replay, place, length):
+        obs = jnp.broadcast_to(place.astype(jnp.float32)[:, None], (length + 1, len(place), 1))
+        no = jnp.zeros(obs.shape[:2], bool)
+        steps = eqx_q.TimeStep(obs, obs[..., 0], no, no, no, eqx_q.Episode(no, obs[..., 0], no + 0))
+        return eqx_q.Rollout(steps, jnp.zeros((length, len(place)), jnp.int32))
+
+    monkeypatch.setattr(Replay, "sequences", sequences, raising=False)
+
+    def create(key):
+        blur = {"sigma": 1.0}
+        return Parted.create(VECTOR, ACTIONS, key=key, blur=blur, sequence_length=3)
+
+    agent = create(jax.random.key(0))
+    if num_members:
+        keys = jax.random.split(jax.random.key(0), num_members)
+        agent = eqx_q.Population(eqx.filter_vmap(create)(keys))
+    told, states = [], []
+
+    def keep(state, metrics):
+        told.append(metrics)
+        states.append(state)
+
+    sampling = Sampling(priority_exponent=1.0, priority_correction=0.0)
+    train(agent, dataset, 2, sampling=sampling, callbacks=[keep], log_every=1)
+    (first, last), members = told, () if num_members is None else (num_members,)
+    assert "priority" not in first and first["seen"].shape == (*members, 4, 4)
+    assert not np.array_equal(first["seen"], last["seen"])
+    for name, row in (("first", first), ("last", last)):
+        np.testing.assert_allclose(row["loss"], row["seen"].mean((-1, -2)), err_msg=name)
+    # What was drawn has the priority that it told, its own place.
+    places = last["seen"][..., 0, :].reshape(-1, 4).astype(int)
+    values = np.asarray(states[-1].priorities.values).reshape(len(places), -1)
+    for place, own in zip(places, values, strict=True):
+        np.testing.assert_allclose(own[place], place + 1e-6, rtol=1e-5)
+    weighted = Sampling(priority_exponent=1.0)
+    with pytest.raises(UsageError, match="set priority_correction=0"):
+        train(agent, dataset, 2, sampling=weighted)
+
+
 # What is known exactly.
 
 NUM_STATES, GAMMA = 5, 0.8
@@ -426,7 +470,11 @@ def test_data_that_are_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("observations", "actions", "message"),
     [
-        (VECTOR, gymnasium.spaces.Discrete(6), "has 4 actions, the agent 6: .*test/Env-v0"),
+        (
+            VECTOR,
+            gymnasium.spaces.Discrete(6),
+            "has actions Discrete.4., the agent .*test/Env-v0",
+        ),
         (gymnasium.spaces.Box(-1, 1, (5,), np.float32), ACTIONS, r"has observations Box.*\(3,\)"),
         (gymnasium.spaces.Box(0, 9, (3,), np.uint8), ACTIONS, "has observations .* the agent"),
     ],

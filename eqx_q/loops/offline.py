@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -16,6 +17,7 @@ from ..agents import Agent, Batches
 from ..data import Blocks, Dataset, Priorities, Replay, Sampling
 from ..errors import UsageError
 from ..sharding import Lay, OneDevice, Placement, place_on
+from ..spaces import leaves
 from ..types import Rollout, Transitions
 from .running import Boundaries, Callback, Metrics, run
 from .source import AbstractRunState, AbstractSource, ByName, Told, advance_from, check_shares
@@ -134,20 +136,23 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
     """Raises `UsageError` where the agent does not learn offline, or not from these data."""
     _batches(agent)
     of_data = dataset.description
-    if agent.action_space != of_data.action_space:
-        raise UsageError(
-            f"'{dataset.path}' has {of_data.action_space.n} actions, the agent "
-            f"{agent.action_space.n}: choose the environment that the data are of ({of_data.env}, "
-            f"{dict(of_data.preprocessing)})"
-        )
-    if agent.observation_space.shape != of_data.observation_space.shape or (
-        agent.observation_space.dtype != of_data.observation_space.dtype
+    for name, ours, theirs in (
+        ("actions", agent.action_space, of_data.action_space),
+        ("observations", agent.observation_space, of_data.observation_space),
     ):
-        raise UsageError(
-            f"'{dataset.path}' has observations {of_data.observation_space}, the agent "
-            f"{agent.observation_space}: choose the environment that the data are of "
-            f"({of_data.env}, {dict(of_data.preprocessing)})"
-        )
+        if _kind(ours) != _kind(theirs):
+            raise UsageError(
+                f"'{dataset.path}' has {name} {theirs}, the agent {ours}: choose the environment "
+                f"that the data are of ({of_data.env}, {dict(of_data.preprocessing)})"
+            )
+
+
+def _kind(space: gymnasium.Space) -> list[tuple[str, Any]]:
+    """What two spaces must have in common: of a Box not its bounds."""
+    return [
+        (path, (leaf.shape, leaf.dtype) if isinstance(leaf, gymnasium.spaces.Box) else leaf)
+        for path, leaf in leaves(space)
+    ]
 
 
 def _check_weights(agent: Agent, sampling: Sampling) -> None:

@@ -1,0 +1,55 @@
+"""An agent that is made of parts and learns nothing from the data that it is shown."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from eqx_q.agents import Agent, Batches
+from eqx_q.agents.parts import Part
+
+
+class Blur(Part):
+    """A part with a number that may change, and one that may not."""
+
+    sigma: Float[Array, ""]
+    bins: int = eqx.field(static=True)
+
+
+class Parted(Agent):
+    """Remembers how often it has learnt, in sequences where it is asked to."""
+
+    learning_rate: Float[Array, ""]
+    blur: Blur
+    learnt: jax.Array
+    observation_space: Any = eqx.field(static=True)
+    action_space: Any = eqx.field(static=True)
+    learns_from: Batches = eqx.field(static=True)
+    num_agents: None = None
+    num_members: None = None
+
+    @classmethod
+    def create(
+        cls, observation_space, action_space, *, key, blur, learning_rate=0.1, sequence_length=None
+    ) -> "Parted":
+        blur = Blur(jnp.asarray(blur["sigma"], jnp.float32), blur.get("bins", 3))
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        batches = Batches(4, sequence_length=sequence_length)
+        return cls(rate, blur, jnp.zeros((), jnp.uint32), observation_space, action_space, batches)
+
+    def initial_memory(self, num_envs):
+        return jnp.zeros(num_envs)
+
+    def act(self, obs, memory=None, **options):
+        raise NotImplementedError
+
+    def update(self, experience, *, key):
+        obs = experience.timesteps.obs
+        told = {
+            "loss": jnp.mean(obs) + jnp.sum(experience.memory),
+            "seen": obs[..., 0],
+            "priority": obs[0, :, 0],
+        }
+        return eqx.tree_at(lambda agent: agent.learnt, self, self.learnt + 1), told
