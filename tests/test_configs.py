@@ -15,6 +15,7 @@ from eqx_q.data import Sampling
 from eqx_q.errors import UsageError
 from eqx_q.nets.registry import ENCODERS, make_network
 from eqx_q.run import make_agent, make_env
+from eqx_q.run.parts import KINDS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -70,8 +71,9 @@ def test_presets_with_quantiles():
         ("cql_atari_qr_alpha1", "cql", 1.0),
     ]:
         config = composed(f"agent={agent}", "env=atari", f"tuned={name}")["agent"]
-        assert config["network_options"]["num_quantiles"] == 200
-        assert (config["alpha"], config["adam_epsilon"]) == (alpha, 0.01 / 32)
+        value, optimizer = config["value"], config["optimizer"]
+        assert (value["name"], value["num_quantiles"]) == ("quantile", 200)
+        assert (config["alpha"], optimizer["eps"]) == (alpha, 0.01 / 32)
         assert (config["batch_size"], config["target_update_period"]) == (32, 2000)
 
 
@@ -169,26 +171,35 @@ def test_agents_that_differ_are_padded_as_the_error_says(overrides):
 
 
 def test_every_argument_of_the_library_is_in_the_configuration():
-    config = composed("tuned=none")["agent"]
-    arguments = inspect.signature(eqx_q.PQN.create).parameters.values()
-    defaults = {x.name: x.default for x in arguments if x.default is not x.empty}
-    del defaults["num_agents"]  # that the environment says
-    assert {**config, "network_options": None} == {**defaults, "_target_": "eqx_q.PQN"}
-    options = set(inspect.signature(make_network).parameters)
+    of_networks = set(inspect.signature(make_network).parameters)
     for encoder in ENCODERS.values():
-        options |= set(inspect.signature(encoder).parameters)
-    assert set(config["network_options"]) == options - {
-        "name", "observation_space", "num_actions", "num_agents", "key", "options", "shape",
-        "num_quantiles",
+        of_networks |= set(inspect.signature(encoder).parameters)
+    of_networks |= {"embedding_size"}
+    of_networks -= {
+        "name", "observation_space", "choices", "num_values", "num_agents", "key", "options",
+        "shape",
     }  # fmt: skip
-    dqn = composed("tuned=none", "agent=dqn")["agent"]
-    arguments = inspect.signature(eqx_q.DQN.create).parameters.values()
-    defaults = {x.name: x.default for x in arguments if x.default is not x.empty}
-    assert {**dqn, "network_options": None} == {**defaults, "_target_": "eqx_q.DQN"}
-    assert set(dqn["network_options"]) == {*config["network_options"], "num_quantiles"} - {
-        "memory", "memory_size", "num_memory_layers", "last_action", "last_reward",
-        "share_parameters", "agent_id",
-    }  # fmt: skip
+    for name in ("pqn", "dqn"):
+        config = composed("tuned=none", f"agent={name}")["agent"]
+        cls = getattr(eqx_q, name.upper())
+        arguments = inspect.signature(cls.create).parameters.values()
+        defaults = {x.name: x.default for x in arguments if x.default is not x.empty}
+        for of_env in ("num_agents", "state_size"):  # the environment says those
+            del defaults[of_env]
+        if name == "dqn":  # whose weights are those of the class
+            defaults |= {"alpha": cls.defaults.alpha, "td_weight": cls.defaults.td_weight}
+        assert set(config["network_options"]) == of_networks
+        for kind, known in KINDS.items():
+            part, default = config.pop(kind), defaults.pop(kind)
+            assert part.pop("name") == default
+            assert not any(part.values())  # null: the part's own default
+            listed = set().union(*(inspect.signature(make).parameters for make in known.values()))
+            listed -= {"num_agents", "state_size", "key"}
+            assert set(part) == listed if kind != "optimizer" else set(part) <= listed
+        assert {**config, "network_options": None} == {
+            **defaults,
+            "_target_": f"eqx_q.{cls.__name__}",
+        }
     sampling = {field.name: field.default for field in dataclasses.fields(Sampling)}
     assert {**composed()["sampling"], "seed": 0, "reward_clip": False} == sampling
     emulator = set(envpool.make_spec("Pong-v5").config._fields)

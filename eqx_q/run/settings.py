@@ -72,6 +72,10 @@ def make_agent(
                 f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
             )
         options |= {"num_agents": env.num_agents, "state_size": env.state_size}
+        network = dict(options.get("network_options", {}))
+        if network.get("share_parameters") == "kind":
+            network.setdefault("agent_kinds", env.agent_kinds)
+            options["network_options"] = network
 
     def member(key, values):
         spaces = env.observation_space, env.action_space
