@@ -30,7 +30,7 @@ from .recurrent import RECURRENCES
 from .team import AgentId, PerAgent
 
 
-def has_channels_first(space: spaces.Leaf) -> bool:
+def has_channels_first(space: gymnasium.Space) -> bool:
     """Whether these are pictures `[C, H, W]`: bytes, with fewer channels than columns.
 
     Grids of features are floats, and have their features last, however many those are.
@@ -48,7 +48,7 @@ def choose_encoder(shape: tuple[int, ...]) -> str:
 
 def make_network(
     name: str,
-    observation_space: spaces.Space,
+    observation_space: gymnasium.Space,
     choices: tuple[int, ...],
     *,
     num_values: int = 1,
@@ -119,6 +119,7 @@ def make_network(
     for option, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
+    observation_space = spaces.of_observations(observation_space)
     kinds = _kinds(num_agents, share_parameters, agent_kinds)
     parts = _parts(name, encoders or {}, observation_space, channels_first)
     if init is not None:
@@ -132,7 +133,7 @@ def make_network(
         if option not in known:
             names = "+".join(dict.fromkeys(part.encoder for part in parts))
             raise UnknownNameError(f"option of network '{names}':", option, known | _OPTIONS)
-    together = isinstance(observation_space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple)
+    together = isinstance(observation_space, spaces.Dict | spaces.Tuple)
     joined = together or parts[0].encoder in STEMS
     make_encoder = partial(
         _join if joined else _read,
@@ -232,7 +233,7 @@ def _parts(
         shape = _shape(leaf)
         first = has_channels_first(leaf) if channels_first is None else channels_first
         first = first and len(shape) == 3
-        if isinstance(leaf, gymnasium.spaces.Discrete | gymnasium.spaces.MultiDiscrete):
+        if isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
             usual, fit = "one_hot", name in STEMS
         else:
             usual = choose_encoder((*shape[1:], shape[0]) if first else shape)
@@ -246,9 +247,9 @@ def _parts(
 
 def _numbers(name: str, space: spaces.Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of each whole number in a leaf: how many values it has, and the first of them."""
-    if isinstance(space, gymnasium.spaces.Discrete):
+    if isinstance(space, spaces.Discrete):
         return (int(space.n),), (int(space.start),)
-    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+    if isinstance(space, spaces.MultiDiscrete):
         return tuple(map(int, space.nvec.ravel())), tuple(map(int, space.start.ravel()))
     raise UsageError(f"'{name}' reads Discrete or MultiDiscrete, not {space}: use network 'auto'")
 
@@ -277,7 +278,7 @@ def _read(
     if not shape:
         layers.append(Flatten())
         shape = (1,)
-    if not isinstance(space, gymnasium.spaces.Box):
+    if not isinstance(space, spaces.Box):
         normalize_input, input_scale = False, 1.0
     if normalize_input:
         layers.append(BatchNorm(shape[-1]))

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import make
 
 from eqx_q.errors import UsageError
-from eqx_q.nets import encoders, make_network
+from eqx_q.nets import Inputs, encoders
+from eqx_q.nets.encoders import ENCODERS
 from eqx_q.nets.layers import NORMS
-from eqx_q.nets.registry import ENCODERS
 
 KEY = jax.random.key(0)
 SPACES = {
@@ -31,43 +32,41 @@ def count(module):
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_network_learns_with_every_norm(name, norm):
     space = SPACES[name]
-    network = make_network(
-        name, space, 3, key=KEY, norm=norm, hidden_sizes=(16,), **SMALL.get(name, {})
-    )
+    network = make(name, space, 3, key=KEY, norm=norm, hidden_sizes=(16,), **SMALL.get(name, {}))
     obs = jax.random.randint(KEY, (2, 4, *space.shape), 0, 200).astype(space.dtype)
     statistics = network.initial_statistics()
 
     @eqx.filter_jit
     def gradient(network, batch_mask):
         def loss(network):
-            out = network(obs, statistics, batch_mask=batch_mask)
-            return jnp.mean(jnp.square(out.q_values - 1)), out
+            out = network(Inputs(obs, batch_mask=batch_mask), statistics, ())
+            return jnp.mean(jnp.square(out.values - 1)), out
 
         return eqx.filter_value_and_grad(loss, has_aux=True)(network)
 
     (_, out), gradients = gradient(network, jnp.ones((2, 4), bool))
-    assert out.q_values.shape == (2, 4, 3)
-    assert np.all(np.isfinite(out.q_values))
-    spread = np.std(np.asarray(out.q_values), (0, 1)) / np.max(np.abs(out.q_values))
+    assert out.values.shape == (2, 4, 3, 1)
+    assert np.all(np.isfinite(out.values))
+    spread = np.std(np.asarray(out.values), (0, 1)) / np.max(np.abs(out.values))
     assert np.all(spread > 1e-3)  # the observation matters
     assert jax.tree.structure(out.statistics) == jax.tree.structure(statistics)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.all(np.isfinite(leaf)), path
         # A bias right before batch normalisation has none: it is taken away with the mean.
-        assert np.any(leaf) or (leaf.ndim == 1 and statistics is not None), path
-    if statistics is not None:  # with running statistics it is not
+        assert np.any(leaf) or (leaf.ndim == 1 and jax.tree.leaves(statistics)), path
+    if jax.tree.leaves(statistics):  # with running statistics it is not
         _, gradients = gradient(network, None)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
             assert np.any(leaf), path
 
 
 def test_parameters_of_the_mlp():
-    network = make_network("mlp", SPACES["mlp"], 2, key=KEY)
+    network = make("mlp", SPACES["mlp"], 2, key=KEY)
     assert count(network) == (4 * 256 + 3 * 256) + (256 * 256 + 3 * 256) + (256 * 2 + 2)
 
 
 def test_parameters_of_the_minatar_cnn():
-    network = make_network("minatar_cnn", SPACES["minatar_cnn"], 6, key=KEY)
+    network = make("minatar_cnn", SPACES["minatar_cnn"], 6, key=KEY)
     conv, dense = 9 * 4 * 16 + 3 * 16, 8 * 8 * 16 * 128 + 3 * 128
     assert count(network) == conv + dense + 128 * 6 + 6
 
@@ -75,7 +74,7 @@ def test_parameters_of_the_minatar_cnn():
 @pytest.mark.parametrize(("padding", "pixels"), [("VALID", 7 * 7), ("SAME", 11 * 11)])
 def test_parameters_of_the_nature_cnn(padding, pixels):
     space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    network = make_network("nature_cnn", space, 6, key=KEY, norm="none", padding=padding)
+    network = make("nature_cnn", space, 6, key=KEY, norm="none", padding=padding)
     convs = (64 * 4 * 32 + 32) + (16 * 32 * 64 + 64) + (9 * 64 * 64 + 64)
     assert count(network) == convs + pixels * 64 * 512 + 512 + 512 * 6 + 6
 
@@ -83,15 +82,15 @@ def test_parameters_of_the_nature_cnn(padding, pixels):
 def test_parameters_of_cleanrls_nature_cnn():
     """Layer norm over whole images, with a scale and a bias for every element."""
     space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    whole = make_network("nature_cnn", space, 6, key=KEY, norm="layer_norm_all")
-    none = make_network("nature_cnn", space, 6, key=KEY, norm="none")
+    whole = make("nature_cnn", space, 6, key=KEY, norm="layer_norm_all")
+    none = make("nature_cnn", space, 6, key=KEY, norm="none")
     normalised = 32 * 20 * 20 + 64 * 9 * 9 + 64 * 7 * 7 + 512
     assert count(whole) - count(none) == 2 * normalised
 
 
 def test_parameters_of_impala():
     space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    network = make_network("impala", space, 6, key=KEY, norm="none")
+    network = make("impala", space, 6, key=KEY, norm="none")
     convs = 0
     for inputs, channels in ((4, 16), (16, 32), (32, 32)):
         convs += 9 * inputs * channels + channels + 4 * (9 * channels * channels + channels)
@@ -100,7 +99,7 @@ def test_parameters_of_impala():
 
 def test_parameters_of_hadamax():
     space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    network = make_network("hadamax", space, 6, key=KEY, norm="none")
+    network = make("hadamax", space, 6, key=KEY, norm="none")
     convs = 2 * ((64 * 4 * 32 + 32) + (16 * 32 * 64 + 64) + (9 * 64 * 64 + 64))
     assert count(network) == convs + 11 * 11 * 64 * 512 + 512 + 512 * 6 + 6
 

@@ -88,13 +88,21 @@ def test_raw_images(window, stride, size, lowering):
     )
 
 
-def test_on_cpu_a_convolution_is_a_matrix_product():
-    conv = Conv(4, 5, 4, 2, key=KEY)
-    program = str(jax.make_jaxpr(lambda x: output(conv, x))(normal(2, 8, 8, 4)))
-    assert jax.default_backend() == "cpu"
-    assert "dot_general" in program and "conv_general" not in program
-    conv = Conv(4, 5, 4, 2, key=KEY, lowering="conv")
-    assert "conv_general" in str(jax.make_jaxpr(lambda x: output(conv, x))(normal(2, 8, 8, 4)))
+@pytest.mark.parametrize(
+    ("lowering", "platform", "convolves"),
+    [
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("conv", "cpu", True),
+        ("patches", "cuda", False),
+    ],
+)
+def test_on_cpu_a_convolution_is_a_matrix_product(lowering, platform, convolves):
+    conv = Conv(4, 5, 4, 2, key=KEY, lowering=lowering)
+    traced = jax.jit(lambda x: output(conv, x)).trace(normal(2, 8, 8, 4))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.convolution" in program) is convolves
+    assert ("stablehlo.dot_general" in program) is not convolves
 
 
 def test_one_convolution_per_seed():
@@ -143,21 +151,51 @@ def test_composition():
     np.testing.assert_allclose(output(layers.Product(a, b), x), ya * yb, rtol=1e-6)
     np.testing.assert_allclose(output(layers.Residual(a), x), x + ya, rtol=1e-6)
     np.testing.assert_allclose(output(layers.Sequential((a, b)), x), output(b, ya), rtol=1e-6)
-    assert layers.Sequential((a, layers.Flatten())).initial_statistics() is None
+    assert layers.Sequential((a, layers.Flatten())).initial_statistics() == (None, None)
+    tree = {"right": normal(4, 2, 3), "left": x}  # in the order of the names
+    joined = output(layers.Join((a, layers.Flatten())), tree)
+    np.testing.assert_allclose(joined, np.hstack([ya, tree["right"].reshape(4, 6)]), rtol=1e-6)
 
 
 def test_composition_keeps_each_ones_statistics():
     norm = BatchNorm(3)
-    layer = layers.Sequential((layers.Product(norm, layers.Identity()), layers.Residual(norm)))
+    first = layers.Join((layers.Product(norm, layers.Identity()),))
+    layer = layers.Sequential((first, layers.Residual(norm)))
     x, mask = normal(6, 3), jnp.ones(6, bool)
     y, kept = layer(x, layer.initial_statistics(), mask)
-    (in_product, nothing), in_residual = kept
+    ((in_product, nothing),), in_residual = kept
     inner, expected_product = norm(x, norm.initial_statistics(), mask)
     outer, expected_residual = norm(inner * x, norm.initial_statistics(), mask)
     assert nothing is None
     np.testing.assert_allclose(in_product.mean, expected_product.mean, rtol=1e-6)
     np.testing.assert_allclose(in_residual.variance, expected_residual.variance, rtol=1e-6)
     np.testing.assert_allclose(y, inner * x + outer, rtol=1e-5, atol=1e-6)
+
+
+# Of two numbers each: from 0 to 2, and from 5 to 8.
+NUMBERS = np.array([[0, 5], [2, 8], [1, 6]])
+
+
+def test_one_hot():
+    y = np.asarray(output(layers.OneHot((3, 4), (0, 5)), jnp.asarray(NUMBERS)))
+    expected = np.zeros((3, 7))
+    for row, (a, b) in enumerate(NUMBERS):
+        expected[row, [a, 3 + b - 5]] = 1
+    np.testing.assert_array_equal(y, expected)
+    same = output(layers.OneHot((4, 4), (5, 5)), jnp.asarray([[6, 8]]))  # all of one size
+    np.testing.assert_array_equal(same, [[0, 1, 0, 0, 0, 0, 0, 1]])
+    one = output(layers.OneHot((3,), (-1,)), jnp.asarray([-1, 1]))  # without axes of its own
+    np.testing.assert_array_equal(one, [[1, 0, 0], [0, 0, 1]])
+    for sizes in ((3, 4), (3, 3)):
+        assert not np.any(layers.one_hots(jnp.asarray([[-1, 9]]), sizes))
+
+
+def test_embedding_is_a_matrix_product_with_one_hot():
+    layer = layers.Embedding((3, 4), (0, 5), 6, key=KEY)
+    one_hot = np.asarray(output(layers.OneHot((3, 4), (0, 5)), jnp.asarray(NUMBERS)))
+    table = np.asarray(layer.table)
+    expected = np.hstack([one_hot[:, :3] @ table[:3], one_hot[:, 3:] @ table[3:]])
+    np.testing.assert_allclose(output(layer, jnp.asarray(NUMBERS)), expected, rtol=1e-6)
 
 
 def test_unknown_names_say_the_nearest():

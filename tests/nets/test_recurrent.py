@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import call as call_network, make as make_network
 
 from eqx_q.errors import UsageError
-from eqx_q.nets import Recurrent, make_network, recurrent
+from eqx_q.nets import Network, recurrent
 from eqx_q.nets.layers import Linear
 from eqx_q.nets.recurrent import GRU, LSTM, RECURRENCES, MinGRU, linear_recurrence
 from eqx_q.saving.structure import decode, encode
@@ -284,11 +285,11 @@ def test_initial_parameters(cls, gates):
             np.testing.assert_allclose(w @ w.T, np.eye(w.shape[0]), atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_linear_recurrence_on_each_backend(backend, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_linear_recurrence_on_each_platform(platform, monkeypatch):
     """Step after step, and by the associative scan: both compute here."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    jax.clear_caches()  # of what was traced for another backend
+    if platform == "cuda":
+        monkeypatch.setattr(recurrent, "_in_turn", recurrent._in_parallel)
     decay, x, start, weight = (
         normal(*s, seed=i) for i, s in enumerate([(T, 2), (T, 2), (2,), (T, 2)])
     )
@@ -297,8 +298,9 @@ def test_linear_recurrence_on_each_backend(backend, monkeypatch):
     for t in range(T):
         h = expected[t] = np.float64(decay[t]) * h + x[t]
     assert_close(linear_recurrence(decay, x, start), expected)
-    program = str(jax.make_jaxpr(linear_recurrence)(decay, x, start))
-    assert ("scan[" in program) is (backend == "cpu")
+    program = jax.jit(linear_recurrence).trace(decay, x, start)
+    program = program.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in program) is (platform == "cpu")
 
     # Of weight · h: the gradients in closed form, from what each h_t does to all later ones.
     g, before = np.zeros((T, 2)), np.concatenate([start[None], expected[:-1]])
@@ -320,44 +322,42 @@ def test_features_of_a_mingru_forget_over_two_to_a_thousand_steps():
 # The network -----------------------------------------------------------------------------------
 
 
-def make_recurrent(memory="gru", **options) -> Recurrent:
+def make_recurrent(memory="gru", **options) -> Network:
     options = {"hidden_sizes": (8,), "memory_size": SIZE, "key": KEY} | options
     network = make_network("mlp", VECTOR, 2, memory=memory, **options)
-    assert isinstance(network, Recurrent)
+    assert isinstance(network, Network)
     return randomized(network)
 
 
-ACTION = np.random.default_rng(0).integers(0, 2, (T, B))
-REWARD = np.asarray(normal(T, B, seed=3))
+ACTION = np.where(FIRST, -1, np.random.default_rng(0).integers(0, 2, (T, B)))[..., None]
+REWARD = np.where(FIRST, 0, normal(T, B, seed=3))
 
 
 def call(network, obs, memory=None, steps=slice(None), **more):
     lanes = {"first": FIRST, "last_action": ACTION, "last_reward": REWARD}
     lanes = {k: jnp.asarray(v[steps]) for k, v in lanes.items()} | more
-    call = eqx.filter_jit(lambda network, *args, **kwargs: network(*args, **kwargs))
-    return call(network, obs[steps], network.initial_statistics(), memory, **lanes)
+    return call_network(network, obs[steps], None, memory, **lanes)
 
 
 @pytest.mark.parametrize("head", ["linear", "dueling"])
 def test_the_network_is_its_parts(head):
     network = make_recurrent(num_memory_layers=2, last_reward=True, head=head)
     obs = normal(T, B, INPUTS)
-    one_hot = np.eye(2)[ACTION]
-    one_hot[FIRST] = 0
-    reward = np.where(FIRST, 0, REWARD)[..., None]
-    rows = network.encoder(obs.reshape(T * B, -1))[0].reshape(T, B, -1)
-    x = np.concatenate([rows, one_hot, reward], -1)
+    one_hot = np.eye(3)[ACTION[..., 0]][..., :2]  # of -1 nothing is left
+    of_encoder, of_head = network.initial_statistics()
+    rows = network.encoder(obs.reshape(T * B, -1), of_encoder)[0].reshape(T, B, -1)
+    x = np.concatenate([rows, one_hot, REWARD[..., None]], -1)
     memory, expected = network.initial_memory(B), []
     for recurrence, before in zip(network.recurrences, memory, strict=True):
         x, after = loop("gru", recurrence, x, before)
         expected.append(after)
-    q_values, _ = network.head(jnp.asarray(x.reshape(T * B, -1), jnp.float32))
-    q_values = q_values.reshape(T, B, -1)
+    values, _ = network.head(jnp.asarray(x.reshape(T * B, -1), jnp.float32), of_head)
+    values = values.reshape(T, B, 2, 1)
     output = call(network, obs, memory)
-    assert_close(output.q_values, q_values)
+    assert_close(output.values, values)
+    assert_close(output.features, jnp.asarray(x, jnp.float32))
     assert_close(output.memory, tuple(expected))
-    assert output.statistics is None
-    assert_close(call(network, obs).q_values, q_values)  # the memory is that of the start
+    assert not jax.tree.leaves(output.statistics)
 
 
 @recurrences
@@ -367,7 +367,7 @@ def test_acting_and_learning_agree(name):
     at_once = call(network, obs, memory)
     for t in range(T):
         output = call(network, obs, memory, slice(t, t + 1))
-        assert_close(output.q_values[0], at_once.q_values[t])
+        assert_close(output.values[0], at_once.values[t])
         memory = output.memory
     assert_close(memory, at_once.memory)
 

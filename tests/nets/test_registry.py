@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import call, make, q_values
 
 from eqx_q.errors import UsageError
-from eqx_q.nets import make_network
 from eqx_q.nets.layers import BatchNorm, Conv, Linear
 from eqx_q.nets.registry import choose_encoder, has_channels_first
 
@@ -42,8 +42,8 @@ def test_auto_goes_by_the_shape(shape, dtype, first, name):
     assert choose_encoder(channels_last) == name
     space = gymnasium.spaces.Box(0, 1, shape, dtype)
     assert has_channels_first(space) is first
-    a = make_network("auto", space, 3, key=KEY, hidden_sizes=(8,))
-    b = make_network(name, space, 3, key=KEY, hidden_sizes=(8,))
+    a = make("auto", space, 3, key=KEY, hidden_sizes=(8,))
+    b = make(name, space, 3, key=KEY, hidden_sizes=(8,))
     assert eqx.tree_equal(a, b)
 
 
@@ -51,12 +51,12 @@ def test_order_of_channels_is_only_a_matter_of_order():
     last = gymnasium.spaces.Box(0, 255, (36, 36, 4), np.uint8)
     obs = jax.random.randint(KEY, (1, 2, 4, 36, 36), 0, 256).astype(jnp.uint8)
     for options in ({}, {"normalize_input": True}):
-        a = make_network("nature_cnn", FRAMES, 3, key=KEY, hidden_sizes=(8,), **options)
-        b = make_network("nature_cnn", last, 3, key=KEY, hidden_sizes=(8,), **options)
-        qa = a(obs, a.initial_statistics()).q_values
-        qb = b(jnp.moveaxis(obs, 2, -1), b.initial_statistics()).q_values
+        a = make("nature_cnn", FRAMES, 3, key=KEY, hidden_sizes=(8,), **options)
+        b = make("nature_cnn", last, 3, key=KEY, hidden_sizes=(8,), **options)
+        qa = q_values(a, obs)
+        qb = q_values(b, jnp.moveaxis(obs, 2, -1))
         np.testing.assert_allclose(qa, qb, rtol=1e-4, atol=1e-5)
-    forced = make_network("minatar_cnn", GRID, 3, key=KEY, channels_first=True, padding="SAME")
+    forced = make("minatar_cnn", GRID, 3, key=KEY, channels_first=True, padding="SAME")
     assert modules(forced, Conv)[0].kernel.shape == (16, 3, 3, 10)
 
 
@@ -64,43 +64,43 @@ def test_order_of_channels_is_only_a_matter_of_order():
 def test_input_scale(name):
     space = VECTOR if name == "mlp" else GRID
     options = {"key": KEY, "norm": "none", "hidden_sizes": (8,)}
-    plain = make_network(name, space, 3, **options)
-    scaled = make_network(name, space, 3, **options, input_scale=1 / 255)
+    plain = make(name, space, 3, **options)
+    scaled = make(name, space, 3, **options, input_scale=1 / 255)
     obs = jax.random.normal(KEY, (1, 2, *space.shape))
     np.testing.assert_allclose(
-        scaled(obs, None).q_values, plain(obs / 255, None).q_values, rtol=1e-4, atol=1e-6
+        q_values(scaled, obs), q_values(plain, obs / 255), rtol=1e-4, atol=1e-6
     )
     # Bytes are scaled by default.
     raw = gymnasium.spaces.Box(0, 255, space.shape, np.uint8)
-    by_default = make_network(name, raw, 3, **options)
+    by_default = make(name, raw, 3, **options)
     pixels = jax.random.randint(KEY, obs.shape, 0, 256).astype(jnp.uint8)
     np.testing.assert_allclose(
-        by_default(pixels, None).q_values,
-        plain(pixels / 255, None).q_values,
+        q_values(by_default, pixels),
+        q_values(plain, pixels / 255),
         rtol=1e-4,
         atol=1e-5,
     )
 
 
 def test_normalised_input_is_batch_norm_of_raw_observations():
-    network = make_network("mlp", VECTOR, 3, key=KEY, normalize_input=True)
+    network = make("mlp", VECTOR, 3, key=KEY, normalize_input=True)
     (norm,) = modules(network, BatchNorm)
     obs = 5 + 3 * jax.random.normal(KEY, (2, 6, 4))
     mask = jnp.ones((2, 6), bool)
-    kept = network(obs, network.initial_statistics(), batch_mask=mask).statistics
+    kept = call(network, obs, batch_mask=mask).statistics
     _, expected = norm(obs.reshape(12, 4), norm.initial_statistics(), mask.reshape(-1))
     np.testing.assert_allclose(jax.tree.leaves(kept)[0], expected.mean, rtol=1e-5)
 
 
 def test_orthogonal_reaches_the_head():
-    network = make_network("mlp", VECTOR, 3, key=KEY, init="orthogonal", hidden_sizes=(16,))
+    network = make("mlp", VECTOR, 3, key=KEY, init="orthogonal", hidden_sizes=(16,))
     first, head = modules(network, Linear)
     np.testing.assert_allclose(first.weight @ first.weight.T, 2 * np.eye(4), atol=1e-5)
     np.testing.assert_allclose(head.weight @ head.weight.T, 2 * np.eye(3), atol=1e-5)
 
 
 def test_the_head_is_lecun_normal_by_default():
-    network = make_network("minatar_cnn", GRID, 50, key=KEY, hidden_sizes=(400,))
+    network = make("minatar_cnn", GRID, 50, key=KEY, hidden_sizes=(400,))
     *_, dense, head = modules(network, Linear)
     np.testing.assert_allclose(np.var(dense.weight), 2 / 1024, rtol=0.03)
     np.testing.assert_allclose(np.var(head.weight), 1 / 400, rtol=0.03)
@@ -108,50 +108,50 @@ def test_the_head_is_lecun_normal_by_default():
 
 @pytest.mark.parametrize("name", ["minatar_cnn", "nature_cnn", "impala", "hadamax"])
 def test_lowering_reaches_every_convolution(name):
-    network = make_network(name, FRAMES, 3, key=KEY, hidden_sizes=(8,), lowering="conv")
+    network = make(name, FRAMES, 3, key=KEY, hidden_sizes=(8,), lowering="conv")
     convolutions = modules(network, Conv)
     assert convolutions and all(conv.lowering == "conv" for conv in convolutions)
     assert [conv.channels_first for conv in convolutions].count(True) == 1 + (name == "hadamax")
 
 
 def test_no_hidden_layer():
-    network = make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=(), norm="none")
+    network = make("mlp", VECTOR, 3, key=KEY, hidden_sizes=(), norm="none")
     (head,) = modules(network, Linear)
     obs = jax.random.normal(KEY, (1, 2, 4))
     expected = obs[0] @ head.weight.T + head.bias
-    np.testing.assert_allclose(network(obs, None).q_values[0], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(q_values(network, obs)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_options_may_be_lists():
-    a = make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=[8, 8])
-    assert eqx.tree_equal(a, make_network("mlp", VECTOR, 3, key=KEY, hidden_sizes=(8, 8)))
+    a = make("mlp", VECTOR, 3, key=KEY, hidden_sizes=[8, 8])
+    assert eqx.tree_equal(a, make("mlp", VECTOR, 3, key=KEY, hidden_sizes=(8, 8)))
 
 
 def test_wrong_names_are_told():
     with pytest.raises(UsageError, match=r"unknown network 'natur_cnn'.*nature_cnn"):
-        make_network("natur_cnn", FRAMES, 3, key=KEY)
+        make("natur_cnn", FRAMES, 3, key=KEY)
     with pytest.raises(UsageError, match=r"'hidden_size'.*hidden_sizes"):
-        make_network("mlp", VECTOR, 3, key=KEY, hidden_size=(8,))
+        make("mlp", VECTOR, 3, key=KEY, hidden_size=(8,))
     with pytest.raises(UsageError, match=r"unknown head 'duelling'.*dueling"):
-        make_network("mlp", VECTOR, 3, key=KEY, head="duelling")
+        make("mlp", VECTOR, 3, key=KEY, head="duelling")
     with pytest.raises(UsageError, match="exclude each other"):
-        make_network("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
+        make("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
 
 
 def test_wrong_memory_is_told():
     with pytest.raises(UsageError, match=r"unknown memory 'grue'.*gru"):
-        make_network("mlp", VECTOR, 3, key=KEY, memory="grue")
+        make("mlp", VECTOR, 3, key=KEY, memory="grue")
     with pytest.raises(UsageError, match=r"'memory_sizes'.*memory_size"):
-        make_network("mlp", VECTOR, 3, key=KEY, memory_sizes=4)
+        make("mlp", VECTOR, 3, key=KEY, memory_sizes=4)
     for option in ("memory_size", "num_memory_layers", "num_agents"):
         with pytest.raises(UsageError, match=f"{option} must be a whole number of at least 1"):
-            make_network("mlp", VECTOR, 3, key=KEY, memory="gru", **{option: 0})
+            make("mlp", VECTOR, 3, key=KEY, memory="gru", **{option: 0})
 
 
 def test_memory_as_cleanrl_has_it():
     """`pqn_atari_envpool_lstm`: all weights orthogonal, with gain 1 in the memory, √2 elsewhere."""
     frame = gymnasium.spaces.Box(0, 255, (1, 36, 36), np.uint8)
-    network = make_network(
+    network = make(
         "nature_cnn",
         frame,
         6,
@@ -168,5 +168,4 @@ def test_memory_as_cleanrl_has_it():
     np.testing.assert_allclose(head.weight @ head.weight.T, 2 * np.eye(6), atol=1e-5)
     assert projection.weight.shape == (64, 4 * 16)
     pixels = jnp.zeros((2, 3, 1, 36, 36), jnp.uint8)
-    output = network(pixels, None, network.initial_memory(3))
-    assert output.q_values.shape == (2, 3, 6)
+    assert q_values(network, pixels).shape == (2, 3, 6)
