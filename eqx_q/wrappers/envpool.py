@@ -356,7 +356,7 @@ def _repaired(space: gymnasium.Space) -> Space:
     def repaired(path: str, leaf: Leaf) -> Leaf:
         if not isinstance(leaf, Box) or leaf.dtype.kind != "f":
             return leaf
-        limits = np.finfo(leaf.dtype.type)
+        limits = np.finfo(str(leaf.dtype))
         low = np.where(leaf.low == limits.tiny, -np.inf, leaf.low)
         high = np.where(leaf.high == limits.max, np.inf, leaf.high)
         return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
