@@ -1,5 +1,6 @@
 """gymnax as it is, under the contract. Every environment, against itself stepped by hand."""
 
+import gymnasium
 import gymnax
 import jax
 import jax.numpy as jnp
