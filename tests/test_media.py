@@ -125,6 +125,41 @@ def test_what_cannot_be_drawn(agent_and_env):
     assert record_episode(agent, env, key=jax.random.key(0)) == ([], 4.0)
 
 
+class Camera(gymnasium.Env):
+    """Cannot draw, but looks through a camera."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "camera": gymnasium.spaces.Box(0, 255, (20, 30, 1), np.uint8),
+            "a_small_one": gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            "joints": gymnasium.spaces.Box(-1, 1, (20, 30, 1)),
+        }
+    )
+
+    def _observe(self):
+        low = {name: space.low.copy() for name, space in self.observation_space.items()}
+        low["camera"][:, self.time] = 255
+        return low
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self._observe(), 0.0, self.time == 4, False, {}
+
+
+def test_what_is_observed_is_drawn_where_there_is_nothing_else():
+    with closing(wrappers.make(Camera, 1)) as env:
+        agent = Counter(
+            env.observation_space, env.action_space, jnp.zeros((), int), jnp.asarray(jnp.inf)
+        )
+        frames, _ = record_episode(agent, env, key=jax.random.key(0))
+    assert columns(frames) == [0, 1, 2, 3, 4] and frames[0].shape == (20, 30, 3)
+
+
 def read(path):
     with Image.open(path) as image:
         frames = []

@@ -17,6 +17,7 @@ from ..errors import MissingExtraError, UsageError
 from ..saving.files import write_whole
 from ..types import Memory, TimeStep
 from ..wrappers import Env
+from ..wrappers.drawing import picture_in
 
 Frame = UInt8[np.ndarray, "height width 3"]
 
@@ -96,7 +97,8 @@ def record_episode(
     - `max_steps`: where a longer episode is cut.
     - `max_frames`: of a longer one, every second frame is kept, or every fourth, and so on.
 
-    **Returns:** the frames, none where the environment cannot draw; and the return so far.
+    **Returns:** the frames, or pictures among the observations where the environment cannot draw,
+    or none; and the return so far.
     """
     frames, stride = [], 1
     key, reset_key = jax.random.split(key)
@@ -106,6 +108,8 @@ def record_episode(
         ended = bool(timestep.episode.ended[0])
         if step % stride == 0 or ended:
             frame = env.render(state, 0)
+            if frame is None:
+                frame = picture_in(env.observation_space, timestep.obs)
             if frame is not None:
                 frames.append(frame)
         if len(frames) > max_frames:

@@ -101,7 +101,7 @@ def read_mask(actions: Leaf, given: Any) -> Bool[np.ndarray, " A"]:
         mask = np.stack([mask != 1, mask != 0], axis=-1).ravel()
     if len(mask) != sum(sizes):
         raise UsageError(f"an action mask has {len(mask)} entries, for {sum(sizes)} choices")
-    return complete(actions, mask.astype(bool), np)
+    return np.asarray(complete(actions, mask.astype(bool), np))
 
 
 def complete(
@@ -113,7 +113,7 @@ def complete(
     return numpy.concatenate([x | ~x.any(-1, keepdims=True) for x in parts], axis=-1)
 
 
-def write_mask(actions: Leaf, mask: Bool[np.ndarray, " A"]) -> Any:
+def write_mask(actions: Leaf, mask: Bool[AnyArray, " A"]) -> Any:
     """`mask` in Gymnasium's own form, as `actions.sample` takes it."""
     flags = np.asarray(mask, np.int8)
     if isinstance(actions, MultiDiscrete):
@@ -131,7 +131,7 @@ def _nested(shape: tuple[int, ...], parts: Any) -> tuple:
     return tuple(_nested(shape[1:], parts) for _ in range(shape[0]))
 
 
-def legal_action(actions: Leaf, mask: Bool[np.ndarray, " A"] | None) -> Shaped[np.ndarray, "..."]:
+def legal_action(actions: Leaf, mask: Bool[AnyArray, " A"] | None) -> Shaped[np.ndarray, "..."]:
     """The first legal action."""
     if isinstance(actions, Box):
         return actions.low
@@ -139,7 +139,7 @@ def legal_action(actions: Leaf, mask: Bool[np.ndarray, " A"] | None) -> Shaped[n
     parts = [np.ones(n) for n in sizes]
     if mask is not None:
         parts = np.split(np.asarray(mask), np.cumsum(sizes)[:-1])
-    chosen = np.reshape([int(np.argmax(part)) for part in parts], actions.shape)
+    chosen = np.reshape([int(np.argmax(part)) for part in parts], actions.shape or ())
     start = getattr(actions, "start", 0)
     return np.asarray(chosen + start, actions.dtype)
 
@@ -152,7 +152,7 @@ def arrays(space: Space, obs: Any, *axes: int) -> PyTree[np.ndarray]:
     found, structure = jax.tree.flatten(spaces.select(space, obs))
     cast = []
     for (path, leaf), x in zip(spaces.leaves(space), found, strict=True):
-        if x.shape != (*axes, *leaf.shape):
+        if x.shape != (*axes, *(leaf.shape or ())):
             where = f" at '{path}'" if path else ""
             raise UsageError(
                 f"an observation has shape {x.shape[len(axes) :]}{where}, but its space says "
@@ -191,6 +191,7 @@ class Senses:
             tells_mask = sum(mask) in _mask_lengths(actions)
         if tells_mask:
             space = spaces.without(space, ["action_mask"])
+            assert isinstance(space, gymnasium.spaces.Dict)
             sees_one = list(space) == ["observation"]
             space = space["observation"] if sees_one else space
         return cls(cast_space(spaces.of_observations(space)), actions, tells_mask, sees_one)

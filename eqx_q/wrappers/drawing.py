@@ -3,10 +3,16 @@
 import colorsys
 import os
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .. import spaces
+from ..spaces import Space
+from ..types import Observation
+
 _SIDE = 240  # pixels, about
+_SMALLEST = 16  # with less a picture shows nothing
 
 
 def draw_grid(grid: Float[np.ndarray, "height width *channels"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -25,6 +31,17 @@ def draw_grid(grid: Float[np.ndarray, "height width *channels"]) -> UInt8[np.nda
         picture = colours[((grid != 0) * np.arange(1, channels + 1)).max(-1)]
     scale = max(1, _SIDE // max(picture.shape[:2]))
     return np.kron(np.uint8(255 * picture), np.ones((scale, scale, 1), np.uint8))
+
+
+def picture_in(space: Space, obs: Observation) -> UInt8[np.ndarray, "H W 3"] | None:
+    """The first array of an observation of lanes that is a picture, in the first lane."""
+    for (_, leaf), x in zip(spaces.leaves(space), jax.tree.leaves(obs), strict=True):
+        shape = leaf.shape or ()
+        is_picture = leaf.dtype == np.uint8 and len(shape) == 3 and shape[2] in (1, 3)
+        if is_picture and min(shape[:2]) >= _SMALLEST:
+            picture = np.asarray(x).reshape(-1, *shape)[0]
+            return np.broadcast_to(picture, (*shape[:2], 3))
+    return None
 
 
 def draw_discs(

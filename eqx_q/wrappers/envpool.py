@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ _FIXED = ("num_envs", "batch_size", "seed", "env_seed", "base_path", "task", "ma
 _FIXED += ("gym_reset_return_info",)
 
 _NO_LIMIT = (0, np.iinfo(np.int32).max)  # of `max_episode_steps`: the game's own, or none
+_OWN_LIMIT = ("envpool.highway", "envpool.jumanji")  # whatever `max_episode_steps` says
 _MASKS = ("action_mask", "legal_action_mask")  # of `info`
 
 
@@ -57,13 +59,17 @@ class Pool:
         leave_out: tuple[str, ...],
         options: dict[str, Any],
     ):
+        config = _spec(name).config
+        known = [option for option in config._fields if option not in _FIXED]
         self.name, self.num_envs, self.options = name, num_envs, options
         self.leave_out = leave_out
         self.rules: Rules = _rules(name)
-        known = [option for option in _spec(name).config._fields if option not in _FIXED]
         for option in options:
             if option not in known:
                 raise UnknownNameError("option", option, known)
+        keeps_limit = config.max_episode_steps == _NO_LIMIT[1] or _module(name) in _OWN_LIMIT
+        if keeps_limit and "max_episode_steps" in options:
+            raise UsageError(f"'{name}' ends by rules of its own: leave out max_episode_steps")
         try:
             self.rules.check(options)
             self.envpool: Any = envpool.make(
@@ -80,10 +86,10 @@ class Pool:
         spec = self.envpool.spec
         fields = (*spec._state_spec, *spec._action_spec)
         self.in_xla = all(jax.dtypes.canonicalize_dtype(kind) == kind for kind, *_ in fields)
-        self.takes: gymnasium.Space = self.envpool.action_space
-        self.senses = Senses.of(
-            _repaired(self.envpool.observation_space), actions_of(self.takes), leave_out
-        )
+        with warnings.catch_warnings(action="ignore"):  # of bounds that float32 cannot hold
+            self.takes: gymnasium.Space = self.envpool.action_space
+            sees = self.envpool.observation_space
+        self.senses = Senses.of(_repaired(sees), actions_of(self.takes), leave_out)
         kind, shape, *_ = spec._action_spec[-1]
         self._action = np.dtype(kind), tuple(size for size in shape if size != -1)
         limit = self.envpool.config["max_episode_steps"]
@@ -350,8 +356,9 @@ def _repaired(space: gymnasium.Space) -> Space:
     def repaired(path: str, leaf: Leaf) -> Leaf:
         if not isinstance(leaf, Box) or leaf.dtype.kind != "f":
             return leaf
-        low = np.where(leaf.low == np.finfo(leaf.dtype).tiny, -np.inf, leaf.low)
-        high = np.where(leaf.high == np.finfo(leaf.dtype).max, np.inf, leaf.high)
+        limits = np.finfo(str(leaf.dtype))
+        low = np.where(leaf.low == limits.tiny, -np.inf, leaf.low)
+        high = np.where(leaf.high == limits.max, np.inf, leaf.high)
         return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
 
     return map_leaves(repaired, spaces.of_observations(space))

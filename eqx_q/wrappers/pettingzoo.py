@@ -32,7 +32,8 @@ class _Player:
     """One agent: how what it sees is read, and what it does is said."""
 
     def __init__(self, agent: Any, index: int, env: ParallelEnv, leave_out: tuple[str, ...]):
-        self.agent, self.index, self._takes = agent, index, env.action_space(agent)
+        self.agent, self.index = agent, index
+        self._takes: Any = env.action_space(agent)
         self.actions = actions_of(self._takes)
         self.senses = Senses.of(env.observation_space(agent), self.actions, leave_out)
         self.num_choices = sum(factors(self.actions))
@@ -160,7 +161,9 @@ class PettingZooHost(Host):
     def _step(self, lane: int, action: Shaped[np.ndarray, "M *action"]) -> Reported:
         env, space = self.envs[lane], self.action_space
         acting = list(env.agents)
-        actions = {x: self._players[x].do(action[self._players[x].index], space) for x in acting}
+        actions = {
+            x: self._players[x].do(action[self._players[x].index, ...], space) for x in acting
+        }
         obs, reward, terminated, truncated, info = env.step(actions)
         present = {*acting, *env.agents}
         alive = [x for x in env.agents if not (terminated.get(x) or truncated.get(x))]
@@ -300,7 +303,7 @@ def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
         return None
     try:
         state = np.asarray(env.state())
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError, TypeError):  # or an attribute of that name
         if wanted:
             raise UsageError("the environment has no state(): leave out global_state") from None
         return None

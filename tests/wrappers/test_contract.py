@@ -7,10 +7,13 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
+from kinds import Kinds
 from pettingzoo import ParallelEnv
 from rollouts import CHUNK, agents, assert_equal, play, roll, traces
 
 import eqx_q.wrappers as wrappers
+from eqx_q import spaces
+from eqx_q.wrappers.conversion import factors
 
 
 class Walk(gymnasium.Env):
@@ -77,6 +80,13 @@ CASES = {
     "mpe_padded": ("jaxmarl/MPE_simple_speaker_listener_v4", {"max_steps": 12, "pad": True}),
     "observe": ("gymnax/CartPole-v1", {"observe": [0, 2], "max_steps_in_episode": 20}),
     "own": (Walk, {}),
+    "own_kinds": (Kinds, {"leave_out": ["word"]}),
+    "pendulum": ("gymnax/Pendulum-v1", {"max_steps_in_episode": 15}),
+    "minigrid": (
+        "envpool/MiniGrid-DoorKey-5x5-v0",
+        {"max_episode_steps": 12, "leave_out": ["mission"], "num_threads": 1},
+    ),
+    "hopper": ("envpool/Hopper-v4", {"max_episode_steps": 14, "num_threads": 1}),
     "pettingzoo": ("pettingzoo/mpe2.simple_spread_v3", {"max_cycles": 15}),
     "own_team": (Fading, {}),
 }
@@ -90,6 +100,10 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def all_equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -118,12 +132,15 @@ def test_shapes_and_types_are_those_of_the_spaces(env, played):
     actions, timesteps = played
     space, lanes, team = env.observation_space, (STEPS + 1, LANES), agents(env)
     assert isinstance(env, wrappers.Env)
-    assert isinstance(space, gymnasium.spaces.Box)
-    assert isinstance(env.action_space, gymnasium.spaces.Discrete)
+    assert hash(space) == hash(spaces.of_observations(space))
+    assert env.action_space == spaces.of_actions(env.action_space)
     assert env.num_envs == LANES
-    assert timesteps.obs.shape == (*lanes, *team, *space.shape)
-    assert timesteps.obs.dtype == space.dtype and space.dtype in (np.uint8, np.float32)
-    assert all(space.contains(obs) for obs in timesteps.obs.reshape(-1, *space.shape))
+    found = jax.tree.map(lambda x: (x.shape, x.dtype), timesteps.obs)
+    expected = spaces.shapes(space, *lanes, *team)
+    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    rows = spaces.as_rows(space, timesteps.obs, -1)
+    for i in range(0, len(jax.tree.leaves(rows)[0]), 7):
+        assert space.contains(jax.tree.map(lambda x: x[i], rows))  # noqa: B023
     types = {"reward": np.float32, "terminated": bool, "truncated": bool, "first": bool}
     for name, dtype in types.items():
         value = getattr(timesteps, name)
@@ -131,9 +148,10 @@ def test_shapes_and_types_are_those_of_the_spaces(env, played):
     episode = timesteps.episode
     assert (episode.ended.dtype, episode.returns.dtype) == (bool, np.float32)
     assert episode.length.dtype == np.int32 and episode.length.shape == lanes
-    assert len(np.unique(actions)) == env.action_space.n
+    if isinstance(env.action_space, gymnasium.spaces.Discrete):
+        assert len(np.unique(actions)) == env.action_space.n
     if timesteps.action_mask is not None:
-        assert timesteps.action_mask.shape == (*lanes, *team, env.action_space.n)
+        assert timesteps.action_mask.shape == (*lanes, *team, sum(factors(env.action_space)))
         assert timesteps.action_mask.any(-1).all()
     if team:
         assert timesteps.agent_reward.shape == (*lanes, *team)
@@ -188,7 +206,7 @@ def test_the_same_seed_gives_the_same_and_another_does_not(case, played):
     assert_equal(play(again, 0, CHUNKS)[1], played[1])
     # An emulator takes its seed from `make` and only its actions from the key.
     different = play(other, 1, CHUNKS)[1] if not other.on_host else play(other, 0, CHUNKS)[1]
-    same = np.array_equal(different.obs, played[1].obs)
+    same = all_equal(different.obs, played[1].obs)
     assert not same or source == "gymnax/DeepSea-bsuite"
     again.close()
     other.close()
@@ -244,7 +262,8 @@ def test_a_replica_is_of_the_same_kind(case, env, played):
     assert replica.observation_space == env.observation_space
     assert replica.max_episode_steps == env.max_episode_steps
     _, timesteps = play(replica, 5, 1)
-    assert timesteps.obs.shape == (CHUNK + 1, 2, *agents(env), *env.observation_space.shape)
+    expected = spaces.shapes(env.observation_space, CHUNK + 1, 2, *agents(env))
+    assert jax.tree.map(np.shape, timesteps.obs) == jax.tree.map(np.shape, expected)
     replica.close()
     # The one it was made from goes on, undisturbed.
     again = make(case)
@@ -252,7 +271,7 @@ def test_a_replica_is_of_the_same_kind(case, env, played):
     state, (_, one) = roll(again, state, jax.random.key(0))
     again.replicate(2).close()
     state, (_, two) = roll(again, state, jax.random.key(1))
-    assert not np.array_equal(one.obs, two.obs)
+    assert not all_equal(one.obs, two.obs)
     again.close()
 
 

@@ -1,6 +1,7 @@
-"""EnvPool's Atari under the contract, against the same pool stepped without XLA."""
+"""EnvPool under the contract, against the same pool stepped without XLA."""
 
 import envpool
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from rollouts import play, roll
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import UsageError
+from eqx_q.wrappers.host import HostEnv
 
 LIVES = {
     "episodic_life": True,
@@ -65,6 +67,90 @@ def test_equals_the_pool_stepped_by_hand(name, options):
     if name == "SpaceInvaders-v5":
         assert timesteps.episode.returns.max() > 20  # not clipped
     env.close()
+
+
+OTHERS = {
+    "CartPole-v1": {"max_episode_steps": 12},
+    "FrozenLake-v1": {"max_episode_steps": 9},
+    "Blackjack-v1": {},
+    "Pendulum-v1": {"max_episode_steps": 9},
+    "Snake-v1": {},
+    "Connector-v2": {},
+    "MiniGrid-DoorKey-5x5-v0": {"max_episode_steps": 9, "leave_out": ["mission"]},
+    "BabyAI-GoToObj-v0": {"leave_out": ["mission"]},
+    "Hopper-v4": {"max_episode_steps": 30},
+    "CheetahRun-v1": {"max_episode_steps": 9},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered")  # EnvPool's own
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_equal_the_pool_stepped_by_hand(name):
+    options = OTHERS[name] | {"num_threads": 1}
+    env = wrappers.make(f"envpool/{name}", 2, seed=5, **options)
+    actions, timesteps = play(env, 1, 3)
+    left_out = options.pop("leave_out", [])
+    raw = pool(name, 2, 5, **options)
+    kind, shape, *_ = raw.spec._action_spec[-1]
+    assert isinstance(env, HostEnv) == (kind == "float64" or kind is np.float64)
+    obs, info = raw.reset()
+    reward, ended = np.zeros(2), np.zeros(2, bool)
+    terminated, truncated, over = ended, ended, ended
+    for t in range(len(actions) + 1):
+        if t:
+            action = actions[t - 1].astype(kind).reshape(2, *shape[1:])
+            obs, reward, terminated, truncated, info = raw.step(action)
+        told = dict(obs) if isinstance(obs, dict) else {"": obs}
+        mask = told.pop("action_mask", None)
+        if mask is not None:
+            legal = mask | ~mask.any(-1, keepdims=True)
+            np.testing.assert_array_equal(timesteps.action_mask[t], legal.reshape(2, -1))
+        for path in left_out:
+            del told[path]
+        seen = jax.tree.map(lambda x: x[t], timesteps.obs)  # noqa: B023
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype).reshape(x.shape)),
+            seen if isinstance(seen, dict) else {"": seen},
+            told,
+        )
+        np.testing.assert_array_equal(timesteps.first[t], over | (t == 0))
+        np.testing.assert_array_equal(timesteps.reward[t], np.where(over, 0, reward))
+        np.testing.assert_array_equal(timesteps.terminated[t], terminated)
+        np.testing.assert_array_equal(timesteps.truncated[t], truncated)
+        np.testing.assert_array_equal(timesteps.episode.length[t], info["elapsed_step"])
+        over = terminated | truncated
+    assert timesteps.ended.any()
+    if "max_episode_steps" in options:
+        assert env.max_episode_steps == options["max_episode_steps"]
+        assert timesteps.truncated.any() or name == "FrozenLake-v1"
+    env.close()
+
+
+def test_spaces_of_others():
+    limits = {"CheetahRun-v1": 1000, "Connector-v2": 50, "Blackjack-v1": None}
+    made = {name: wrappers.make(f"envpool/{name}", 1) for name in limits}
+    assert {name: env.max_episode_steps for name, env in made.items()} == limits
+    whole = made["Connector-v2"].action_space
+    assert whole == gymnasium.spaces.MultiDiscrete([5] * 10)
+    run = made["CheetahRun-v1"]
+    unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+    assert run.observation_space["position"] == unbounded
+    assert run.action_space == gymnasium.spaces.Box(-1, 1, (6,), np.float32)
+    replica = run.replicate(3, leave_out=["velocity"], max_episode_steps=7)
+    assert list(replica.observation_space) == ["position"] and replica.max_episode_steps == 7
+    assert replica.recording.preprocessing == {"leave_out": ["velocity"]}
+    for env in (*made.values(), replica):
+        env.close()
+
+
+def test_what_is_not_drawn_gives_no_picture():
+    for name in ("FrozenLake-v1", "MiniGrid-Empty-5x5-v0"):
+        env = wrappers.make(f"envpool/{name}", 2)
+        state, _ = env.reset(jax.random.key(0))
+        picture = env.render(state, 1)
+        assert picture is None or picture.shape == (160, 160, 3)
+        assert (picture is None) == (name == "FrozenLake-v1")
+        env.close()
 
 
 def test_a_step_after_a_lost_life_changes_nothing_in_the_game():

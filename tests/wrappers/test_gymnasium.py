@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector import SyncVectorEnv
+from kinds import ACTIONS, Kinds, multi_mask
 from rollouts import CHUNK, assert_equal, cart_column, play, roll
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import UsageError
+from eqx_q.wrappers.conversion import as_taken
 
 
 class Toy(gymnasium.Env):
@@ -53,6 +55,7 @@ def test_equals_the_environment_stepped_by_hand(name):
     env.close()
     for lane in range(2):
         raw = gymnasium.make(name, max_episode_steps=limit)
+        dtype = np.float32 if isinstance(raw.observation_space, Box) else np.int32
         ended, lane_seed = True, seed + lane
         for t in range(2 * CHUNK + 1):
             if ended:
@@ -61,9 +64,7 @@ def test_equals_the_environment_stepped_by_hand(name):
             else:
                 obs, reward, terminated, truncated, info = raw.step(int(actions[t - 1, lane]))
                 first = False
-            if isinstance(raw.observation_space, Discrete):
-                obs = np.eye(raw.observation_space.n)[obs]
-            np.testing.assert_array_equal(timesteps.obs[t, lane], np.float32(obs))
+            np.testing.assert_array_equal(timesteps.obs[t, lane], np.asarray(obs, dtype))
             assert timesteps.reward[t, lane] == np.float32(reward)
             assert timesteps.first[t, lane] == first
             assert timesteps.terminated[t, lane] == terminated
@@ -123,20 +124,95 @@ def test_processes_equal_one_after_the_other(interruptible):
 
 def test_spaces_masks_and_flags_of_ones_own():
     env = wrappers.make(Toy, 2)
-    assert env.observation_space.shape == (5,) and env.observation_space.dtype == np.float32
-    assert env.action_space.n == 3 and env.action_space.start == 0
+    assert env.observation_space == Dict({"place": Discrete(3), "speed": Box(-9, 9, (2,))})
+    assert env.action_space == Discrete(3, start=5)
     actions, timesteps = play(env, 0, 1)
     for lane in range(2):
         time = 0
         for t in range(CHUNK + 1):
             time = 0 if timesteps.first[t, lane] else time + 1
-            last = 0 if time == 0 else actions[t - 1, lane] + 5
-            expected = [*np.eye(3)[time % 3], time, last]
-            np.testing.assert_array_equal(timesteps.obs[t, lane], expected)
+            last = 0 if time == 0 else actions[t - 1, lane]
+            assert timesteps.obs["place"][t, lane] == time % 3
+            np.testing.assert_array_equal(timesteps.obs["speed"][t, lane], [time, last])
             mask = [[1, 0, 1], [0, 1, 0], [0, 1, 1], [1, 1, 1]][time]  # the last gave none
             np.testing.assert_array_equal(timesteps.action_mask[t, lane], mask)
             assert timesteps.terminated[t, lane] == (time == 3)
     assert not timesteps.truncated.any()
+    env.close()
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_kinds_of_every_sort_equal_the_environment_stepped_by_hand(actions):
+    apart = actions == "multi_discrete"
+    env = wrappers.make(
+        lambda: Kinds(actions),
+        2,
+        seed=3,
+        vectorization="async" if apart else "sync",
+        leave_out=["word"],
+    )
+    took, timesteps = play(env, 0, 1)
+    assert (took.dtype.kind == "f") == (actions == "box")
+    for lane in range(2):
+        raw, ended, seed = Kinds(actions), True, 3 + lane
+        for t in range(CHUNK + 1):
+            reward = 0.0
+            if ended:
+                (obs, _), ended, seed = raw.reset(seed=seed), False, None
+            else:
+                action = np.asarray(took[t - 1, lane], raw.action_space.dtype)
+                obs, reward, ended, *_ = raw.step(as_taken(raw.action_space, action)[()])
+            del obs["word"]
+            jax.tree.map(
+                lambda seen, x: np.testing.assert_array_equal(seen, np.asarray(x, seen.dtype)),
+                jax.tree.map(lambda x: x[t, lane], timesteps.obs),  # noqa: B023
+                obs,
+            )
+            assert timesteps.reward[t, lane] == np.float32(reward)
+            assert timesteps.terminated[t, lane] == ended
+            if apart:
+                mask = multi_mask(raw.time)  # of a factor that nothing is legal of, all is
+                expected = np.concatenate([x if x.any() else x + 1 for x in mask])
+                np.testing.assert_array_equal(timesteps.action_mask[t, lane], expected)
+    assert timesteps.obs["image"].dtype == np.uint8 and timesteps.terminated.sum() >= 4
+    env.close()
+
+
+class Chooser(gymnasium.Env):
+    """Observes what is legal."""
+
+    def __init__(self, others):
+        self.action_space = Discrete(3)
+        self.observation_space = Dict({**others, "action_mask": MultiBinary(3)})
+
+    def _observe(self):
+        obs = {name: space.low for name, space in self.observation_space.items() if name[0] == "o"}
+        return {**obs, "action_mask": np.array([0, 1, 1], np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        return self._observe(), {}
+
+    def step(self, action):
+        return self._observe(), 0.0, False, False, {}
+
+
+def test_a_mask_in_the_observation_is_not_seen():
+    box = Box(1, 2, (2,))
+    for others, seen in (
+        ({"observation": box}, box),
+        ({"observation": box, "other": box}, Dict({"observation": box, "other": box})),
+    ):
+        env = wrappers.make(lambda: Chooser(others), 2)  # noqa: B023
+        assert env.observation_space == seen
+        _, timestep = env.reset(jax.random.key(0))
+        np.testing.assert_array_equal(timestep.action_mask, [[0, 1, 1]] * 2)
+        assert all((x == 1).all() for x in jax.tree.leaves(timestep.obs))
+        env.close()
+    env = wrappers.make(lambda: Chooser({"observation": box}), 2, leave_out=["action_mask"])
+    assert env.reset(jax.random.key(0))[1].action_mask is None
+    assert list(env.observation_space) == ["observation"]
+    assert env.recording.preprocessing == {"leave_out": ["action_mask"]}
+    assert env.replicate(1).observation_space == env.observation_space
     env.close()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pettingzoo
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
+from kinds import ACTIONS, KindsTeam
 from mpe2 import simple_speaker_listener_v4, simple_spread_v3
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import parallel_to_aec
@@ -22,6 +23,7 @@ from rollouts import CHUNK, assert_equal, play
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import MissingExtraError, UsageError
 from eqx_q.wrappers import pettingzoo as suite
+from eqx_q.wrappers.conversion import as_taken
 
 
 class Fates(ParallelEnv):
@@ -123,7 +125,7 @@ def legal_play(env, seed, steps):
     actions, timesteps = [], [timestep]
     for _ in range(steps):
         wishes = generator.random(timestep.action_mask.shape) * timestep.action_mask
-        actions.append(wishes.argmax(-1))
+        actions.append(wishes.argmax(-1) + env.action_space.start)
         state, timestep = env.step(state, jnp.asarray(actions[-1]), jax.random.key(0))
         timesteps.append(timestep)
     return np.stack(actions), jax.tree.map(lambda *x: np.stack(x), *timesteps)
@@ -224,7 +226,7 @@ def test_how_a_team_ends(fates, alive, terminated):
         for m, agent in enumerate("ab"):
             there = time <= fates[agent][0]
             acted = there and time > 0
-            did = actions[t - 1, 0, m] + 4 if acted else 1
+            did = actions[t - 1, 0, m] if acted else 1
             expected = [1 + time, m + 1, did] if there else [0, 0, 0]
             np.testing.assert_array_equal(timesteps.obs[t, 0, m], expected)
             assert timesteps.agent_reward[t, 0, m] == (m + 1 if acted else 0)
@@ -275,7 +277,7 @@ def test_a_shared_reward_is_taken_once_and_must_be_shared(caplog):
     )
     state, _ = unlike.reset(jax.random.key(0))
     with pytest.raises(Exception, match=r"agents were paid 1\.0, 2\.0: use sum or mean"):
-        jax.block_until_ready(unlike.step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
+        jax.block_until_ready(unlike.step(state, jnp.full((1, 2), 4), jax.random.key(0)))
     unlike.close()
 
 
@@ -297,7 +299,7 @@ def test_names():
     for name in ("classic.rps_v2", "pettingzoo.classic.rps_v2"):
         env = wrappers.make(f"pettingzoo/{name}", 1)
         assert env.num_agents == 2 and env.action_space.n == 3
-        assert env.observation_space == Box(0, 1, (4,), np.float32)  # one-hot
+        assert env.observation_space == Discrete(4)
         env.close()
 
 
@@ -315,6 +317,73 @@ def test_pictures_of_each_lane():
         env.reset(jax.random.key(0))
 
 
+class Mixed(Fates):
+    """Its second agent observes something else."""
+
+    def __init__(self, other):
+        super().__init__({"a": (1, "task"), "b": (1, "task")})
+        self.other = other
+
+    def observation_space(self, agent):
+        return super().observation_space(agent) if agent == "a" else self.other
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_agents_that_are_alike_have_spaces_of_every_kind(actions):
+    env = wrappers.make(lambda: KindsTeam(actions), 2, leave_out=["word"])
+    assert env.agent_kinds is None and env.state_size == 3
+    took, timesteps = play(env, 0, 1)
+    raw = KindsTeam(actions)
+    for t in range(CHUNK + 1):
+        time, rewards = t % 6, {}
+        if time == 0:
+            obs, infos = raw.reset()
+        else:
+            acts = {x: took[t - 1, 0, "ab".index(x), ...] for x in raw.agents}
+            acts = {x: as_taken(raw.action_space(x), one)[()] for x, one in acts.items()}
+            obs, rewards, _, _, infos = raw.step(acts)
+        np.testing.assert_array_equal(timesteps.global_state[t, 0], np.float32(raw.state()))
+        for m, agent in enumerate("ab"):
+            seen = jax.tree.map(lambda x: x[t, 0, m], timesteps.obs)  # noqa: B023
+            assert env.observation_space.contains(seen)
+            assert timesteps.agent_reward[t, 0, m] == np.float32(rewards.get(agent, 0))
+            if agent in obs:
+                del obs[agent]["word"]
+                jax.tree.map(
+                    lambda x, y: np.testing.assert_array_equal(x, np.asarray(y, x.dtype)),
+                    seen,
+                    obs[agent],
+                )
+            else:
+                assert seen["nest"][0] == 2 and not seen["image"].any()
+            if actions == "multi_discrete" and agent in infos:
+                legal = [x if x.any() else x + 1 for x in infos[agent]["action_mask"]]
+                np.testing.assert_array_equal(timesteps.action_mask[t, 0, m], np.concatenate(legal))
+    env.close()
+
+
+def test_global_states_and_kinds():
+    options = {"max_cycles": 4, "continuous_actions": True}
+    env = wrappers.make("pettingzoo/mpe2.simple_spread_v3", 2, seed=3, **options)
+    assert env.action_space == Box(0, 1, (5,)) and env.state_size == 54
+    actions, timesteps = play(env, 0, 1)
+    raw = simple_spread_v3.parallel_env(**options)
+    raw.reset(seed=4)
+    for t in range(5):
+        if t:
+            raw.step(dict(zip(raw.agents, actions[t - 1, 1], strict=True)))
+        np.testing.assert_allclose(
+            timesteps.global_state[t, 1], np.float32(raw.state()), rtol=0, atol=1e-37
+        )
+    without = env.replicate(1, global_state=False)
+    assert without.state_size is None
+    assert without.reset(jax.random.key(0))[1].global_state is None
+    padded = wrappers.make("pettingzoo/mpe2.simple_adversary_v3", 1, pad=True)
+    assert padded.agent_kinds == (0, 1, 1)
+    for one in (env, without, padded):
+        one.close()
+
+
 def make_pair(**options):
     return Fates({"a": (1, "task"), "b": (1, "task")}, **options)
 
@@ -330,7 +399,10 @@ def make_pair(**options):
         ("pettingzoo/json", {}, "no function 'parallel_env' or 'env'"),
         ("pettingzoo/mpe2.simple_spread_v3", {"cycles": 3}, "unexpected keyword argument 'cycles'"),
         ("pettingzoo/mpe2.simple_spread_v3", {"team_reward": "men"}, "the nearest are mean"),
-        ("pettingzoo/mpe2.simple_spread_v3", {"continuous_actions": True}, "needs Discrete"),
+        ("pettingzoo/classic.rps_v2", {"global_state": True}, "has no state()"),
+        ("pettingzoo/mpe2.simple_speaker_listener_v4", {"continuous_actions": True}, "act alike"),
+        (lambda: Mixed(Dict({"x": Discrete(2)})), {"pad": True}, "so that all observe alike"),
+        (KindsTeam, {}, "of kind Text: leave it out by its name (leave_out=['word'])"),
         ("pettingzoo/mpe2.simple_speaker_listener_v4", {}, "have 3, 5 actions: pad=true"),
         ("pettingzoo/mpe2.simple_adversary_v3", {}, "shapes (8,), (10,): pad=true"),
         ("pettingzoo/classic.connect_four_v3", {}, "take turns"),
@@ -339,7 +411,7 @@ def make_pair(**options):
         (
             make_pair,
             {"shape": (4,)},
-            "'a' observes an array of shape (4,), but its space says (3,)",
+            "agent 'a': an observation has shape (4,), but its space says (3,)",
         ),
     ],
 )
@@ -359,13 +431,17 @@ def test_a_missing_package_is_named(monkeypatch):
         suite.make("mpe2.simple_spread_v3", 1)
 
 
-def test_a_function_gets_its_options_and_what_it_made_to_be_known_is_closed(monkeypatch):
-    closed = []
-    monkeypatch.setattr(Fates, "close", lambda self: closed.append(self))
-    env = wrappers.make(lambda end: Fates({"a": (end, "task")}), 2, team_reward="mean", end=2)
-    assert env.num_agents == 1 and len(closed) == 1 and closed[0] not in env.host.envs
+def test_a_function_gets_its_options_and_is_called_once_a_lane():
+    made = []
+
+    def own(end):
+        made.append(Fates({"a": (end, "task")}))
+        return made[-1]
+
+    env = wrappers.make(own, 2, team_reward="mean", end=2)
+    assert env.num_agents == 1 and env.host.envs == made and len(made) == 2
+    assert env.replicate(1).host.envs == made[2:] and len(made) == 3
     env.close()
-    assert len(closed) == 3
 
 
 def test_a_function_may_be_the_first_to_import_pettingzoo():
@@ -399,10 +475,10 @@ def test_compiled_code_too_learns_that_it_is_closed():
     env = wrappers.make(make_pair, 1)
     state, _ = env.reset(jax.random.key(0))
     step = jax.jit(env.step)
-    jax.block_until_ready(step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
+    jax.block_until_ready(step(state, jnp.full((1, 2), 4), jax.random.key(0)))
     env.close()
     with pytest.raises(jax.errors.JaxRuntimeError, match="this environment is closed"):
-        jax.block_until_ready(step(state, jnp.zeros((1, 2), int), jax.random.key(0)))
+        jax.block_until_ready(step(state, jnp.full((1, 2), 4), jax.random.key(0)))
 
 
 def test_gymnasium_functions_stay_gymnasiums():
