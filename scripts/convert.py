@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     progress = _Progress()
     try:
         if given["format"] == "to_minari":
-            _check_unused(given, *_ONLY_ATARI, "num_workers", "env")
+            _check_unused(given, *_ONLY_ATARI, "num_workers", "env", "leave_out")
             to_minari(Dataset(given["source"]), str(given["out"]), on_rows=progress)
             progress.close()
             logger.info("written: the Minari data set '%s'", given["out"])
@@ -57,9 +57,10 @@ def _source(given: dict[str, Any]) -> Source:
     env = f"{expected['suite']}/{expected['name']}" if expected else None
     if given["format"] == "minari":
         _check_unused(given, *_ONLY_ATARI)
-        return from_minari(str(given["source"]), env=env)
+        return from_minari(str(given["source"]), env=env, leave_out=given["leave_out"] or ())
     if given["format"] not in _ATARI:
         raise UnknownNameError("format", str(given["format"]), [*_ATARI, "minari", "to_minari"])
+    _check_unused(given, "leave_out")
     run = given["run"]
     return _ATARI[given["format"]](
         given["source"],

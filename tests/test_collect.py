@@ -138,8 +138,33 @@ def test_what_was_interrupted_goes_on(script, tmp_path, monkeypatch):
     assert script(*command, "out=at_once")[0] == 0
     resumed, at_once = Dataset(tmp_path / "data"), Dataset(tmp_path / "at_once")
     assert resumed.shards == at_once.shards and resumed.description == at_once.description
-    for ours, theirs in zip(resumed.rows, at_once.rows, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, resumed.rows, at_once.rows)
+
+
+def test_a_team_is_recorded(script, tmp_path):
+    leave_run(tmp_path / "team", "agent=pqn_vdn", "env=mpe")
+    status, _, err = script("collect", "run=team", "steps=60", "out=data", "num_envs=2")
+    assert status == 0, err
+    dataset = Dataset(tmp_path / "data")
+    agent = eqx_q.load(tmp_path / "team" / "agent.eqx")
+    rows, acted = dataset.rows, dataset.rows.acted
+    assert dataset.description.num_agents == 3 and rows.obs.shape[1] == rows.action.shape[1] == 3
+    np.testing.assert_array_equal(agent.act(rows.obs).action[acted], rows.action[acted])
+
+
+def test_an_agent_with_memory_is_recorded(script, tmp_path):
+    """As it acts, episode by episode."""
+    leave_run(tmp_path / "run", "agent=pqn_rnn", SHORT)
+    status, _, err = script("collect", "run=run", "steps=60", "out=data", "num_envs=2")
+    assert status == 0, err
+    agent = eqx_q.load(tmp_path / "run" / "agent.eqx")
+    for episode in Dataset(tmp_path / "data").episodes():
+        memory, reward = agent.initial_memory(1), np.zeros(1, np.float32)
+        for t in range(len(episode.action) - 1):
+            first = episode.first[t : t + 1]
+            decision = agent.act(episode.obs[t : t + 1], memory, first=first, reward=reward)
+            memory, reward = decision.memory, episode.reward[t : t + 1]
+            assert decision.action[0] == episode.action[t]
 
 
 def test_games_of_atari_are_whole_and_unclipped(script, tmp_path):
@@ -162,8 +187,6 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     leave_run(tmp_path / "other", "env=acrobot")
     leave_run(tmp_path / "begun", SHORT)
     (tmp_path / "begun" / "agent.eqx").unlink()
-    team = ["agent=pqn_vdn", "env=mpe"]
-    leave_run(tmp_path / "team", *team)
     (tmp_path / "there").mkdir()
 
     def check(message, *arguments):
@@ -186,7 +209,6 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     check("has no checkpoint of step 5: there are 100, 200", "run=run", "out=d", "checkpoints=[5]")
     check("checkpoints=every: give a whole number", "run=run", "out=d", "checkpoints=every")
     check("was not trained in the environment of 'run'", "run=[run,other]", "out=data")
-    check("of one agent", "run=team", "out=data")
     check("lower num_envs", "run=run", "out=data", "num_envs=20_000_000")
     check("unknown option 'step'", "run=run", "out=data", "step=5")
     usage = shutil.disk_usage(tmp_path)

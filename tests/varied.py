@@ -1,4 +1,4 @@
-"""An environment of any spaces, and an agent for it: all that they say and do is drawn at random."""
+"""An environment of any spaces, and an agent for it: what they say and do is drawn at random."""
 
 import dataclasses
 from typing import Any
@@ -58,11 +58,9 @@ class Varied(Env):
     max_episode_steps: int = eqx.field(static=True, default=_LONGEST)
 
     @classmethod
-    def of(cls, observation_space, action_space, num_envs=1, **options):
-        """Of Gymnasium's spaces."""
-        return cls(
-            num_envs, of_observations(observation_space), of_actions(action_space), **options
-        )
+    def of(cls, observation_space, action_space, **options):
+        """Of Gymnasium's spaces, with one lane."""
+        return cls(1, of_observations(observation_space), of_actions(action_space), **options)
 
     def _emit(self, time, first, key):
         keys = jax.random.split(key, 7)

@@ -117,7 +117,8 @@ def describe(
 
 def check_actions(action: np.ndarray, description: Description, path: Path) -> None:
     """Raises `UsageError` where there is one that the game does not have."""
-    number = int(description.action_space.n)
+    space: Any = description.action_space
+    number = int(space.n)
     if len(action) and not 0 <= action.min() <= action.max() < number:
         wrong = action[(action < 0) | (action >= number)][0]
         raise UsageError(

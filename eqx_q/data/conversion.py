@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..errors import UsageError
 from .dataset import Dataset, Description, Rows
@@ -32,12 +33,12 @@ class Part(NamedTuple):
 class Source(NamedTuple):
     """Somebody else's data.
 
-    `dtype`: in which observations are stored, where it is not the space's.
+    `dtype`: in which observations are stored, where it is not the space's; see `Writer`.
     """
 
     description: Description
     parts: Sequence[Part]
-    dtype: np.dtype | None = None
+    dtype: PyTree[np.dtype] = None
 
 
 def convert(

@@ -1,21 +1,22 @@
 """Minari's data sets (minari.farama.org), to and from ours, losslessly.
 
 An episode there has one observation more than actions, as here. Images are stored as they are:
-Minari's default is JPEG.
+Minari's default is JPEG. What it has no place for, as action masks, is among an episode's `infos`.
 """
 
 import functools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from ..errors import CorruptFileError, MissingExtraError, UnknownNameError, UsageError
-from ..spaces import of_actions, of_observations
+from ..spaces import leaves, of_actions, of_observations, select, without
 from .conversion import Part, Source
 from .dataset import Dataset, Description, Rows
 
@@ -24,16 +25,19 @@ _BYTES = 1 << 26  # of observations that Minari is given at a time, or one episo
 _KEY = "eqx_q"  # in Minari's metadata: our description
 
 
-def from_minari(dataset_id: str, *, env: str | None = None) -> Source:
+def from_minari(
+    dataset_id: str, *, env: str | None = None, leave_out: Sequence[str] = ()
+) -> Source:
     """A local Minari data set, to be given to `convert`.
 
     Of one that `to_minari` wrote, the frames of stacked observations are stored once, as they were.
     Rewards become `float32`. An episode that was left before its end is truncated.
 
     **Arguments:** `env`: the environment, `"<suite>/<name>"`; `None` for what Minari says.
+    `leave_out`: paths of what nothing is to be learnt from in observations that are a `Dict`.
 
-    **Raises:** `UsageError` where there is none of this name, or spaces are others than a `Box` of
-    observations and `Discrete` actions. `MissingExtraError`.
+    **Raises:** `UsageError` where there is none of this name, or its spaces are not among those
+    that can be learnt from (see `eqx_q.spaces`). `MissingExtraError`.
     """
     minari = _minari()
     known = minari.list_local_datasets()
@@ -48,12 +52,14 @@ def from_minari(dataset_id: str, *, env: str | None = None) -> Source:
         source["jpeg"] = "yes"  # it had lost something before it came here
     if _KEY in metadata:
         description = Description.from_json(json.loads(metadata[_KEY]))
-        description = description._replace(source={**description.source, **source})
+        space = of_observations(without(description.observation_space, leave_out))
+        source = {**description.source, **source}
+        description = description._replace(observation_space=space, source=source)
     else:
         spec = data.env_spec
         description = Description(
             env=f"minari/{dataset_id}" if spec is None else f"gymnasium/{spec.id}",
-            observation_space=of_observations(data.observation_space),
+            observation_space=of_observations(without(data.observation_space, leave_out)),
             action_space=of_actions(data.action_space),
             source=source,
         )
@@ -70,7 +76,9 @@ def from_minari(dataset_id: str, *, env: str | None = None) -> Source:
     return Source(
         description if env is None else description._replace(env=env),
         parts,
-        np.asarray(first["observations"]).dtype,
+        jax.tree.map(
+            lambda x: x.dtype, select(description.observation_space, first["observations"])
+        ),
     )
 
 
@@ -87,10 +95,11 @@ def to_minari(
     **Arguments:** `dataset_id`: `"<namespace>/<name>-v<number>"`, with or without a namespace.
     `on_rows`: as of `convert`.
 
-    **Raises:** `UsageError` where there is one of this name, or the disk is full.
-    `MissingExtraError`.
+    **Raises:** `UsageError` where there is one of this name, where Minari has no place for such
+    data, or the disk is full. `MissingExtraError`.
     """
     minari = _minari()
+    _check_minari_holds(dataset)
     try:
         minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
     except (TypeError, ValueError):
@@ -130,6 +139,18 @@ def to_minari(
     return data
 
 
+def _check_minari_holds(dataset: Dataset) -> None:
+    description = dataset.description
+    if description.num_agents is not None:
+        raise UsageError(
+            f"'{dataset.path}' is of a team of {description.num_agents}, and Minari's data sets "
+            "are of one agent: hand on the directory itself"
+        )
+    for path, _ in leaves(description.observation_space):
+        if "/" in path:  # which parts groups of HDF5
+            raise UsageError(f"Minari has no place for a part of observations called '{path}'")
+
+
 def stacked(
     frames: Shaped[np.ndarray, "L height width"], stack: int, start: str
 ) -> Shaped[np.ndarray, "L stack height width"]:
@@ -152,11 +173,13 @@ def _blocks(
 
 def _rows(episode: dict[str, Any], description: Description) -> Rows:
     """Of an episode of Minari's."""
-    obs, action = np.asarray(episode["observations"]), np.asarray(episode["actions"])
+    obs = select(description.observation_space, episode["observations"])
+    action = np.asarray(episode["actions"])
     number, length = episode["id"], len(action)
-    if len(obs) != length + 1 or len(episode["rewards"]) != length:
+    (seen, *others) = {len(x) for x in jax.tree.leaves(obs)}
+    if others or seen != length + 1 or len(episode["rewards"]) != length:
         raise CorruptFileError(
-            f"episode {number} has {len(obs)} observations for {length} actions and "
+            f"episode {number} has {seen} observations for {length} actions and "
             f"{len(episode['rewards'])} rewards: make the Minari data set anew"
         )
     terminated, truncated = (np.asarray(episode[x]) for x in ("terminations", "truncations"))
@@ -173,20 +196,23 @@ def _rows(episode: dict[str, Any], description: Description) -> Rows:
                 "data set anew"
             )
         obs = frames
-    return Rows.of_episode(obs, action, episode["rewards"], terminated=bool(terminated[-1]))
+    rows = Rows.of_episode(obs, action, episode["rewards"], terminated=bool(terminated[-1]))
+    infos = episode["infos"] or {}
+    return rows._replace(**{name: infos[name] for name in description.extras if name in infos})
 
 
 def _buffer(minari: Any, rows: Rows, description: Description) -> Any:
     """An episode for Minari."""
-    obs = np.asarray(rows.obs)
+    obs = jax.tree.map(np.asarray, rows.obs)
     if description.stack is not None:
         obs = stacked(obs, description.stack, description.stack_start)
     return minari.data_collector.EpisodeBuffer(
         observations=obs,
-        actions=rows.action[:-1].astype(np.int64),
+        actions=rows.action[:-1].astype(description.action_space.dtype),
         rewards=rows.reward[:-1],
         terminations=rows.terminated[:-1],
         truncations=rows.truncated[:-1],
+        infos={name: np.asarray(getattr(rows, name)) for name in description.extras} or None,
     )
 
 
@@ -195,7 +221,7 @@ def _grouped(dataset: Dataset) -> Iterator[list[Rows]]:
     group, size, stack = [], 0, dataset.description.stack or 1
     for rows in dataset.episodes():
         group.append(rows)
-        size += rows.obs.nbytes * stack
+        size += sum(x.nbytes for x in jax.tree.leaves(rows.obs)) * stack
         if size >= _BYTES:
             yield group
             group, size = [], 0
@@ -204,9 +230,10 @@ def _grouped(dataset: Dataset) -> Iterator[list[Rows]]:
 
 
 def _is_image(space: Any) -> bool:
+    """Whether any part of it is one."""
     from minari.dataset.minari_storage import is_image_space
 
-    return is_image_space(space)
+    return any(is_image_space(leaf) for _, leaf in leaves(space))
 
 
 def _minari() -> Any:

@@ -152,9 +152,7 @@ class Replay(eqx.Module):
             return self._frames(row, self.stack)
         return cast(self.observation_space, jax.tree.map(lambda x: x[row], self.obs))
 
-    def _frames(
-        self, last: Int[Array, "*rows"], num: int
-    ) -> Shaped[Array, "*rows num height width"]:
+    def _frames(self, last: Int[Array, "*rows"], num: int) -> Shaped[Array, "*rows_and_frames"]:
         """The `num` frames up to `last`; before their episode's start its padding."""
         rows = last[..., None] + jnp.arange(1 - num, 1)
         start = self.start[last][..., None]

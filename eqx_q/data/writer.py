@@ -73,7 +73,7 @@ class Writer:
         self._dtypes = {column.name: column.dtype for column in columns}
         parts: list[Column] = jax.tree.leaves(self._columns.obs)
         dtypes = [part.dtype for part in parts] if dtype is None else jax.tree.leaves(dtype)
-        self._wide = {
+        self._wide: dict[str, np.dtype] = {
             part.name: np.dtype(one) for part, one in zip(parts, dtypes, strict=True)
         }  # of observations
         self._dtypes |= dict.fromkeys(self._wide, np.dtype(np.uint8)) if narrow else self._wide
@@ -349,7 +349,8 @@ class Writer:
             )
         for column, x in zip(jax.tree.leaves(self._columns), jax.tree.leaves(rows), strict=True):
             shape = (len(rows.action), *column.shape)
-            dtype = self._wide.get(column.name, column.dtype)
+            is_obs = column.name in self._wide
+            dtype = self._wide[column.name] if is_obs else column.dtype
             if x.shape == shape and np.can_cast(x.dtype, dtype, "same_kind"):
                 continue
             found, expected = f"{x.dtype}{list(x.shape)}", f"{dtype}{list(shape)}"

@@ -3,10 +3,11 @@
 import warnings
 
 import gymnasium
+import jax
 import minari
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from minari.data_collector import EpisodeBuffer
 from recorded import Transition, raw_episodes, stored_transitions, transitions
 
@@ -141,9 +142,10 @@ def test_ours_to_theirs_and_back(tmp_path, monkeypatch):
 
 
 def check_same(dataset, back):
-    for before, after in zip(dataset.rows, back.rows, strict=True):
-        np.testing.assert_array_equal(before, after)
-        assert before.dtype == after.dtype
+    assert jax.tree.structure(dataset.rows) == jax.tree.structure(back.rows)
+    kinds = [[x.dtype for x in jax.tree.leaves(one.rows)] for one in (dataset, back)]
+    assert kinds[0] == kinds[1]
+    jax.tree.map(np.testing.assert_array_equal, dataset.rows, back.rows)
     before, after = dataset.description.as_json(), back.description.as_json()
     assert after.pop("source") == before.pop("source") | {
         "format": "minari", "id": back.description.source["id"]
@@ -213,18 +215,108 @@ def test_interrupted_and_run_again_it_writes_the_same_bytes(tmp_path, monkeypatc
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_spaces_that_q_learning_does_not_take():
+PARTS = {"arm": Tuple([VECTOR, Discrete(9, start=-4)]), "image": Box(0, 255, (33, 34, 3), np.uint8)}
+SPACES = {
+    "multi": (Dict(PARTS), MultiDiscrete([3, 2], start=[-1, 5])),
+    "box": (Dict(PARTS), Box(-1, 1, (2,), np.float32)),
+    "bits": (MultiBinary(3), MultiBinary(2)),
+    "shifted": (Discrete(5), Discrete(9, start=-3)),
+}
+
+
+def sampled_episodes(space, actions, lengths):
+    """Of spaces' own samples: observations, actions and rewards."""
+    for length in lengths:
+        obs = [space.sample() for _ in range(length + 1)]
+        taken = np.stack([actions.sample() for _ in range(length)])
+        yield jax.tree.map(lambda *x: np.stack(x), *obs), taken, np.arange(length, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_any_space_goes_both_ways(tmp_path, name):
+    """Theirs to ours, ours to theirs and back."""
+    space, actions = SPACES[name]
+    space.seed(0)
+    actions.seed(0)
+    episodes = list(sampled_episodes(space, actions, [3, 1, 4]))
+    buffers = [
+        EpisodeBuffer(
+            observations=obs,
+            actions=taken,
+            rewards=reward,
+            terminations=np.arange(len(taken)) == len(taken) - 1,
+            truncations=np.zeros(len(taken), bool),
+        )
+        for obs, taken, reward in episodes
+    ]
+    create("theirs-v0", buffers, space, actions, jpeg_encoding=False)
+    dataset = convert(from_minari("theirs-v0"), tmp_path / "ours")
+    assert dataset.description.action_space == actions
+    assert dataset.description.observation_space == space
+    for rows, (obs, taken, reward) in zip(dataset.episodes(), episodes, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, rows.obs, obs)
+        np.testing.assert_array_equal(rows.action[:-1], taken)
+        np.testing.assert_array_equal(rows.reward[:-1], reward)
+    to_minari(dataset, "back-v0")
+    for one, (obs, taken, _) in zip(minari.load_dataset("back-v0"), episodes, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one.observations, obs)
+        np.testing.assert_array_equal(one.actions, taken)
+        assert one.actions.dtype == actions.dtype
+    check_same(dataset, convert(from_minari("back-v0"), tmp_path / "back"))
+
+
+def write_masked(path, **options):
+    """One episode, with action masks, of whatever else is said."""
+    description = Description(
+        "made/Up", VECTOR, Discrete(3), **{"extras": {"action_mask": (3,)}, **options}
+    )
+    rng = np.random.default_rng(0)
+    team = () if description.num_agents is None else (description.num_agents,)
+    with Writer(path, description) as writer:
+        writer.append(
+            Rows.of_episode(
+                rng.normal(size=(4, *team, 3)).astype(np.float32),
+                rng.integers(3, size=(3, *team)),
+                np.ones(3),
+                terminated=True,
+                action_mask=rng.random((4, *team, 3)) < 0.5,
+            )
+        )
+        writer.commit("all")
+        return writer.finish()
+
+
+def test_masks_go_along_and_come_back(tmp_path):
+    dataset = write_masked(tmp_path / "ours")
+    to_minari(dataset, "x-v0")
+    check_same(dataset, convert(from_minari("x-v0"), tmp_path / "back"))
+
+
+def test_what_minari_has_no_place_for(tmp_path):
+    team = write_masked(tmp_path / "team", num_agents=2, extras={"action_mask": (2, 3)})
+    with pytest.raises(UsageError, match="is of a team of 2, and Minari's data sets are of one"):
+        to_minari(team, "x-v0")
+
+
+def test_spaces_that_nothing_is_learnt_from(tmp_path):
     (one,) = vectors([2])
-    continuous = one._replace(action=np.zeros((2, 3), np.float32))
-    write_theirs("continuous-v0", [continuous], VECTOR, VECTOR)
-    with pytest.raises(UsageError, match=r"needs Discrete actions, got .*: discretise the actions"):
-        from_minari("continuous-v0")
-    write_theirs("shifted-v0", [one], VECTOR, Discrete(9, start=-3))
-    with pytest.raises(UsageError, match="actions must count from 0"):
-        from_minari("shifted-v0")
-    write_theirs("discrete-v0", [one._replace(frames=np.arange(3))], Discrete(4))
-    with pytest.raises(UsageError, match="observations must be a Box, got Discrete"):
-        from_minari("discrete-v0")
+    endless = one._replace(action=np.zeros((2, 3), np.float32))
+    write_theirs("endless-v0", [endless], VECTOR, VECTOR)
+    with pytest.raises(UsageError, match="actions of a Box are cut into bins"):
+        from_minari("endless-v0")
+    said = [{"place": one.frames[t], "mission": "go"} for t in range(3)]
+    buffer = EpisodeBuffer(
+        observations={name: [x[name] for x in said] for name in said[0]},
+        actions=one.action,
+        rewards=one.reward,
+        terminations=[False, True],
+        truncations=[False] * 2,
+    )
+    create("told-v0", [buffer], Dict(place=VECTOR, mission=Text(5)), Discrete(6))
+    with pytest.raises(UsageError, match=r"'mission', .*leave_out=\['mission'\]"):
+        from_minari("told-v0")
+    dataset = convert(from_minari("told-v0", leave_out=["mission"]), tmp_path / "out")
+    np.testing.assert_array_equal(dataset.rows.obs["place"], one.frames)
 
 
 def test_episodes_that_make_no_sense(tmp_path):

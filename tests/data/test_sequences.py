@@ -59,31 +59,27 @@ def test_sequences_are_what_the_environment_said(tmp_path, name):
     assert len(begins) == STEPS and np.sum(timesteps.first) > 5
     for lane, begin in enumerate(begins.tolist()):
         num = min(length + 1, len(dataset) - begin)
-        of_lane = jax.tree.map(lambda x, lane=lane, num=num: x[:num, lane], ours.timesteps)
-        expected = jax.tree.map(lambda x, b=begin, num=num: x[b : b + num], timesteps)
-        for field in vars(expected):
-            if field != "episode":
-                x, y = getattr(of_lane, field), getattr(expected, field)
-                jax.tree.map(np.testing.assert_array_equal, x, y)
-                jax.tree.map(lambda x, y: np.testing.assert_(x.dtype == y.dtype), x, y)
-        np.testing.assert_array_equal(of_lane.episode.ended, expected.ended)
-        real = np.asarray(ours.real[:, lane])
+        of_lane = jax.tree.map(lambda x, lane=lane: np.asarray(x[:, lane]), ours)
+        real = of_lane.real
+        expected = jax.tree.map(lambda x, begin=begin, num=num: x[begin : begin + num], timesteps)
+        for field in vars(expected).keys() - {"episode"}:
+            seen = jax.tree.map(lambda x, num=num: x[:num], getattr(of_lane.timesteps, field))
+            jax.tree.map(assert_same, seen, getattr(expected, field))
+        np.testing.assert_array_equal(of_lane.timesteps.episode.ended[:num], expected.ended)
         np.testing.assert_array_equal(real[: num - 1], ~expected.first[1:])
-        taken = np.asarray(ours.actions[:, lane])
-        np.testing.assert_array_equal(
-            taken[real], actions[begin : begin + num - 1][real[: num - 1]]
-        )
-        assert not np.any(real[num - 1 :])
-        assert np.all(ours.timesteps.first[num:, lane]) and not np.any(
-            ours.timesteps.ended[num:, lane]
-        )
-        assert not np.any(ours.timesteps.reward[num:, lane])
-        agents = taken[~real].reshape(-1, *(env.action_space.shape or ()))
-        assert all(env.action_space.contains(_as_sampled(env.action_space, x)) for x in agents)
+        taken = actions[begin : begin + num - 1][real[: num - 1]]
+        np.testing.assert_array_equal(of_lane.actions[real], taken)
+        # After the last row nothing happens any more.
+        assert not np.any(real[num - 1 :]) and np.all(of_lane.timesteps.first[num:])
+        assert not np.any(of_lane.timesteps.ended[num:] | (of_lane.timesteps.reward[num:] != 0))
+        space = env.action_space
+        others = of_lane.actions[~real].reshape(-1, *(space.shape or ())).astype(space.dtype)
+        assert all(space.contains(x) for x in others)
 
 
-def _as_sampled(space, action):
-    return np.asarray(action, space.dtype) if space.shape else int(action)
+def assert_same(ours, expected):
+    assert ours.dtype == expected.dtype
+    np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -138,10 +134,9 @@ def test_transitions_say_what_is_legal_next(tmp_path):
     ours = Blocks(dataset, Sampling()).load(0).transitions(jnp.arange(20), 2)
     begins = np.flatnonzero(rows.acted)
     np.testing.assert_array_equal(ours.next_action_mask, rows.action_mask[begins + ours.length])
-    for obs, of_rows in ((ours.obs, begins), (ours.next_obs, begins + ours.length)):
-        jax.tree.map(
-            lambda x, y, at=of_rows: np.testing.assert_array_equal(x, y[at]), obs, rows.obs
-        )
+    for obs, at in ((ours.obs, begins), (ours.next_obs, begins + ours.length)):
+        expected = jax.tree.map(lambda x, at=at: x[at], rows.obs)
+        jax.tree.map(np.testing.assert_array_equal, obs, expected)
     np.testing.assert_array_equal(ours.action, rows.action[begins])
 
 
