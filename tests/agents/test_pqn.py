@@ -268,7 +268,12 @@ def test_schedules_follow_progress():
         (OBS, ACT, {"learning_rate": float("nan")}, "learning_rate=nan makes no sense"),
         (OBS, ACT, {"schedule_steps": 0}, "schedule_steps=0 makes no sense"),
         (OBS, gymnasium.spaces.Discrete(5), {}, "there are 5 choices of action with 1 values each"),
-        (gymnasium.spaces.Box(-1, 1, (7,)), ACT, {}, r"cannot take observations of Box\(-1.0, 1.0, \(7,\)"),
+        (
+            gymnasium.spaces.Box(-1, 1, (7,)),
+            ACT,
+            {},
+            r"cannot take observations of Box\(-1.0, 1.0, \(7,\)",
+        ),
         (OBS, ACT, {"network_options": {"norm": "none"}}, "named networks"),
     ],
 )
@@ -285,7 +290,9 @@ def test_bad_input_of_update_and_act():
         make_agent().act(np.zeros((4, 7), np.float32))
     agent, rollout = make_agent(), make_rollout()
     short = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
-    with pytest.raises(UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .* one timestep more"):
+    with pytest.raises(
+        UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .* one timestep more"
+    ):
         agent.update(eqx_q.Rollout(short, rollout.actions), key=jax.random.key(0))
     with pytest.raises(UsageError, match="action_mask has shape"):
         agent.act(rollout.timesteps.obs[0], action_mask=np.ones(5, bool))
