@@ -86,9 +86,10 @@ class Actions(eqx.Module):
         if isinstance(space, Discrete):
             return index[..., 0] + int(space.start)
         if isinstance(space, Box):
-            low, step = self._low_and_step()
-            # Of the upper bound rounding must not make more than it.
-            action = jnp.minimum(low + step * index, space.high.reshape(-1).astype(np.float32))
+            low, step, _ = self._bins()
+            high = space.high.reshape(-1).astype(np.float32)
+            is_last = index == np.asarray(self.choices) - 1
+            action = jnp.where(is_last, high, low + step * index)  # exactly, whatever is rounded
             return action.reshape(*lanes, *space.shape)
         start = space.start.reshape(-1) if isinstance(space, MultiDiscrete) else 0
         return (index + jnp.asarray(start, index.dtype)).reshape(*lanes, *(space.shape or ()))
@@ -100,8 +101,8 @@ class Actions(eqx.Module):
         lanes = action.shape[: action.ndim - own]
         action = action.reshape(*lanes, self.num_factors)
         if isinstance(space, Box):
-            low, step = self._low_and_step()
-            index = jnp.round((action - low) / step).astype(jnp.int32)
+            low, _, width = self._bins()
+            index = jnp.round((action - low) / width).astype(jnp.int32)
             return jnp.clip(index, 0, jnp.asarray(self.choices) - 1)
         if isinstance(space, Discrete):
             start = int(space.start)
@@ -117,8 +118,10 @@ class Actions(eqx.Module):
         if not isinstance(self.space, Box):
             lanes = jnp.ndim(action) - len(self.space.shape or ())
             return jnp.zeros(jnp.shape(action)[:lanes])
-        range_ = (self.space.high - self.space.low).astype(np.float32)
-        difference = (self.decode(self.encode(action)) - jnp.asarray(action)) / range_
+        _, _, width = self._bins()
+        range_ = (width * (np.asarray(self.choices) - 1)).astype(np.float32)
+        difference = self.decode(self.encode(action)) - jnp.asarray(action)
+        difference = difference / range_.reshape(self.space.shape)
         axes = tuple(range(difference.ndim - len(self.space.shape), difference.ndim))
         return jnp.sqrt(jnp.mean(jnp.square(difference), axis=axes))
 
@@ -156,11 +159,13 @@ class Actions(eqx.Module):
         place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
         return jnp.take_along_axis(x, place[..., None], axis=-2)
 
-    def _low_and_step(self) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
+    def _bins(self) -> tuple[Float[np.ndarray, " F"], ...]:
+        """The first bin of each dimension, the step to the next, and what that is to divide by."""
         assert isinstance(self.space, Box)
         low = self.space.low.reshape(-1).astype(np.float32)
         high = self.space.high.reshape(-1).astype(np.float32)
-        return low, (high - low) / (np.asarray(self.choices, np.float32) - 1)
+        step = (high - low) / (np.asarray(self.choices, np.float32) - 1)
+        return low, step, np.where(step > 0, step, np.float32(1))  # of one value alone: not 0
 
 
 def as_bins(given: int | Sequence[int]) -> Bins:

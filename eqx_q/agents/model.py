@@ -139,12 +139,14 @@ class Model(eqx.Module):
     ) -> Predictions:
         """What is regressed, from raw values of the agents' actions.
 
-        A joint mixer mixes expected values, and its prediction is one too, whatever the value is.
+        A joint mixer mixes expected values, and its prediction is one too, whatever the value is:
+        its loss is that of a scalar.
         """
         if not self.mixer.is_joint:
             return Predictions(raw, self.value)
         chosen = jnp.where(acting, self.value.expected(raw), 0.0)
-        return Predictions(self.mixer.mix(chosen, global_state)[..., None], Scalar())
+        value = self.value if isinstance(self.value, Scalar) else Scalar()
+        return Predictions(self.mixer.mix(chosen, global_state)[..., None], value)
 
     def global_state(self, timesteps: TimeStep) -> Float[AnyArray, "*lanes S"] | None:
         """What a joint mixer sees: the environment's state, or all observations side by side."""

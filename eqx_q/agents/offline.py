@@ -225,10 +225,10 @@ class OfflineQ(QAgent):
         length = self.sequence_length
         if length is not None:
             length += self.burn_in + self.n_step - 1
-        return Batches(self.batch_size, self.n_step, length)
+        return Batches(self.batch_size, self.n_step, length, self.burn_in)
 
     @property
-    def learnt(self) -> UInt[Array, ""]:
+    def learnt(self) -> UInt[Array, "*S"]:
         """See `Agent`: updates."""
         return self.num_updates
 
@@ -382,8 +382,12 @@ class OfflineQ(QAgent):
         losses, real, metrics = fit(model, values, items)
         scale = 1.0 if importance is None else importance[:, None]
         weight, acting = _shares(real), _shares(items.acting)
-        q_values = model.q_values(values, action_mask)
+        q_values = model.q_values(values, None)
         chosen = jnp.take_along_axis(q_values, items.index[..., None], axis=-1)[..., 0]
+        if action_mask is not None:  # what was done could be done, whatever the data's mask says
+            done = jnp.arange(q_values.shape[-1]) == items.index[..., None]
+            is_legal = model.actions.legal(action_mask)
+            q_values = jnp.where(is_legal | done, q_values, -jnp.inf)
         gap = jnp.mean(jax.nn.logsumexp(q_values, axis=-1) - chosen, axis=-1)
         conservative = jnp.sum(jnp.where(items.acting, acting * scale * gap, 0.0))
         loss = self.td_weight * jnp.sum(weight * scale * losses) + self.alpha * conservative

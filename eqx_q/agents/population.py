@@ -177,9 +177,13 @@ class Population(Agent):
 
     def _split_rollout(self, rollout: Rollout) -> Rollout:
         """`[T, S * N, ...]` as `[S, T, N, ...]`."""
-        stacked = self._split(eqx.tree_at(lambda r: r.memory, rollout, None, is_leaf=_is_none), 1)
-        memory = self._split(rollout.memory, 0)
-        return eqx.tree_at(lambda r: r.memory, stacked, memory, is_leaf=_is_none)
+
+        def of_lanes(rollout: Rollout) -> tuple[PyTree, PyTree]:
+            return rollout.memory, rollout.weight
+
+        stacked = self._split(eqx.tree_at(of_lanes, rollout, (None, None), is_leaf=_is_none), 1)
+        lanes = self._split(of_lanes(rollout), 0)
+        return eqx.tree_at(of_lanes, stacked, lanes, is_leaf=_is_none)
 
 
 def _is_none(x) -> bool:

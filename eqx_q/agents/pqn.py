@@ -210,7 +210,7 @@ class PQN(QAgent):
         return Rollouts(self.rollout_length, self.burn_in, self.lane_groups)
 
     @property
-    def learnt(self) -> UInt[Array, ""]:
+    def learnt(self) -> UInt[Array, "*S"]:
         """See `Agent`: lane-steps."""
         return self.env_steps
 

@@ -10,7 +10,8 @@ import pytest
 import eqx_q
 from eqx_q.agents import Batches
 from eqx_q.errors import UsageError
-from eqx_q.nets import FeedForward
+from eqx_q.nets import Inputs, Network
+from eqx_q.nets.heads import LinearHead
 from eqx_q.nets.layers import Activation, Linear, Sequential
 
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -53,6 +54,12 @@ def parameters(network):
     return tuple(np.asarray(x, np.float64) for x in (network.module.weight, network.module.bias))
 
 
+def targets_of(agent, batch):
+    """What `update` regresses on: the mean where there are several samples."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    return np.asarray(agent._items(batch).target)[:, 0].mean(-1)
+
+
 def slow_targets(agent, batch):
     """One at a time."""
     weight, bias = parameters(agent.target_network)
@@ -81,7 +88,7 @@ def slow_loss(agent, batch, weight, bias):
         a = batch.action[i]
         error = q[a] - targets[i]
         errors.append(abs(error))
-        if agent.td_loss == "squared":
+        if agent.value.td_loss == "squared":
             td, d_td = error**2, 2 * error
         elif abs(error) <= 1:
             td, d_td = 0.5 * error**2, error
@@ -119,16 +126,17 @@ class SlowAdam:
         return tuple(new)
 
 
+SQUARED, HUBER = ({"name": "scalar", "td_loss": name} for name in ("squared", "huber"))
 CASES = [
     {},
-    {"td_loss": "squared"},
-    {"td_loss": "squared", "double": True},
+    {"value": SQUARED},
+    {"value": SQUARED, "double": True},
     {"double": True, "n": 3, "reward_scale": 0.3},
     {"n": 2, "weighted": True},
     {"create": eqx_q.CQL.create, "alpha": 0.7},
-    {"create": eqx_q.CQL.create, "alpha": 4.0, "td_loss": "huber", "n": 5, "weighted": True},
+    {"create": eqx_q.CQL.create, "alpha": 4.0, "value": HUBER, "n": 5, "weighted": True},
     {"create": eqx_q.BC.create},
-    {"max_grad_norm": 0.05, "td_loss": "squared"},
+    {"max_grad_norm": 0.05, "value": SQUARED},
 ]
 
 
@@ -136,25 +144,24 @@ CASES = [
 def test_update_equals_a_slow_computation(options):
     options = dict(options)
     n, weighted = options.pop("n", 1), options.pop("weighted", False)
-    agent = make_agent(n_step=n, adam_epsilon=0.01, **options)
+    agent = make_agent(n_step=n, optimizer={"name": "adam", "eps": 0.01}, **options)
     agent = with_target(agent)
     adam = SlowAdam(0.01)
     update = eqx.filter_jit(lambda agent, batch: agent.update(batch, key=jax.random.key(0)))
     for i in range(4):
         batch = make_batch(i, n, weighted)
         loss, gradients, errors = slow_loss(agent, batch, *parameters(agent.network))
-        np.testing.assert_allclose(agent.targets(batch), slow_targets(agent, batch), rtol=1e-4)
+        np.testing.assert_allclose(targets_of(agent, batch), slow_targets(agent, batch), rtol=1e-4)
         norm = np.sqrt(sum((g**2).sum() for g in gradients))
         scale = min(1.0, float(agent.max_grad_norm) / norm)
         expected = adam.step(parameters(agent.network), [scale * g for g in gradients], 0.01)
         agent, metrics = update(agent, batch)
-        td_error = metrics["priority"]
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
-        np.testing.assert_allclose(td_error, errors, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(metrics["priority"], errors, rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(parameters(agent.network), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert int(agent.num_updates) == 4
+    assert int(agent.num_updates) == int(agent.learnt) == 4
 
 
 def test_what_is_told():
@@ -179,7 +186,8 @@ def test_dead_units_are_those_that_are_zero_for_all_of_the_batch():
     keys = jax.random.split(jax.random.key(0))
     hidden, head = Linear(OBS.shape[0], 16, key=keys[0]), Linear(16, int(ACT.n), key=keys[1])
     hidden = eqx.tree_at(lambda x: x.bias, hidden, hidden.bias.at[:5].set(-100.0))
-    network = FeedForward(Sequential((hidden, Activation("relu"))), head)
+    encoder = Sequential((hidden, Activation("relu")))
+    network = Network(encoder, (), LinearHead(head, 1), (int(ACT.n),))
     agent, batch = make_agent(network=network), make_batch()
     dead = np.all(batch.obs @ hidden.weight + hidden.bias <= 0, axis=0)
     _, metrics = agent.update(batch, key=jax.random.key(0))
@@ -201,24 +209,32 @@ def test_the_loss_of_behaviour_cloning_is_the_cross_entropy():
 def test_presets():
     key = jax.random.key(0)
     dqn, cql, bc = (x.create(OBS, ACT, key=key) for x in (eqx_q.DQN, eqx_q.CQL, eqx_q.BC))
-    for agent in (dqn, cql, bc):
-        assert isinstance(agent, eqx_q.DQN) and agent.learns_from == Batches(32)
-        assert agent.target_update_period == 2000
+    for agent, kind in ((dqn, eqx_q.DQN), (cql, eqx_q.CQL), (bc, eqx_q.BC)):
+        assert type(agent) is kind and agent.name == kind.__name__
+        assert agent.learns_from == Batches(32) and int(agent.learnt) == 0
+        assert (agent.batch_size, agent.target_update_period, agent.n_step) == (32, 2000, 1)
         assert float(agent.learning_rate) == np.float32(5e-5) and not agent.double
-    assert (dqn.td_loss, float(dqn.alpha), float(dqn.td_weight)) == ("huber", 0, 1)
-    assert float(dqn.adam_epsilon) == np.float32(1.5e-4)
-    assert (cql.td_loss, float(cql.td_weight)) == ("squared", 1)
+    assert (dqn.value.td_loss, float(dqn.alpha), float(dqn.td_weight)) == ("huber", 0, 1)
+    assert float(dqn.optimizer.options["eps"]) == np.float32(1.5e-4)
+    assert (cql.value.td_loss, float(cql.td_weight)) == ("squared", 1)
     assert float(cql.alpha) == np.float32(0.1)
-    assert float(cql.adam_epsilon) == np.float32(3.125e-4)
+    assert float(cql.optimizer.options["eps"]) == np.float32(3.125e-4)
     assert (float(bc.alpha), float(bc.td_weight)) == (1, 0)
-    assert eqx.tree_equal(eqx_q.CQL.create(OBS, ACT, key=key, alpha=0.0, td_loss="huber",
-                                           adam_epsilon=1.5e-4), dqn)  # fmt: skip
+    options = {"alpha": 0.0, "value": HUBER, "optimizer": {"name": "adam", "eps": 1.5e-4}}
+    like_dqn = eqx_q.CQL.create(OBS, ACT, key=key, **options)
+    assert eqx.tree_equal(jax.tree.leaves(like_dqn), jax.tree.leaves(dqn))
 
 
-def quantile_agent(**options):
+def quantile_agent(key=0, **options):
     options = {"network": "mlp", "discount": 0.9, "batch_size": B} | options
-    options["network_options"] = {"hidden_sizes": [8], "num_quantiles": 5}
-    return eqx_q.DQN.create(OBS, ACT, key=jax.random.key(0), **options)
+    options["network_options"] = {"hidden_sizes": [8]}
+    options["value"] = {"name": "quantile", "num_quantiles": 5}
+    return eqx_q.DQN.create(OBS, ACT, key=jax.random.key(key), **options)
+
+
+def raw_values(network, obs):
+    output = network(Inputs(jnp.asarray(obs)[None]), network.initial_statistics(), ())
+    return np.asarray(output.values[0])
 
 
 def slow_quantile_loss(quantiles, targets):
@@ -237,17 +253,11 @@ def slow_quantile_loss(quantiles, targets):
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.0), (3, 4.0)])
 def test_quantile_loss_equals_a_double_loop(double, n, alpha):
     agent = quantile_agent(double=double, n_step=n, alpha=alpha, reward_scale=0.5)
-    other = eqx_q.DQN.create(
-        OBS, ACT, key=jax.random.key(1), network="mlp",
-        network_options={"hidden_sizes": [8], "num_quantiles": 5},
-    )  # fmt: skip
-    agent = eqx.tree_at(lambda a: a.target_network, agent, other.network)
+    agent = eqx.tree_at(lambda a: a.target_network, agent, quantile_agent(1).network)
     batch = make_batch(3, n)
-    quantiles = np.asarray(agent.network(jnp.asarray(batch.obs)[None], None).quantiles[0])
-    following = np.asarray(
-        agent.target_network(jnp.asarray(batch.next_obs)[None], None).quantiles[0]
-    )
-    own = np.asarray(agent.network(jnp.asarray(batch.next_obs)[None], None).quantiles[0])
+    quantiles = raw_values(agent.network, batch.obs)
+    following = raw_values(agent.target_network, batch.next_obs)
+    own = raw_values(agent.network, batch.next_obs)
     assert quantiles.shape == (B, 4, 5)
     loss, errors, means = 0.0, [], []
     for i in range(B):
@@ -260,17 +270,16 @@ def test_quantile_loss_equals_a_double_loop(double, n, alpha):
         loss += (slow_quantile_loss(quantiles[i, a], targets) + alpha * gap) / B
         errors.append(abs(targets.mean() - q[a]))
         means.append(targets.mean())
-    np.testing.assert_allclose(agent.targets(batch), means, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(targets_of(agent, batch), means, rtol=1e-4, atol=1e-5)
     _, metrics = agent.update(batch, key=jax.random.key(0))
-    td_error = metrics["priority"]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
-    np.testing.assert_allclose(td_error, errors, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["priority"], errors, rtol=1e-4, atol=1e-5)
 
 
 def test_quantiles_act_by_their_means():
     agent = quantile_agent()
     obs = make_batch().obs
-    q = np.asarray(agent.network(jnp.asarray(obs)[None], None).quantiles[0]).mean(-1)
+    q = raw_values(agent.network, obs).mean(-1)
     decision = agent.act(obs)
     np.testing.assert_array_equal(decision.action, q.argmax(-1))
     np.testing.assert_allclose(decision.value, q.max(-1), rtol=1e-5)
@@ -279,9 +288,9 @@ def test_quantiles_act_by_their_means():
 def test_targets_come_from_the_target_network_alone():
     agent, batch = with_target(make_agent()), make_batch()
     other = eqx.tree_at(lambda a: a.network.module, agent, linear(5))
-    np.testing.assert_array_equal(agent.targets(batch), other.targets(batch))
+    np.testing.assert_array_equal(targets_of(agent, batch), targets_of(other, batch))
     other = with_target(agent, 5)
-    assert not np.allclose(agent.targets(batch), other.targets(batch))
+    assert not np.allclose(targets_of(agent, batch), targets_of(other, batch))
 
 
 @pytest.mark.parametrize("period", [1, 3])
@@ -321,7 +330,7 @@ def test_statistics_of_batch_norm_move():
     # Acting and targets use them: with those of the beginning they are others.
     stale = eqx.tree_at(lambda a: a.statistics, agent, before)
     assert not np.allclose(agent.act(batch.obs).value, stale.act(batch.obs).value)
-    assert not np.allclose(agent.targets(batch), stale.targets(batch))
+    assert not np.allclose(targets_of(agent, batch), targets_of(stale, batch))
     assert eqx.tree_equal(first.statistics, before)  # the old agent is as it was
 
 
@@ -352,10 +361,8 @@ def test_members_of_a_population_learn_as_they_would_alone():
         population, metrics = population.update(stacked(batches), key=jax.random.key(0))
         for s in range(4):
             alone[s], own = alone[s].update(batches[s], key=jax.random.key(0))
-            np.testing.assert_allclose(metrics["loss"][s], own["loss"], rtol=1e-4)
-            np.testing.assert_allclose(
-                metrics["priority"][s], own["priority"], rtol=1e-3, atol=1e-4
-            )
+            for name, rtol in (("loss", 1e-4), ("priority", 1e-3)):
+                np.testing.assert_allclose(metrics[name][s], own[name], rtol=rtol, atol=1e-4)
     for s in range(4):
         assert_close(population.member(s), alone[s])
     np.testing.assert_array_equal(population.learnt, [3, 3, 3, 3])
@@ -408,9 +415,17 @@ def test_explores_with_a_key():
     assert len(np.unique(own.act(obs, key=key).action)) == 4
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 2, 3), ()])
-def test_observations_of_another_shape_are_refused(shape):
-    with pytest.raises(UsageError, match=r"obs has shape .* the agent expects \(3,\)"):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4,), r"obs has shape \(4,\); its space has shape \(3,\)"),
+        ((2, 4), r"obs has shape \(2, 4\); its space has shape \(3,\)"),
+        ((), r"obs has shape \(\); its space has shape \(3,\)"),
+        ((2, 2, 3), r"leading axes \(2, 2\) .*: the agent expects \(lanes\), or \(\) for one"),
+    ],
+)
+def test_observations_of_another_shape_are_refused(shape, message):
+    with pytest.raises(UsageError, match=message):
         make_agent().act(np.zeros(shape, np.float32))
 
 
@@ -421,11 +436,13 @@ def test_a_mask_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("quantiles", [False, True])
 def test_saved_and_loaded_it_is_the_same(tmp_path, quantiles):
-    agent = quantile_agent() if quantiles else make_agent(network="mlp", alpha=0.3)
+    options = {"network": "mlp", "alpha": 0.3, "create": eqx_q.CQL.create}
+    agent = quantile_agent() if quantiles else make_agent(**options)
     agent, _ = agent.update(make_batch(), key=jax.random.key(0))
     eqx_q.save(tmp_path / "agent.eqx", agent)
     loaded = eqx_q.load(tmp_path / "agent.eqx")
-    assert eqx.tree_equal(loaded, agent) and type(loaded) is eqx_q.DQN
+    assert eqx.tree_equal(loaded, agent)
+    assert type(loaded) is (eqx_q.DQN if quantiles else eqx_q.CQL)
     a, b = (x.update(make_batch(1), key=jax.random.key(0)) for x in (agent, loaded))
     assert eqx.tree_equal(a, b)
 
@@ -445,10 +462,12 @@ def test_the_network_of_an_online_agent_learns_offline():
     ("options", "message"),
     [
         ({"network": "mlq"}, "unknown network 'mlq': the nearest are .*mlp"),
-        ({"network": "mlp", "network_options": {"memory": "gru"}}, r"network_options\.memory=none"),
         ({"network": "mlp", "network_options": {"hidden": [3]}}, "unknown option .*hidden_sizes"),
         ({"network_options": {"hidden_sizes": [3]}}, "network_options are for named networks"),
-        ({"network": eqx.nn.Linear(3, 5, key=jax.random.key(0))}, "output size must be 4"),
+        (
+            {"network": eqx.nn.Linear(3, 5, key=jax.random.key(0))},
+            "there are 4 choices of action with 1 values each",
+        ),
         ({"network": eqx.nn.Linear(2, 4, key=jax.random.key(0))}, "cannot take observations"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"n_step": 0}, "n_step must be a whole number"),
@@ -456,16 +475,28 @@ def test_the_network_of_an_online_agent_learns_offline():
         ({"discount": 1.1}, "discount=1.1 makes no sense"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 makes no sense"),
         ({"learning_rate": float("nan")}, "learning_rate=nan makes no sense"),
-        ({"adam_epsilon": -1.0}, "adam_epsilon=-1.0 makes no sense"),
+        ({"optimizer": {"name": "adam", "eps": -1.0}}, r"optimizer\.eps=-1.0 makes no sense"),
+        ({"value": {"name": "scalar", "td_loss": "hube"}}, "unknown td_loss 'hube': .* huber"),
         ({"alpha": -0.1}, "alpha=-0.1 makes no sense"),
         ({"td_weight": -0.1}, "td_weight=-0.1 makes no sense"),
         ({"epsilon": 2.0}, "epsilon=2.0 makes no sense"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 makes no sense"),
         (
-            {"network": "mlp", "network_options": {"num_quantiles": 5, "head": "dueling"}},
-            "num_quantiles goes with a linear head",
+            {"network": "mlp", "network_options": {"num_quantiles": 5}},
+            "num_quantiles is an option of the value",
         ),
-        ({"network": "mlp", "network_options": {"num_quantiles": 0}}, "num_quantiles must be a"),
+        ({"value": {"name": "quantile", "num_quantiles": 0}}, "num_quantiles must be a"),
+        ({"value": "quantile"}, "must be 200 for each choice"),
+        ({"burn_in": 2}, "burn_in=2 warms up memory, and this network has none"),
+        (
+            {"network": "mlp", "network_options": {"memory": "gru"}, "burn_in": -1},
+            "burn_in=-1 must be a whole number of at least 0",
+        ),
+        ({"sequence_length": 0}, "sequence_length must be a whole number"),
+        (
+            {"network": "mlp", "value": "quantile", "num_agents": 2, "mixer": "qmix"},
+            "QMIX mixes expected values, from which quantiles cannot be learnt",
+        ),
     ],
 )
 def test_what_cannot_work(options, message):
@@ -475,7 +506,16 @@ def test_what_cannot_work(options, message):
 
 def test_spaces_that_cannot_work():
     key = jax.random.key(0)
-    with pytest.raises(UsageError, match="must be a Box"):
-        eqx_q.DQN.create(gymnasium.spaces.Discrete(3), ACT, key=key)
-    with pytest.raises(UsageError, match="discretise"):
+    with pytest.raises(UsageError, match="nothing can be learnt from a space of kind Text"):
+        eqx_q.DQN.create(gymnasium.spaces.Text(3), ACT, key=key)
+    with pytest.raises(UsageError, match=r"cut into bins, and .* has no bounds"):
         eqx_q.DQN.create(OBS, OBS, key=key)
+
+
+def test_who_learns_from_sequences_refuses_transitions():
+    agent = make_agent(network="mlp", network_options={"memory": "gru", "hidden_sizes": [4]})
+    with pytest.raises(UsageError, match="learns from sequences, not from single transitions"):
+        agent.update(make_batch(), key=jax.random.key(0))
+    assert agent.learns_from == Batches(B, 1, 32)
+    team = make_agent(num_agents=2, n_step=3)
+    assert team.learns_from == Batches(B, 3, 3)

@@ -9,6 +9,7 @@ import pytest
 
 import eqx_q
 from eqx_q.errors import UsageError
+from eqx_q.nets import Inputs
 from eqx_q.types import Episode, Rollout, TimeStep
 
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
@@ -53,7 +54,7 @@ def lanes_of(rollout, i):
 
 
 def q_values(agent, obs):
-    return agent.network(obs[None], agent.statistics).q_values[0]
+    return agent.network(Inputs(obs[None]), agent.statistics, ()).values[0, ..., 0]
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])

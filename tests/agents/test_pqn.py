@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_q
+from eqx_q.agents.sequences import as_team
 from eqx_q.errors import UsageError
 from eqx_q.returns import q_lambda
 from eqx_q.types import Episode, Rollout, TimeStep
@@ -190,8 +191,8 @@ def test_targets_bootstrap_from_legal_actions_alone(with_values):
         lambda_=0.7,
     )
     acted = jnp.asarray(values[:-1]) if with_values else None
-    targets = agent.targets(Rollout(timesteps, rollout.actions, None, acted))
-    np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-5)
+    targets = agent._targets(as_team(agent, Rollout(timesteps, rollout.actions, None, acted), 0))
+    np.testing.assert_allclose(targets[..., 0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_update_leaves_the_old_agent_alone():
@@ -257,14 +258,22 @@ def test_schedules_follow_progress():
 @pytest.mark.parametrize(
     ("obs_space", "act_space", "options", "message"),
     [
-        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {}, "discretise"),
-        (gymnasium.spaces.Discrete(3), ACT, {}, "FlattenObservation"),
+        (OBS, OBS, {}, "actions of a Box are cut into bins, and .* has no bounds"),
+        (OBS, gymnasium.spaces.Dict(a=ACT), {}, "MultiBinary or a bounded Box, got Dict"),
+        (gymnasium.spaces.Text(3), ACT, {}, "nothing can be learnt from a space of kind Text"),
+        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": 1}, "bins=1: give whole numbers of at"),
+        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": [2, 3, 4]}, "3 numbers, and .* 2 dimen"),
         (OBS, ACT, {"rollout_length": 0}, "rollout_length must be a whole number"),
         (OBS, ACT, {"discount": 5}, "discount=5 makes no sense: choose it from 0 to 1"),
         (OBS, ACT, {"learning_rate": float("nan")}, "learning_rate=nan makes no sense"),
         (OBS, ACT, {"schedule_steps": 0}, "schedule_steps=0 makes no sense"),
-        (OBS, gymnasium.spaces.Discrete(5), {}, "output size must be 5"),
-        (gymnasium.spaces.Box(-1, 1, (7,)), ACT, {}, "cannot take observations of shape"),
+        (OBS, gymnasium.spaces.Discrete(5), {}, "there are 5 choices of action with 1 values each"),
+        (
+            gymnasium.spaces.Box(-1, 1, (7,)),
+            ACT,
+            {},
+            r"cannot take observations of Box\(-1.0, 1.0, \(7,\)",
+        ),
         (OBS, ACT, {"network_options": {"norm": "none"}}, "named networks"),
     ],
 )
@@ -281,7 +290,9 @@ def test_bad_input_of_update_and_act():
         make_agent().act(np.zeros((4, 7), np.float32))
     agent, rollout = make_agent(), make_rollout()
     short = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
-    with pytest.raises(UsageError, match=r"timesteps.obs has shape .* one timestep more"):
+    with pytest.raises(
+        UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .* one timestep more"
+    ):
         agent.update(eqx_q.Rollout(short, rollout.actions), key=jax.random.key(0))
     with pytest.raises(UsageError, match="action_mask has shape"):
         agent.act(rollout.timesteps.obs[0], action_mask=np.ones(5, bool))

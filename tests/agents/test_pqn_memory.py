@@ -12,6 +12,7 @@ import pytest
 from jaxtyping import Array
 
 import eqx_q
+from eqx_q.agents.sequences import as_team
 from eqx_q.errors import UsageError
 from eqx_q.nets import AbstractQNetwork, NetworkOutput
 from eqx_q.types import Episode, Rollout, TimeStep
@@ -50,21 +51,17 @@ class Elman(AbstractQNetwork):
         memory = jnp.tanh(self.w_x @ obs + self.w_h @ memory + extra)
         return memory, self.w_q @ memory
 
-    def __call__(
-        self, obs, statistics, memory=None, *, first=None, last_action=None, last_reward=None,
-        batch_mask=None
-    ):  # fmt: skip
-        if memory is None:
-            memory = self.initial_memory(obs.shape[1])
+    def __call__(self, inputs, statistics, memory):
+        first, last_reward = inputs.first, inputs.last_reward
         if first is None:
-            first = jnp.zeros(obs.shape[:2], bool)
+            first = jnp.zeros(inputs.num_steps_and_rows, bool)
         if last_reward is None:
-            last_reward = jnp.zeros(obs.shape[:2])
-        steps = (obs, first, last_action, last_reward)
+            last_reward = jnp.zeros(inputs.num_steps_and_rows)
+        steps = (inputs.obs, first, inputs.last_action[..., 0], last_reward)
         memory, q_values = jax.lax.scan(
             lambda memory, step: jax.vmap(self.step)(memory, *step), memory, steps
         )
-        return NetworkOutput(q_values, memory, None)
+        return NetworkOutput(q_values[..., None], memory)
 
 
 def make_agent(**options):
@@ -108,7 +105,7 @@ def make_rollout(agent, seed=0, steps=T):
     memory = eqx.tree_at(
         lambda m: (m.network, m.last_action),
         agent.initial_memory(N),
-        (rng.normal(size=(N, H)).astype(np.float32), rng.integers(0, 2, N).astype(np.int32)),
+        (rng.normal(size=(N, H)).astype(np.float32), rng.integers(0, 2, (N, 1)).astype(np.int32)),
     )
     return jax.tree.map(jnp.asarray, Rollout(timesteps, actions, memory))
 
@@ -119,7 +116,7 @@ def slow_loss(network, agent, rollout, lanes, burn_in=0):
     num_steps = len(rollout.actions)
     errors = []
     for n in lanes:
-        memory, last_action = rollout.memory.network[n], rollout.memory.last_action[n]
+        memory, last_action = rollout.memory.network[n], rollout.memory.last_action[n, 0]
         q_values = []
         for t in range(num_steps + 1):
             first = bool(steps.first[t, n])
@@ -184,7 +181,7 @@ def test_update_equals_a_loop_over_steps(burn_in, lane_groups):
 
 
 def test_acting_step_by_step_is_what_update_unrolls():
-    """Values that acting saw make the targets that `targets` unrolls by itself."""
+    """Values that acting saw make the targets that `update` unrolls by itself."""
     agent = make_agent()
     rollout = make_rollout(agent)
     memory, values = rollout.memory, []
@@ -193,7 +190,8 @@ def test_acting_step_by_step_is_what_update_unrolls():
         decision = agent.act(steps.obs, memory, first=steps.first, reward=steps.reward)
         values.append(decision.value)
         if t < T:  # the action that was taken, not the one that would be now
-            memory = eqx.tree_at(lambda m: m.last_action, decision.memory, rollout.actions[t])
+            taken = rollout.actions[t, :, None]
+            memory = eqx.tree_at(lambda m: m.last_action, decision.memory, taken)
     expected = eqx_q.returns.q_lambda(
         rollout.timesteps.reward[1:] * 0.5,
         rollout.timesteps.terminated[1:],
@@ -202,7 +200,8 @@ def test_acting_step_by_step_is_what_update_unrolls():
         discount=0.9,
         lambda_=0.7,
     )
-    np.testing.assert_allclose(agent.targets(rollout), expected, rtol=1e-5, atol=1e-6)
+    targets = agent._targets(as_team(agent, rollout, 0))[..., 0, 0]
+    np.testing.assert_allclose(targets, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_after_a_reset_is_fresh_memory():
@@ -243,9 +242,9 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(UsageError, match="5 steps leaves nothing after burn_in=5"):
         make_agent(burn_in=5).update(rollout, key=jax.random.key(0))
     for memory in (rollout.memory.network, agent.initial_memory(N + 1)):
-        with pytest.raises(UsageError, match="this is no memory of 4 lanes of this agent"):
+        with pytest.raises(UsageError, match="memory does not match 4 lanes of this agent"):
             agent.act(rollout.timesteps.obs[0], memory)
-        with pytest.raises(UsageError, match="this is no memory of 4 lanes of this agent"):
+        with pytest.raises(UsageError, match="memory does not match 4 lanes of this agent"):
             agent.update(Rollout(rollout.timesteps, rollout.actions, memory), key=jax.random.key(0))
 
 
@@ -265,9 +264,10 @@ class Wrong(Elman):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda o: (o.q_values, o.memory), "a network gives a NetworkOutput, not tuple"),
-        (lambda o: NetworkOutput(o.q_values, None), "memory must keep its shapes and types"),
-        (lambda o: NetworkOutput(o.q_values, o.memory, 1.0), "statistics must keep its shapes"),
+        (lambda o: (o.values, o.memory), "a network gives a NetworkOutput, not tuple"),
+        (lambda o: NetworkOutput(o.values), "memory must keep its shapes and types"),
+        (lambda o: NetworkOutput(o.values, o.memory, 1.0), "statistics must keep its shapes"),
+        (lambda o: NetworkOutput(o.values[..., :1, :], o.memory), "there are 2 choices of action"),
         (lambda o: o[0], "the network cannot take observations"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_q
-from eqx_q.agents.mixers import AbstractMixer
+from eqx_q.agents.mixers import AbstractJointMixer
 from eqx_q.errors import UsageError
 from eqx_q.types import Episode, Rollout, TimeStep
 
@@ -110,7 +110,7 @@ def case(mixer, agent, rollout):
 def test_targets_and_loss_are_those_by_hand(mixer, own_rewards):
     agent, rollout = make_agent(mixer), make_rollout(own_rewards)
     targets, chosen, happened = case(mixer, agent, rollout)
-    ours = np.asarray(agent.targets(rollout)).reshape(targets.shape)
+    ours = np.asarray(agent._targets(rollout))[..., 0]
     np.testing.assert_allclose(ours[happened], targets[happened], rtol=1e-4, atol=1e-5)
     _, metrics = agent.update(rollout, key=jax.random.key(0))
     expected = 0.5 * np.mean((targets - chosen)[happened] ** 2)
@@ -124,7 +124,7 @@ def test_values_from_acting_make_the_same_targets():
         [agent.act(steps.obs[t], action_mask=steps.action_mask[t]).value for t in range(T)]
     )
     given = eqx.tree_at(lambda r: r.values, rollout, values, is_leaf=lambda x: x is None)
-    np.testing.assert_allclose(agent.targets(given), agent.targets(rollout), rtol=1e-5)
+    np.testing.assert_allclose(agent._targets(given), agent._targets(rollout), rtol=1e-5)
 
 
 def test_the_dead_and_the_phantoms_teach_nothing():
@@ -153,7 +153,7 @@ def test_to_an_independent_agent_death_is_an_end():
         rollout.timesteps,
         (reward, no.at[-1].set(True), no, no, alive),
     )
-    targets = agent.targets(Rollout(steps, rollout.actions))
+    targets = agent._targets(Rollout(steps, rollout.actions))[..., 0]
     np.testing.assert_allclose(targets[:2, :, 0], 0.5 * 4.0)
     np.testing.assert_allclose(targets[:2, :, 1], 0.5 * 104.0)
 
@@ -175,7 +175,7 @@ def test_agents_act_by_themselves():
 
 def test_what_does_not_fit_is_refused():
     agent = make_agent("vdn")
-    with pytest.raises(UsageError, match=r"the agent expects \(3, 3\), or \(lanes, 3, 3\)"):
+    with pytest.raises(UsageError, match=r"the agent expects \(lanes, 3\), or \(3,\) for one lane"):
         agent.act(np.zeros((N, M + 1, 3), np.float32))
     first = agent.act(np.ones((M, 3), np.float32), first=np.array(True), reward=np.array(1.0))
     assert first.action.shape == (M,)
@@ -191,21 +191,27 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_mixer_of_ones_own():
-    class Mean(AbstractMixer):
-        def mix(self, values):
-            return jnp.mean(values, axis=-1, keepdims=True)
+    """Targets and loss are of the weighted sum; its weights are trained like the network's."""
 
-        def reward(self, timestep):
-            return jnp.asarray(timestep.reward)[..., None]
+    class Weighted(AbstractJointMixer):
+        weight: jax.Array
 
-        def acts(self, acting):
-            return jnp.any(acting, axis=-1, keepdims=True)
+        def mix(self, values, global_state=None):
+            return jnp.sum(self.weight * values, axis=-1, keepdims=True)
 
-    class Weighted(Mean):
-        weight: jax.Array = eqx.field(default_factory=lambda: jnp.ones(3))
-
-    rollout = make_rollout()
-    targets = make_agent(Mean(), discount=0.0, reward_scale=2.0).targets(rollout)
-    np.testing.assert_allclose(targets, 2.0 * rollout.timesteps.reward[1:], rtol=1e-6)
-    with pytest.raises(UsageError, match="Weighted holds arrays, and a mixer is not trained"):
-        Weighted()
+    weight = np.array([0.5, 2.0, -1.0], np.float32)
+    agent, rollout = make_agent(Weighted(jnp.asarray(weight)), optimizer="sgd"), make_rollout()
+    steps = jax.tree.map(np.asarray, rollout.timesteps)
+    q_values, values = best_legal(agent, steps)
+    chosen = np.take_along_axis(q_values[:-1], np.asarray(rollout.actions)[..., None], -1)[..., 0]
+    chosen, happened = np.where(steps.agent_mask[:-1], chosen, 0.0), ~steps.first[1:]
+    targets = slow_targets(steps.reward[..., None], (values @ weight)[..., None], steps)
+    np.testing.assert_allclose(
+        np.asarray(agent._targets(rollout))[happened, :, 0], targets[happened], rtol=1e-4, atol=1e-5
+    )
+    error = chosen @ weight - targets[..., 0]
+    learnt, metrics = agent.update(rollout, key=jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], 0.5 * np.mean(error[happened] ** 2), rtol=1e-4)
+    slope = (error[..., None] * chosen)[happened].mean(0)
+    scale = min(1.0, float(agent.max_grad_norm) / float(metrics["grad_norm"]))
+    np.testing.assert_allclose(learnt.mixer.weight, weight - 0.03 * scale * slope, rtol=1e-4)
