@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Float32, PyTree, Shaped
+from jaxtyping import Bool, Float32, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
 from ..spaces import hashable, leaves, of_actions, of_observations, shapes
@@ -85,8 +85,8 @@ class Rows(NamedTuple):
         terminated: bool,
         action_mask: Bool[np.ndarray, "L_and_1 *M A"] | None = None,
         agent_mask: Bool[np.ndarray, "L_and_1 M"] | None = None,
-        agent_reward: Float[np.ndarray, "L M"] | None = None,
-        global_state: Float[np.ndarray, "L_and_1 S"] | None = None,
+        agent_reward: Shaped[np.ndarray, "L M"] | None = None,
+        global_state: Shaped[np.ndarray, "L_and_1 S"] | None = None,
     ) -> "Rows":
         """The rows of a whole episode, its final observation among them.
 

@@ -115,6 +115,98 @@ def test_spaces_come_back(low, high, dtype):
     assert ours.action_space == ACTIONS
 
 
+PARTS = gymnasium.spaces.Dict(
+    {
+        "a/b": gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(3, start=-1), VECTOR]),
+        "image": gymnasium.spaces.Box(0, 255, (2, 2), np.uint8),
+    }
+)
+MULTI = gymnasium.spaces.MultiDiscrete([2, 3], start=[-1, 4])
+TEAM = Description(
+    "test/Team-v0", PARTS, MULTI, num_agents=2, extras={"agent_mask": (2,), "agent_reward": (2,)}
+)
+PLAY = Rows.of_episode(
+    {
+        "image": np.arange(32, dtype=np.uint8).reshape(4, 2, 2, 2),
+        "a/b": (np.array([[-1, 0], [1, 1], [0, 0], [1, -1]]), np.ones((4, 2, 3), np.float32)),
+    },
+    np.array([[[-1, 4], [0, 6]], [[0, 5], [0, 5]], [[-1, 6], [-1, 6]]]),
+    np.array([1.0, 2.0, 3.0]),
+    terminated=True,
+    agent_mask=np.array([[True, True], [True, False], [False, True], [False, False]]),
+    agent_reward=np.array([[1, 0], [1, 1], [0, 3]]),
+)
+
+
+def test_every_part_is_a_file(tmp_path):
+    dataset = write(tmp_path / "data", [[PLAY, PLAY]], TEAM)
+    dataset.verify()
+    assert_rows(dataset.rows, concatenated([PLAY, PLAY]))
+    assert dataset.rows.acted.tolist() == [True, True, True, False] * 2
+    assert dataset.rows.action[3].tolist() == [[-1, -1]] * 2 and dataset.description == TEAM
+    header = json.loads((tmp_path / "data" / "header.json").read_text())
+    parts = ["obs.a%2Fb.0", "obs.a%2Fb.1", "obs.image"]
+    assert list(header["arrays"]) == [*parts, *ARRAYS, "agent_mask", "agent_reward"]
+    assert {x.stem for x in (tmp_path / "data").glob("*.npy")} == header["arrays"].keys()
+    assert header["format"] == 3 and header["num_agents"] == 2
+    assert header["action_space"] == {
+        "kind": "MultiDiscrete", "nvec": [2, 3], "start": [-1, 4], "dtype": "<i8"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (PLAY._replace(agent_mask=None), "rows come with agent_reward, but the description has"),
+        (PLAY._replace(obs=PLAY.obs["image"]), r"lacks \['a/b', 'image'\]"),
+        (PLAY._replace(obs=PLAY.obs | {"image": np.zeros((4, 2, 2))}), r"obs.image is float64"),
+        (PLAY._replace(action=PLAY.action[..., 0]), r"action is int32\[4, 2\], not int32\[4, 2,"),
+        (PLAY._replace(action=PLAY.action + np.float32(0.5)), "action is float64"),
+        (PLAY._replace(action=PLAY.action + 1), "row 0 has no legal action"),
+        (PLAY._replace(agent_reward=PLAY.agent_reward + 1), "row 3 is a final observation with"),
+        (PLAY._replace(agent_reward=PLAY.agent_reward * np.nan), "has an agent reward that is not"),
+    ],
+)  # fmt: skip
+def test_rows_of_other_parts_are_refused(tmp_path, rows, message):
+    with (
+        Writer(tmp_path / "data", TEAM) as writer,
+        pytest.raises(UsageError, match=message),
+    ):
+        writer.append(rows)
+
+
+def test_parts_that_would_share_a_file_are_refused(tmp_path):
+    nested = gymnasium.spaces.Dict({"b": VECTOR})
+    space = gymnasium.spaces.Dict({"a": nested, "a.b": VECTOR})
+    with pytest.raises(UsageError, match=r"two parts of observations are called 'a\.b'"):
+        Writer(tmp_path / "data", describe(space))
+
+
+def test_continuous_actions(tmp_path):
+    """There is no action where there is none, and what is not a number is none."""
+    description = describe()._replace(action_space=gymnasium.spaces.Box(-1, 1, (2,), np.float32))
+    action = np.array([[-1, 1], [0.5, -1]])
+    rows = Rows.of_episode(np.zeros((3, 3)), action, np.ones(2), terminated=True)
+    dataset = write(tmp_path / "data", [[rows]], description)
+    assert dataset.rows.action.dtype == np.float32 and dataset.num_transitions == 2
+    np.testing.assert_array_equal(dataset.rows.action, [*action, [np.nan, np.nan]])
+    wrong = rows._replace(action=np.where(rows.action == 0.5, np.nan, rows.action))
+    with (
+        Writer(tmp_path / "wrong", description) as writer,
+        pytest.raises(UsageError, match="row 1 has no legal action"),
+    ):
+        writer.append(wrong)
+
+
+def test_minus_one_may_be_an_action(tmp_path):
+    """Then it is where the row before ended that an observation is a final one."""
+    space = gymnasium.spaces.Discrete(3, start=-2)
+    rows = ROWS._replace(action=np.array([-1, -2, -1, -1], np.int32))
+    dataset = write(tmp_path / "data", [[rows]], describe()._replace(action_space=space))
+    assert dataset.rows.acted.tolist() == [True, True, True, False]
+    assert dataset.description.action_space == space
+
+
 def test_observations_may_be_stored_narrower(tmp_path):
     space = gymnasium.spaces.Box(0, 1, (3,), np.float32)
     rows = random_episode(np.random.default_rng(0), 4, terminated=False)
