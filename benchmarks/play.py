@@ -14,11 +14,12 @@ from eqx_q.loops.recording import describe, record
 def play(game: str, path: Path, num_steps: int) -> Dataset:
     """A data set of whole games, unclipped; the last one is cut."""
     env = eqx_q.make(f"envpool/{game}-v5", 1, episodic_life=False, reward_clip=False)
+    num_actions = env.action_space.n  # pyright: ignore[reportAttributeAccessIssue]
     anyone = eqx_q.PQN.create(
         env.observation_space,
         env.action_space,
         key=jax.random.key(0),
-        network=eqx.nn.Lambda(lambda obs: jnp.zeros(env.action_space.n)),
+        network=eqx.nn.Lambda(lambda obs: jnp.zeros(num_actions)),
     )
     with Writer(path, describe(env, f"envpool/{game}-v5")) as writer:
         key = jax.random.key(1)

@@ -35,7 +35,7 @@ def write_both(directory: Path, num_steps: int) -> int:
         terminals=rows.terminated[acted],
         ends=(rows.terminated | rows.truncated)[acted],
     )
-    return int(dataset.description.action_space.n)
+    return int(dataset.description.action_space.n)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:

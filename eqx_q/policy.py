@@ -63,7 +63,8 @@ class Policy:
 
         **Arguments:**
 
-        - `obs`: with or without a lane axis. A population's lanes are member by member.
+        - `obs`: with or without a lane axis: an array, or dicts and tuples of arrays, as in
+            `inputs`. A population's lanes are member by member.
         - `memory`: from the decision before; by default that of an episode's start.
         - `first`: where an episode starts, so that memory is reset; by default in no lane. Without
             `memory` it starts in all of them.
@@ -75,8 +76,12 @@ class Policy:
 
         **Raises:** `ValueError` where shapes are not those of `inputs`.
         """
-        alone = jnp.ndim(obs) == len(self.inputs["obs"].shape) - 1
-        lanes = 1 if alone else len(obs)
+        kinds, structure = jax.tree.flatten(self.inputs["obs"])
+        arrays = structure.flatten_up_to(obs)
+        alone = jnp.ndim(arrays[0]) == len(kinds[0].shape) - 1
+        arrays = [jnp.asarray(x, kind.dtype) for x, kind in zip(arrays, kinds, strict=True)]
+        obs = jax.tree.unflatten(structure, [x[None] for x in arrays] if alone else arrays)
+        lanes = 1 if alone else len(arrays[0])
 
         def constant(value: Any, kind: Any) -> jax.Array:
             return jnp.full((lanes, *kind.shape[1:]), value, kind.dtype)
@@ -93,7 +98,7 @@ class Policy:
         kinds = self.inputs
         told = self._call(
             {
-                "obs": of_lanes("obs", obs, None),
+                "obs": obs,
                 # A reset in all lanes makes of any memory that of an episode's start.
                 "memory": [constant(0, kind) for kind in kinds["memory"]]
                 if memory is None

@@ -154,7 +154,7 @@ def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, Leaf]]
         yield path, space  # pyright: ignore[reportReturnType]
 
 
-def shapes(space: gymnasium.Space, *axes: int) -> PyTree[jax.ShapeDtypeStruct]:
+def shapes(space: gymnasium.Space, *axes: Any) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes and types of an observation's arrays in JAX, behind leading `axes`."""
     if isinstance(space, gymnasium.spaces.Dict):
         return {name: shapes(child, *axes) for name, child in _children(space)}

@@ -55,6 +55,11 @@ class QAgent(Agent):
         return Actions(self.action_space, self.bins)
 
     @property
+    def num_choices(self) -> int:
+        """See `Agent`."""
+        return self.actions.num_choices
+
+    @property
     def model(self) -> Model:
         """What is computed of observations."""
         return Model(self.network, self.mixer, self.value, self.actions, self.observation_space)

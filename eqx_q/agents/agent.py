@@ -10,6 +10,7 @@ import gymnasium
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
 
+from ..spaces import Leaf
 from ..types import (
     AnyArray,
     Decision,
@@ -87,6 +88,7 @@ class Agent(eqx.Module):
     **Attributes:**
 
     - `observation_space`, `action_space`: Gymnasium spaces of one lane.
+    - `num_choices`: `A`, of all factors of an action: the size of an action mask.
     - `num_agents`: `None`, or `M` for a team, whose observations and actions are `[N, M, ...]`.
     - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
     - `learns_from`: what `update` takes. It makes the agent learn online or offline.
@@ -94,7 +96,8 @@ class Agent(eqx.Module):
     """
 
     observation_space: AbstractVar[gymnasium.Space]
-    action_space: AbstractVar[gymnasium.spaces.Discrete]
+    action_space: AbstractVar[Leaf]
+    num_choices: AbstractVar[int]
     num_agents: AbstractVar[int | None]
     num_members: AbstractVar[int | None]
     learns_from: AbstractVar[Rollouts | Batches]

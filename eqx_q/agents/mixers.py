@@ -16,7 +16,7 @@ from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..nets.layers import AbstractLayer, Activation, Linear, Sequential
-from ..types import TimeStep
+from ..types import AnyArray, TimeStep
 from .checks import check_sizes
 from .parts import make_part
 
@@ -35,7 +35,7 @@ class AbstractMixer(eqx.Module):
     def mix(
         self,
         values: Float[Array, "*lanes M"],
-        global_state: Float[Array, "*lanes S"] | None = None,
+        global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes K"]:
         """Mixes values of actions, chosen or best; those of agents that do not act are 0."""
 
@@ -44,7 +44,7 @@ class AbstractMixer(eqx.Module):
         """What each mixed value is to predict the sum of (`K` may be 1 for all alike)."""
 
     @abc.abstractmethod
-    def acts(self, acting: Bool[Array, "*lanes M"]) -> Bool[Array, "*lanes K"]:
+    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes K"]:
         """Which mixed values there is something to learn of, given which agents acted."""
 
 
@@ -56,7 +56,7 @@ class Independent(AbstractMixer):
     def mix(
         self,
         values: Float[Array, "*lanes M"],
-        global_state: Float[Array, "*lanes S"] | None = None,
+        global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes M"]:
         return values
 
@@ -65,8 +65,8 @@ class Independent(AbstractMixer):
             return jnp.asarray(timestep.reward)[..., None]
         return jnp.asarray(timestep.agent_reward)
 
-    def acts(self, acting: Bool[Array, "*lanes M"]) -> Bool[Array, "*lanes M"]:
-        return acting
+    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes M"]:
+        return jnp.asarray(acting)
 
 
 class AbstractJointMixer(AbstractMixer):
@@ -77,7 +77,7 @@ class AbstractJointMixer(AbstractMixer):
     def reward(self, timestep: TimeStep) -> Float[Array, "*lanes 1"]:
         return jnp.asarray(timestep.reward)[..., None]
 
-    def acts(self, acting: Bool[Array, "*lanes M"]) -> Bool[Array, "*lanes 1"]:
+    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes 1"]:
         return jnp.any(acting, axis=-1, keepdims=True)
 
 
@@ -87,7 +87,7 @@ class VDN(AbstractJointMixer):
     def mix(
         self,
         values: Float[Array, "*lanes M"],
-        global_state: Float[Array, "*lanes S"] | None = None,
+        global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes 1"]:
         return jnp.sum(values, axis=-1, keepdims=True)
 
@@ -144,7 +144,7 @@ class QMIX(AbstractJointMixer):
     def mix(
         self,
         values: Float[Array, "*lanes M"],
-        global_state: Float[Array, "*lanes S"] | None = None,
+        global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes 1"]:
         assert global_state is not None, "QMIX mixes by a global state"
         square = jnp.mean(jnp.square(global_state), axis=-1, keepdims=True)
@@ -174,9 +174,9 @@ def _linear(inputs: int, outputs: int, key: PRNGKeyArray) -> Linear:
     return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, bias))
 
 
-def _apply(layer: AbstractLayer, x: Float[Array, "*lanes S"]) -> Float[Array, "*lanes outputs"]:
+def _apply(layer: AbstractLayer, x: Float[AnyArray, "*lanes S"]) -> Float[Array, "*lanes outputs"]:
     # A layer wants a batch. To make one axis of all lanes would mix those of several devices.
-    return layer(x[None], layer.initial_statistics())[0][0]
+    return layer(jnp.asarray(x)[None], layer.initial_statistics())[0][0]
 
 
 MIXERS: dict[str, Callable[..., AbstractMixer]] = {

@@ -69,7 +69,7 @@ class Model(eqx.Module):
         """
         lengths = spaces.leading_axes(self.observation_space, timesteps.obs)
 
-        def rows(x: Array) -> Array:  # of each agent, or of all agents of a lane
+        def rows(x: AnyArray) -> Array:  # of each agent, or of all agents of a lane
             x = jnp.asarray(x)
             x = x if x.ndim > 2 else jnp.broadcast_to(x[..., None], lengths)
             return x.reshape(lengths[0], -1, *x.shape[3:])

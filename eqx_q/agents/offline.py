@@ -21,7 +21,7 @@ from ..nets import AbstractQNetwork, Inputs
 from ..nets.parameters import split_parameters
 from ..returns import n_step, n_step_sequence
 from ..spaces import Leaf, Space
-from ..types import Rollout, Scalar, Transitions
+from ..types import AnyArray, Rollout, Scalar, Transitions
 from .acting import QAgent
 from .actions import Bins
 from .agent import Batches
@@ -375,8 +375,8 @@ class OfflineQ(QAgent):
         model: Model,
         values: Float[Array, "*steps B M A K"],
         items: Items,
-        importance: Float[Array, " B"] | None,
-        action_mask: Bool[Array, "*steps B M A"] | None,
+        importance: Float[AnyArray, " B"] | None,
+        action_mask: Bool[AnyArray, "*steps B M A"] | None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, " B"]]:
         """The mean loss of a batch, metrics, and the absolute TD error of each of its items."""
         losses, real, metrics = fit(model, values, items)
@@ -397,13 +397,13 @@ class OfflineQ(QAgent):
             "conservative_gap": gap,
             "agreement": agreement,
         }
-        told = {"loss": loss} | average(weight, metrics) | average(acting, of_agents)
+        told = {"loss": loss, **average(weight, metrics), **average(acting, of_agents)}
         error = jnp.where(real, metrics["td_error"], 0.0)
         axes = (*range(real.ndim - 2), real.ndim - 1)  # all but that of items
         priority = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
         return loss, told, priority
 
-    def _told(self, features: Float[Array, "T R H"] | None, action: Array) -> dict[str, Array]:
+    def _told(self, features: Float[Array, "T R H"] | None, action: AnyArray) -> dict[str, Array]:
         """What else is to be seen of a batch."""
         told = {}
         if features is not None:  # Sokar et al. 2023 (arXiv 2302.12902), with tau = 0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError
+from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, Transitions
 from .agent import Agent, Batches, Rollouts
 
@@ -51,7 +52,7 @@ class Population(Agent):
         return self.members.observation_space
 
     @property
-    def action_space(self) -> gymnasium.spaces.Discrete:
+    def action_space(self) -> Leaf:
         """That of one lane."""
         return self.members.action_space
 
@@ -59,6 +60,11 @@ class Population(Agent):
     def num_agents(self) -> int | None:
         """That of every member."""
         return self.members.num_agents
+
+    @property
+    def num_choices(self) -> int:
+        """That of every member."""
+        return self.members.num_choices
 
     @property
     def learns_from(self) -> Rollouts | Batches:

@@ -15,7 +15,7 @@ import jaxtyping
 import numpy as np
 from jax import export as jax_export
 
-from .. import policy
+from .. import policy, spaces
 from ..agents import Agent
 from ..errors import MissingExtraError, UsageError
 from .files import write_whole
@@ -70,17 +70,15 @@ def _inputs(agent: Agent) -> dict[str, Any]:
     team = () if agent.num_agents is None else (agent.num_agents,)
     (lanes,) = jax_export.symbolic_shape("n")
     lanes = lanes * (agent.num_members or 1)
-    space, num_actions = agent.observation_space, int(agent.action_space.n)
 
     def of_lanes(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((lanes, *shape), jax.dtypes.canonicalize_dtype(dtype))
 
-    assert space.shape is not None
     return {
-        "obs": of_lanes((*team, *space.shape), space.dtype),
+        "obs": spaces.shapes(agent.observation_space, lanes, *team),
         "memory": [of_lanes(shape, dtype) for shape, dtype in _memory(agent)],
         "first": of_lanes((), bool),
-        "action_mask": of_lanes((*team, num_actions), bool),
+        "action_mask": of_lanes((*team, agent.num_choices), bool),
         "reward": of_lanes(team, np.float32),
         "epsilon": jax.ShapeDtypeStruct(members, np.float32),
         # As numbers: a new process reads types of keys only after it has made one.
