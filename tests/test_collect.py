@@ -34,8 +34,12 @@ def leave_run(directory, *overrides):
     env = make_env(config, 2 * config["num_seeds"])
     agent = make_agent(config, env)
     for step in (100, 200):
-        steps = lambda a: (a.members if a.num_members else a).env_steps  # noqa: E731
-        agent = eqx.tree_at(steps, agent, agent.learnt * 0 + step)
+        many = agent.num_members is not None
+        agent = eqx.tree_at(
+            lambda agent, many=many: (agent.members if many else agent).env_steps,
+            agent,
+            agent.learnt * 0 + step,
+        )
         if not env.num_agents:
             state = eqx_q.start(agent, env, key=jax.random.key(0))
             save_checkpoint(directory / "checkpoints", state, step)
