@@ -386,8 +386,7 @@ class OfflineQ(QAgent):
         chosen = jnp.take_along_axis(q_values, items.index[..., None], axis=-1)[..., 0]
         if action_mask is not None:  # what was done could be done, whatever the data's mask says
             done = jnp.arange(q_values.shape[-1]) == items.index[..., None]
-            is_legal = model.actions.legal(action_mask)
-            q_values = jnp.where(is_legal | done, q_values, -jnp.inf)
+            q_values = jnp.where(done, q_values, model.q_values(values, action_mask))
         gap = jnp.mean(jax.nn.logsumexp(q_values, axis=-1) - chosen, axis=-1)
         conservative = jnp.sum(jnp.where(items.acting, acting * scale * gap, 0.0))
         loss = self.td_weight * jnp.sum(weight * scale * losses) + self.alpha * conservative

@@ -76,7 +76,8 @@ class Recorded(AbstractSource[OfflineState]):
         if batches.sequence_length is not None:
             rollout = self.replay.sequences(drawn.reshape(-1), batches.sequence_length)
             memory = agent.initial_memory(drawn.size)
-            return dataclasses.replace(rollout, memory=memory), drawn
+            weight = None if weight is None else weight.reshape(-1)
+            return dataclasses.replace(rollout, memory=memory, weight=weight), drawn
         batch = self.replay.transitions(drawn.reshape(-1), batches.n_step)
         batch = jax.tree.map(lambda x: x.reshape(*drawn.shape, *x.shape[1:]), batch)
         return eqx.tree_at(lambda b: b.weight, batch, weight, is_leaf=lambda x: x is None), drawn
@@ -137,6 +138,7 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
     _batches(agent)
     of_data = dataset.description
     for name, ours, theirs in (
+        ("agents", agent.num_agents, of_data.num_agents),
         ("actions", agent.action_space, of_data.action_space),
         ("observations", agent.observation_space, of_data.observation_space),
     ):
@@ -153,14 +155,6 @@ def _kind(space: gymnasium.Space) -> list[tuple[str, Any]]:
         (path, (leaf.shape, leaf.dtype) if isinstance(leaf, gymnasium.spaces.Box) else leaf)
         for path, leaf in leaves(space)
     ]
-
-
-def _check_weights(agent: Agent, sampling: Sampling) -> None:
-    weighted = sampling.priority_exponent and sampling.priority_correction
-    if weighted and _batches(agent).sequence_length is not None:
-        raise UsageError(
-            "all sequences count alike in the loss: with priorities set priority_correction=0"
-        )
 
 
 def _batches(agent: Agent) -> Batches:
@@ -260,7 +254,6 @@ def train_offline(
     sampling = sampling or Sampling()
     state = start_offline(agent, dataset, key=key) if run_state is None else run_state
     _check_fit(state.agent, dataset)
-    _check_weights(state.agent, sampling)
     place = place_on(devices)
     check_shares(place, state.agent)
     if not sampling.priority_exponent:  # whatever the run did before
