@@ -343,9 +343,6 @@ def test_sequences_where_an_agent_learns_from_those(dataset, monkeypatch, num_me
     values = np.asarray(states[-1].priorities.values).reshape(len(places), -1)
     for place, own in zip(places, values, strict=True):
         np.testing.assert_allclose(own[place], place + 1e-6, rtol=1e-5)
-    weighted = Sampling(priority_exponent=1.0)
-    with pytest.raises(UsageError, match="set priority_correction=0"):
-        train(agent, dataset, 2, sampling=weighted)
 
 
 # What is known exactly.
