@@ -137,20 +137,17 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
     """Raises `UsageError` where the agent does not learn offline, or not from these data."""
     _batches(agent)
     of_data = dataset.description
-    for name, ours, theirs, kind in (
-        ("agents", agent.num_agents, of_data.num_agents, _itself),
-        ("actions", agent.action_space, of_data.action_space, _itself),
-        ("observations", agent.observation_space, of_data.observation_space, _kind),
+    seen, there = agent.observation_space, of_data.observation_space
+    for name, ours, theirs, fits in (
+        ("agents", agent.num_agents, of_data.num_agents, None),
+        ("actions", agent.action_space, of_data.action_space, None),
+        ("observations", seen, there, _kind(seen) == _kind(there)),
     ):
-        if kind(ours) != kind(theirs):
+        if not (ours == theirs if fits is None else fits):
             raise UsageError(
                 f"'{dataset.path}' has {name} {theirs}, the agent {ours}: choose the environment "
                 f"that the data are of ({of_data.env}, {dict(of_data.preprocessing)})"
             )
-
-
-def _itself(x: Any) -> Any:
-    return x
 
 
 def _kind(space: gymnasium.Space) -> list[tuple[str, Any]]:
