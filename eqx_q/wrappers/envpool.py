@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable
 from types import ModuleType
@@ -376,4 +377,6 @@ def _can_draw(name: str) -> bool:
         f"import envpool; pool = envpool.make({name!r}, env_type='gymnasium', num_envs=1, "
         "render_mode='rgb_array'); pool.reset(); pool.render(env_ids=0)"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    with tempfile.TemporaryDirectory() as directory:  # where MuJoCo may write its log
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, cwd=directory).returncode == 0
