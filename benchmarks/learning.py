@@ -88,6 +88,42 @@ SUITES = {
         [[f"agent={agent}", "env=craftax_classic"] for agent in ("pqn", "pqn_rnn")],
         score="percent_of_maximum",
     ),
+    "qmix": Suite(
+        [
+            ["agent=pqn_vdn", "env=smax", "tuned=smax_small", f"agent.mixer={mixer}"]
+            for mixer in ("vdn", "qmix")
+        ],
+        score="won",
+    ),
+    "continuous": Suite(
+        [[f"env={env}"] for env in ("pendulum", "half_cheetah", "hopper", "walker2d")]
+    ),
+    "minigrid": Suite(
+        [
+            *(
+                ["env=minigrid", f"env.name=MiniGrid-{task}-v0"]
+                for task in ("Empty-8x8", "DoorKey-5x5")
+            ),
+            *(
+                [f"agent={agent}", "env=minigrid", "env.name=MiniGrid-MemoryS7-v0"]
+                for agent in ("pqn", "pqn_rnn")
+            ),
+        ]
+    ),
+    "values": Suite(
+        [
+            ["env=minatar", f"env.name={game}-MinAtar", *options]
+            for game in _MINATAR
+            for options in ([], ["agent.value=hl_gauss", "agent.network_options.head=dueling"])
+        ]
+    ),
+    "exploration": Suite(
+        [
+            [f"env={env}", f"agent.exploration={name}"]
+            for env in ("acrobot", "mountain_car")
+            for name in ("epsilon_greedy", "lane_epsilons", "boltzmann", "ez_greedy")
+        ]
+    ),
     "atari-pong": _atari("Pong"),
     "atari-5": _atari("Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"),
 }

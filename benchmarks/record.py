@@ -15,6 +15,7 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
+from eqx_q.run.parts import full_overrides
 from eqx_q.wrappers.registry import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,5 +78,6 @@ def machine() -> dict[str, Any]:
 
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The configuration that `scripts/train.py` would run with these overrides."""
+    overrides = [full for override in overrides for full in full_overrides(override)]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)  # pyright: ignore
