@@ -176,14 +176,12 @@ class Fixed(AbstractQNetwork):
         return None
 
     def initial_memory(self, num_lanes):
-        return None
+        return ()
 
-    def __call__(
-        self, obs, statistics, memory=None, *, first=None, last_action=None, last_reward=None,
-        batch_mask=None
-    ):  # fmt: skip
-        values = jnp.asarray([0.0] * (obs.shape[0] * int(obs.shape[1]) * 2))
-        return eqx_q.nets.NetworkOutput(values.reshape(*obs.shape[:2], 2), None, None)
+    def __call__(self, inputs, statistics, memory):
+        steps, rows = inputs.num_steps_and_rows
+        values = jnp.asarray([0.0] * (steps * int(rows) * 2))
+        return eqx_q.nets.NetworkOutput(values.reshape(steps, rows, 2, 1))
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):

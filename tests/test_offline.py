@@ -280,7 +280,11 @@ def test_a_callback_may_change_and_stop_the_run(dataset):
 
 def test_a_run_that_diverges_says_so(dataset):
     with pytest.raises(DivergedError, match=r"not finite after .* updates: lower learning_rate"):
-        train(make_agent(learning_rate=1e30, td_loss="squared"), dataset, 200)
+        train(
+            make_agent(learning_rate=1e30, value={"name": "scalar", "td_loss": "squared"}),
+            dataset,
+            200,
+        )
 
 
 def test_somebodys_own_module_learns(dataset):
@@ -297,7 +301,8 @@ def test_quantiles_and_frame_stacks_and_steps(tmp_path):
         ACTIONS,
         key=jax.random.key(0),
         network="mlp",
-        network_options={"hidden_sizes": [8], "num_quantiles": 5},
+        network_options={"hidden_sizes": [8]},
+        value={"name": "quantile", "num_quantiles": 5},
         n_step=3,
         batch_size=4,
     )
@@ -395,7 +400,7 @@ def tabular(create=eqx_q.DQN.create, **options):
         "learning_rate": 0.01,
         "target_update_period": 20,
         "discount": GAMMA,
-        "adam_epsilon": 1e-8,
+        "optimizer": {"name": "adam", "eps": 1e-8},
     }
     return create(STATES, MOVES, key=jax.random.key(0), **(defaults | options))
 
@@ -408,7 +413,7 @@ def values_of(agent):
     ("options", "sampling"),
     [
         ({}, {}),
-        ({"td_loss": "squared", "double": True}, {}),
+        ({"value": {"name": "scalar", "td_loss": "squared"}, "double": True}, {}),
         ({}, {"priority_exponent": 0.5}),
         ({}, {"memory_gb": 150 * (5 * 4 + 19) / 2**30, "updates_per_block": 100}),
     ],

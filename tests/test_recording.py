@@ -182,18 +182,18 @@ class Alternate(AbstractQNetwork):
     def initial_memory(self, num_lanes):
         return jnp.zeros(num_lanes)
 
-    def __call__(self, obs, statistics, memory=None, *, first=None, **unused):
-        if memory is None:
-            memory = self.initial_memory(obs.shape[1])
+    def __call__(self, inputs, statistics, memory):
+        first = inputs.first
         if first is None:
-            first = jnp.zeros(obs.shape[:2], bool)
+            first = jnp.zeros(inputs.num_steps_and_rows, bool)
 
         def count(before, first):
             now = jnp.where(first, 0.0, before)
             return now + 1, now
 
         memory, counts = jax.lax.scan(count, memory, first)
-        return NetworkOutput(self.scale * jax.nn.one_hot(counts.astype(int) % 2, 2), memory)
+        values = self.scale * jax.nn.one_hot(counts.astype(int) % 2, 2)
+        return NetworkOutput(values[..., None], memory)
 
 
 def test_memory_is_carried_and_reset(tmp_path):
