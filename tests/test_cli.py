@@ -187,7 +187,6 @@ BAD_INPUT = {
     "agent.lambda=1": "unknown option 'agent.lambda': the nearest are agent.lambda_",
     "env=minatar env.name=Breakot-MinAtar": "unknown gymnax environment 'Breakot-MinAtar'",
     "env=atari env.name=Pnog-v5": "Pong-v5",
-    "env=gymnax env.name=Pendulum-v1": "Pendulum-v1 has continuous actions",
     "num_envs=0": "num_envs is 0: give a whole number of lanes, 1 or more",
     "agent.num_minibatches=7": "num_minibatches=7 does not divide the 64 transitions",
     "agent.network=mpl": "unknown network 'mpl': the nearest are mlp",
