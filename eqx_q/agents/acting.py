@@ -128,6 +128,8 @@ class QAgent(Agent):
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             is_legal = actions.legal(mask)
+            if is_legal is not None:  # of every row, which draws its own
+                is_legal = jnp.broadcast_to(is_legal, q_values.shape)
             index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
         action = actions.decode(index)
         value = jnp.mean(jnp.max(q_values, axis=-1), axis=-1)
