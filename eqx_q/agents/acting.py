@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from .. import spaces
 from ..errors import UsageError
 from ..nets import AbstractQNetwork, Inputs
+from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Observation, Scalar
 from .actions import Actions, Bins
 from .agent import Agent
@@ -41,6 +42,7 @@ class QAgent(Agent):
     given.
     """
 
+    action_space: AbstractVar[Leaf]
     network: AbstractVar[AbstractQNetwork]
     mixer: AbstractVar[AbstractMixer]
     value: AbstractVar[AbstractValue]

@@ -93,7 +93,7 @@ class Agent(eqx.Module):
     """
 
     observation_space: AbstractVar[gymnasium.Space]
-    action_space: AbstractVar[gymnasium.spaces.Discrete]
+    action_space: AbstractVar[gymnasium.Space]
     num_agents: AbstractVar[int | None]
     num_members: AbstractVar[int | None]
     learns_from: AbstractVar[Rollouts | Batches]

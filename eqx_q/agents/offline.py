@@ -21,7 +21,7 @@ from ..nets import AbstractQNetwork, Inputs
 from ..nets.parameters import split_parameters
 from ..returns import n_step, n_step_sequence
 from ..spaces import Leaf, Space
-from ..types import Rollout, Scalar, Transitions
+from ..types import AnyArray, Rollout, Scalar, Transitions
 from .acting import QAgent
 from .actions import Bins
 from .agent import Batches
@@ -375,8 +375,8 @@ class OfflineQ(QAgent):
         model: Model,
         values: Float[Array, "*steps B M A K"],
         items: Items,
-        importance: Float[Array, " B"] | None,
-        action_mask: Bool[Array, "*steps B M A"] | None,
+        importance: Float[AnyArray, " B"] | None,
+        action_mask: Bool[AnyArray, "*steps B M A"] | None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, " B"]]:
         """The mean loss of a batch, metrics, and the absolute TD error of each of its items."""
         losses, real, metrics = fit(model, values, items)
@@ -386,8 +386,8 @@ class OfflineQ(QAgent):
         chosen = jnp.take_along_axis(q_values, items.index[..., None], axis=-1)[..., 0]
         if action_mask is not None:  # what was done could be done, whatever the data's mask says
             done = jnp.arange(q_values.shape[-1]) == items.index[..., None]
-            is_legal = model.actions.legal(action_mask)
-            q_values = jnp.where(is_legal | done, q_values, -jnp.inf)
+            legal = model.q_values(values, action_mask)
+            q_values = jnp.where(done, q_values, legal)
         gap = jnp.mean(jax.nn.logsumexp(q_values, axis=-1) - chosen, axis=-1)
         conservative = jnp.sum(jnp.where(items.acting, acting * scale * gap, 0.0))
         loss = self.td_weight * jnp.sum(weight * scale * losses) + self.alpha * conservative
@@ -403,7 +403,7 @@ class OfflineQ(QAgent):
         priority = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
         return loss, told, priority
 
-    def _told(self, features: Float[Array, "T R H"] | None, action: Array) -> dict[str, Array]:
+    def _told(self, features: Float[Array, "T R H"] | None, action: AnyArray) -> dict[str, Array]:
         """What else is to be seen of a batch."""
         told = {}
         if features is not None:  # Sokar et al. 2023 (arXiv 2302.12902), with tau = 0

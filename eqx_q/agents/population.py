@@ -49,7 +49,7 @@ class Population(Agent):
         return self.members.observation_space
 
     @property
-    def action_space(self) -> gymnasium.spaces.Discrete:
+    def action_space(self) -> gymnasium.Space:
         """That of one lane."""
         return self.members.action_space
 

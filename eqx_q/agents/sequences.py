@@ -83,12 +83,14 @@ def warmed_up(model: Model, statistics: PyTree[Array], rollout: Rollout, burn_in
     """
     if not burn_in:
         return rollout
-    before = part(rollout, slice(burn_in), rollout.memory)
+    start = rollout.memory
+    assert start is not None, "there is no memory to warm up"
+    before = part(rollout, slice(burn_in), start)
     # Without a batch mask: only what is learnt from counts for normalisation.
     index = model.actions.encode(before.actions)
-    last_action = before.memory.last_action.reshape(1, *index.shape[1:])
+    last_action = start.last_action.reshape(1, *index.shape[1:])
     last_action = jnp.concatenate([last_action, index[:-1]])
-    unrolled = model.unroll(statistics, before.timesteps, before.memory.network, last_action)
+    unrolled = model.unroll(statistics, before.timesteps, start.network, last_action)
     memory = jax.lax.stop_gradient(unrolled.memory)
     rows = index[-1].reshape(-1, index.shape[-1])
     return part(rollout, slice(burn_in, None), AgentMemory(memory, rows))
