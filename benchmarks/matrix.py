@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 from record import RESULTS, write
 
@@ -62,6 +63,10 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 Cell = dict[str, str]
 
+_FAST_COMPILATION = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 _LANES, _LENGTH, _AGENTS, _STATE = 2, 3, 2, 4
 
 
@@ -152,8 +157,10 @@ def experience(cell: Cell, agent: Agent) -> Rollout | Transitions:
 
 def check(cell: Cell) -> None:
     """Does with an agent of the cell what is done with agents. Raises where something is wrong."""
-    agent = create(cell)
-    learnt, metrics = eqx.filter_jit(_update)(agent, experience(cell, agent))
+    agent = _compiled(lambda: create(cell))()
+    batch = jax.tree.map(jnp.asarray, experience(cell, agent))
+    update = _compiled(lambda agent, batch: agent.update(batch, key=jax.random.key(0)))
+    learnt, metrics = update(agent, batch)
     assert jax.tree.structure(learnt) == jax.tree.structure(agent), "update changes its structure"
     _check_finite("the agent that has learnt", learnt)
     _check_finite("what update tells", metrics)
@@ -165,10 +172,11 @@ def check(cell: Cell) -> None:
     mask = _mask(cell, np.random.default_rng(1), _LANES, *team)
     reward, first = np.ones(_LANES, np.float32), np.array([True, False])
 
-    @eqx.filter_jit
-    def act(agent: Agent, memory: Any, key: Any):
-        return agent.act(obs, memory, first=first, action_mask=mask, reward=reward, key=key)
-
+    act = _compiled(
+        lambda agent, memory, key: agent.act(
+            obs, memory, first=first, action_mask=mask, reward=reward, key=key
+        )
+    )
     memory = learnt.initial_memory(_LANES)
     greedy = act(learnt, memory, None)
     for decision in (greedy, act(learnt, greedy.memory, jax.random.key(1))):
@@ -213,8 +221,22 @@ def run(chosen: Iterable[Cell]) -> dict[str, Any]:
     }
 
 
-def _update(agent: Agent, batch: Rollout | Transitions):
-    return agent.update(batch, key=jax.random.key(0))
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Like `eqx.filter_jit`, without optimising: compiling is most of what takes time here."""
+
+    def call(*arguments: Any) -> Any:
+        arrays, static = eqx.partition(arguments, eqx.is_array)
+        rest = []
+
+        def run(arrays: Any) -> Any:
+            result, other = eqx.partition(function(*eqx.combine(arrays, static)), eqx.is_array)
+            rest.append(other)
+            return result
+
+        result = jax.jit(run, compiler_options=_FAST_COMPILATION)(arrays)
+        return eqx.combine(result, rest[0])
+
+    return call
 
 
 def _draw(space: gymnasium.Space, *axes: int) -> Any:

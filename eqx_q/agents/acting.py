@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from .. import spaces
 from ..errors import UsageError
 from ..nets import AbstractQNetwork, Inputs
+from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Observation, Scalar
 from .actions import Actions, Bins
 from .agent import Agent
@@ -41,6 +42,7 @@ class QAgent(Agent):
     given.
     """
 
+    action_space: AbstractVar[Leaf]
     network: AbstractVar[AbstractQNetwork]
     mixer: AbstractVar[AbstractMixer]
     value: AbstractVar[AbstractValue]
@@ -133,6 +135,8 @@ class QAgent(Agent):
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             is_legal = actions.legal(mask)
+            if is_legal is not None:  # of every row, which draws its own
+                is_legal = jnp.broadcast_to(is_legal, q_values.shape)
             index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
         action = actions.decode(index)
         value = jnp.mean(jnp.max(q_values, axis=-1), axis=-1)

@@ -135,7 +135,7 @@ class Model(eqx.Module):
         self,
         raw: Float[Array, "*steps M K"],
         acting: Bool[Array, "*steps M"],
-        global_state: Float[AnyArray, "*steps S"] | None,
+        global_state: Float[Array, "*steps S"] | None,
     ) -> Predictions:
         """What is regressed, from raw values of the agents' actions.
 
@@ -148,12 +148,12 @@ class Model(eqx.Module):
         value = self.value if isinstance(self.value, Scalar) else Scalar()
         return Predictions(self.mixer.mix(chosen, global_state)[..., None], value)
 
-    def global_state(self, timesteps: TimeStep) -> Float[AnyArray, "*lanes S"] | None:
+    def global_state(self, timesteps: TimeStep) -> Float[Array, "*lanes S"] | None:
         """What a joint mixer sees: the environment's state, or all observations side by side."""
         if not self.mixer.is_joint:
             return None
         if timesteps.global_state is not None:
-            return timesteps.global_state
+            return jnp.asarray(timesteps.global_state)
         axes = spaces.leading_axes(self.observation_space, timesteps.obs)[:-1]
         leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(timesteps.obs)]
         return jnp.concatenate([x.reshape(*axes, -1) for x in leaves], axis=-1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..types import AnyArray, Rollout, TimeStep
+from ..types import Rollout, TimeStep
 from .model import Model
 
 
@@ -23,7 +23,7 @@ class Items(eqx.Module):
     index: Int[Array, "*steps M F"]
     target: Float[Array, "*steps P L"]
     acting: Bool[Array, "*steps M"]
-    global_state: Float[AnyArray, "*steps S"] | None
+    global_state: Float[Array, "*steps S"] | None
 
 
 class Fit(NamedTuple):
@@ -89,7 +89,7 @@ def outcome(
     samples, terminated = samples[1:], later.terminated[..., None]
     if later.agent_mask is not None:
         samples = jnp.where(later.agent_mask[..., None], samples, 0.0)
-        terminated = terminated | ~model.mixer.acts(later.agent_mask)
+        terminated = terminated | ~model.mixer.acts(jnp.asarray(later.agent_mask))
     next_value = model.mixed_samples(samples, later)
     others = (model.mixer.reward(later) * reward_scale, terminated, later.truncated[..., None])
     reward, terminated, truncated = (
