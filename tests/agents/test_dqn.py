@@ -18,6 +18,9 @@ OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACT = gymnasium.spaces.Discrete(4)
 B = 6
 
+# Compiled: in eager mode every operation is compiled for itself.
+update = eqx.filter_jit(lambda agent, batch: agent.update(batch, key=jax.random.key(0)))
+
 
 def make_batch(seed=0, n=1, weighted=False):
     """Random transitions: two terminated, one truncated, and of more steps some cut."""
@@ -147,7 +150,6 @@ def test_update_equals_a_slow_computation(options):
     agent = make_agent(n_step=n, optimizer={"name": "adam", "eps": 0.01}, **options)
     agent = with_target(agent)
     adam = SlowAdam(0.01)
-    update = eqx.filter_jit(lambda agent, batch: agent.update(batch, key=jax.random.key(0)))
     for i in range(4):
         batch = make_batch(i, n, weighted)
         loss, gradients, errors = slow_loss(agent, batch, *parameters(agent.network))
@@ -169,7 +171,7 @@ def test_what_is_told():
     weight, bias = parameters(agent.network)
     q = batch.obs @ weight.T + bias
     chosen = q[np.arange(B), batch.action]
-    _, metrics = agent.update(batch, key=jax.random.key(0))
+    _, metrics = update(agent, batch)
     expected = {
         "td_error": np.abs(slow_targets(agent, batch) - chosen).mean(),
         "q_value": chosen.mean(),
@@ -190,7 +192,7 @@ def test_dead_units_are_those_that_are_zero_for_all_of_the_batch():
     network = Network(encoder, (), LinearHead(head, 1), (int(ACT.n),))
     agent, batch = make_agent(network=network), make_batch()
     dead = np.all(batch.obs @ hidden.weight + hidden.bias <= 0, axis=0)
-    _, metrics = agent.update(batch, key=jax.random.key(0))
+    _, metrics = update(agent, batch)
     assert dead[:5].all() and not dead.all()
     np.testing.assert_allclose(metrics["dead_units"], dead.mean())
 
@@ -201,7 +203,7 @@ def test_the_loss_of_behaviour_cloning_is_the_cross_entropy():
     logits = batch.obs @ weight.T + bias
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(probabilities[np.arange(B), batch.action]).mean()
-    _, metrics = agent.update(batch, key=jax.random.key(0))
+    _, metrics = update(agent, batch)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["conservative_gap"], expected, rtol=1e-5)
 
@@ -271,7 +273,7 @@ def test_quantile_loss_equals_a_double_loop(double, n, alpha):
         errors.append(abs(targets.mean() - q[a]))
         means.append(targets.mean())
     np.testing.assert_allclose(targets_of(agent, batch), means, rtol=1e-4, atol=1e-5)
-    _, metrics = agent.update(batch, key=jax.random.key(0))
+    _, metrics = update(agent, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
     np.testing.assert_allclose(metrics["priority"], errors, rtol=1e-4, atol=1e-5)
 
@@ -299,7 +301,7 @@ def test_target_network_is_copied_exactly_and_only_when_due(period):
     target = agent.network
     assert eqx.tree_equal(agent.target_network, agent.network)
     for i in range(1, 8):
-        agent, _ = agent.update(make_batch(i), key=jax.random.key(0))
+        agent, _ = update(agent, make_batch(i))
         if i % period == 0:
             target = agent.network
         assert eqx.tree_equal(agent.target_network, target)
@@ -311,8 +313,8 @@ def test_values_of_terminal_observations_are_never_looked_at():
     assert batch.terminated.any()
     spoilt = np.where(batch.terminated[:, None], np.nan, batch.next_obs).astype(np.float32)
     spoilt = eqx.tree_at(lambda b: b.next_obs, batch, spoilt)
-    a, _ = agent.update(batch, key=jax.random.key(0))
-    b, _ = agent.update(spoilt, key=jax.random.key(0))
+    a, _ = update(agent, batch)
+    b, _ = update(agent, spoilt)
     assert eqx.tree_equal(a, b)
 
 
@@ -322,9 +324,8 @@ def test_statistics_of_batch_norm_move():
     batch = make_batch()
     batch = eqx.tree_at(lambda b: b.obs, batch, batch.obs + 5)
     before, first = agent.statistics, agent
-    update = eqx.filter_jit(lambda agent: agent.update(batch, key=jax.random.key(0))[0])
     for _ in range(200):
-        agent = update(agent)
+        agent, _ = update(agent, batch)
     changed = jax.tree.map(lambda a, b: not np.allclose(a, b), before, agent.statistics)
     assert all(jax.tree.leaves(changed))
     # Acting and targets use them: with those of the beginning they are others.
@@ -358,9 +359,9 @@ def test_members_of_a_population_learn_as_they_would_alone():
     alone = [create(key, alpha) for key, alpha in zip(keys, alphas, strict=True)]
     for i in range(3):
         batches = [make_batch(10 * i + s, 2, weighted=True) for s in range(4)]
-        population, metrics = population.update(stacked(batches), key=jax.random.key(0))
+        population, metrics = update(population, stacked(batches))
         for s in range(4):
-            alone[s], own = alone[s].update(batches[s], key=jax.random.key(0))
+            alone[s], own = update(alone[s], batches[s])
             for name, rtol in (("loss", 1e-4), ("priority", 1e-3)):
                 np.testing.assert_allclose(metrics[name][s], own[name], rtol=rtol, atol=1e-4)
     for s in range(4):
@@ -438,12 +439,12 @@ def test_a_mask_of_another_shape_is_refused():
 def test_saved_and_loaded_it_is_the_same(tmp_path, quantiles):
     options = {"network": "mlp", "alpha": 0.3, "create": eqx_q.CQL.create}
     agent = quantile_agent() if quantiles else make_agent(**options)
-    agent, _ = agent.update(make_batch(), key=jax.random.key(0))
+    agent, _ = update(agent, make_batch())
     eqx_q.save(tmp_path / "agent.eqx", agent)
     loaded = eqx_q.load(tmp_path / "agent.eqx")
     assert eqx.tree_equal(loaded, agent)
     assert type(loaded) is (eqx_q.DQN if quantiles else eqx_q.CQL)
-    a, b = (x.update(make_batch(1), key=jax.random.key(0)) for x in (agent, loaded))
+    a, b = (update(x, make_batch(1)) for x in (agent, loaded))
     assert eqx.tree_equal(a, b)
 
 
@@ -455,7 +456,7 @@ def test_the_network_of_an_online_agent_learns_offline():
     assert eqx.tree_equal(agent.network, online.network)
     obs = make_batch().obs
     np.testing.assert_array_equal(agent.act(obs).action, online.act(obs).action)
-    agent.update(make_batch(), key=jax.random.key(0))
+    update(agent, make_batch())
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_spaces_that_cannot_work():
 def test_who_learns_from_sequences_refuses_transitions():
     agent = make_agent(network="mlp", network_options={"memory": "gru", "hidden_sizes": [4]})
     with pytest.raises(UsageError, match="learns from sequences, not from single transitions"):
-        agent.update(make_batch(), key=jax.random.key(0))
+        update(agent, make_batch())
     assert agent.learns_from == Batches(B, 1, 32)
     team = make_agent(num_agents=2, n_step=3)
     assert team.learns_from == Batches(B, 3, 3)

@@ -16,6 +16,9 @@ OBS = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACT = gymnasium.spaces.Discrete(3)
 S, T, N = 3, 4, 2
 
+# Compiled: in eager mode every operation is compiled for itself.
+update = eqx.filter_jit(lambda agent, rollout, key: agent.update(rollout, key=key))
+
 
 def make_member(key, learning_rate, norm="layer_norm"):
     return eqx_q.PQN.create(
@@ -67,9 +70,9 @@ def test_update_equals_each_members_own(norm):
     alone = [make_member(key, rate, norm) for key, rate in zip(keys, rates, strict=True)]
     for i in range(2):
         rollout, key = make_rollout(i), jax.random.key(i)
-        population, metrics = population.update(rollout, key=key)
+        population, metrics = update(population, rollout, key=key)
         for s, member_key in enumerate(jax.random.split(key, S)):
-            alone[s], own = alone[s].update(lanes_of(rollout, s), key=member_key)
+            alone[s], own = update(alone[s], lanes_of(rollout, s), key=member_key)
             np.testing.assert_allclose(metrics["loss"][s], own["loss"], rtol=1e-4)
     # Q-values, not parameters: the gradient of a bias before batch norm is 0 but for rounding, and
     # Adam's steps have the size of the learning rate however small the gradient.
@@ -145,8 +148,8 @@ def test_members_with_memory_act_and_learn_as_they_would_alone(memory, num_agent
     start = population.initial_memory(S * N)
     decision = population.act(obs[0], start, first=rollout.timesteps.first[0])
     timesteps = eqx.tree_at(lambda s: s.obs, rollout.timesteps, obs)
-    learnt, _ = population.update(
-        Rollout(timesteps, actions, decision.memory), key=jax.random.key(1)
+    learnt, _ = update(
+        population, Rollout(timesteps, actions, decision.memory), key=jax.random.key(1)
     )
     for i, (agent, key) in enumerate(
         zip(alone, jax.random.split(jax.random.key(1), S), strict=True)
@@ -162,7 +165,7 @@ def test_members_with_memory_act_and_learn_as_they_would_alone(memory, num_agent
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
         part = jax.tree.map(lambda x, lanes=lanes: x[:, lanes], (timesteps, actions))
-        expected, _ = agent.update(Rollout(*part, own.memory), key=key)
+        expected, _ = update(agent, Rollout(*part, own.memory), key=key)
         for ours, theirs in zip(
             jax.tree.leaves(learnt.member(i)), jax.tree.leaves(expected), strict=True
         ):
