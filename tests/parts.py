@@ -28,6 +28,7 @@ class Parted(Agent):
     action_space: Any = eqx.field(static=True)
     learns_from: Batches = eqx.field(static=True)
     num_agents: None = None
+    num_choices: int = eqx.field(static=True, default=2)
     num_members: None = None
 
     @classmethod

@@ -75,6 +75,7 @@ class Counter(Agent):
     learnt: jax.Array
     learns_from: Rollouts = Rollouts(1)
     num_agents: int | None = None
+    num_choices: int = eqx.field(static=True, default=2)
     num_members: None = None
 
     def initial_memory(self, num_envs):

@@ -114,6 +114,7 @@ class Whim(Agent):
     observation_space: gymnasium.Space = eqx.field(static=True)
     action_space: gymnasium.Space = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True, default=None)
+    num_choices: int = eqx.field(static=True, default=2)
     num_members: None = eqx.field(static=True, default=None)
 
     @classmethod

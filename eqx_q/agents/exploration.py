@@ -160,7 +160,8 @@ class LaneEpsilons(AbstractExploration):
         first: Bool[Array, " R"] | None = None,
         is_legal: Bool[Array, "R F C"] | None = None,
     ) -> tuple[Int[Array, "R F"], PyTree[Array]]:
-        place = jnp.linspace(0.0, 1.0, len(q_values))
+        num_rows = q_values.shape[0]  # any, in an exported agent
+        place = jnp.arange(num_rows) / jnp.maximum(num_rows - 1, 1)
         epsilons = jnp.power(jnp.asarray(epsilon, jnp.float32), 1 + self.alpha * place)
         return epsilon_greedy(q_values, epsilons[:, None], key, is_legal), memory
 

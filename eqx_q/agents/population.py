@@ -108,7 +108,7 @@ class Population(Agent):
         key=None,
     ) -> Decision:
         """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
-        self._lanes(len(jax.tree.leaves(obs)[0]))
+        self._lanes(jax.tree.leaves(obs)[0].shape[0])
         lanes = self._split((obs, memory, first, action_mask, reward), axis=0)
         if epsilon is not None:
             epsilon = jnp.broadcast_to(epsilon, self.num_members)
