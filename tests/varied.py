@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_q.agents import Agent
+from eqx_q.agents import Agent, Rollouts
 from eqx_q.spaces import leaves, of_actions, of_observations, shapes
 from eqx_q.types import Decision, Episode, TimeStep
 from eqx_q.wrappers import Env
@@ -116,6 +116,11 @@ class Whim(Agent):
     num_agents: int | None = eqx.field(static=True, default=None)
     num_choices: int = eqx.field(static=True, default=2)
     num_members: None = eqx.field(static=True, default=None)
+    learns_from: Rollouts = eqx.field(static=True, default=Rollouts(1))
+    learnt: jax.Array = eqx.field(default_factory=lambda: jnp.zeros((), jnp.uint32))
+
+    def update(self, experience, *, key):
+        raise NotImplementedError
 
     @classmethod
     def of(cls, env):

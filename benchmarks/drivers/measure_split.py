@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 import eqx_q
+from eqx_q import spaces
 from eqx_q.agents import decide
+from eqx_q.nets import Inputs
 from eqx_q.run import make_agent, make_env
 
 Product = tuple[int, int, int]  # rows x inner x columns
@@ -28,16 +30,15 @@ def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, i
     """
     rows = lanes * (agent.num_agents or 1)
 
-    def q_values(obs, action, reward):
+    def values(obs, action, reward):
+        inputs = Inputs(obs, last_action=action, last_reward=reward)
         memory = agent.network.initial_memory(rows)
-        return agent.network(
-            obs, agent.statistics, memory, last_action=action, last_reward=reward
-        ).q_values
+        return agent.network(inputs, agent.statistics, memory).values
 
-    space = agent.observation_space
-    obs = jax.ShapeDtypeStruct((steps, rows, *space.shape), space.dtype)
-    action, reward = (jax.ShapeDtypeStruct((steps, rows), t) for t in (jnp.int32, jnp.float32))
-    products = _products(jax.make_jaxpr(q_values)(obs, action, reward).jaxpr, 1)
+    obs = spaces.shapes(agent.observation_space, steps, rows)
+    action = jax.ShapeDtypeStruct((steps, rows, agent.actions.num_factors), jnp.int32)
+    reward = jax.ShapeDtypeStruct((steps, rows), jnp.float32)
+    products = _products(jax.make_jaxpr(values)(obs, action, reward).jaxpr, 1)
     # A product with a single column is a sum in disguise, as in layer normalisation, where it is
     # not one with a weight.
     heads = {x.shape[0] for x in jax.tree.leaves(agent.network) if x.shape[1:] == (1,)}
@@ -52,6 +53,8 @@ def _products(jaxpr, times):
     for equation in jaxpr.eqns:
         repeated = times * equation.params.get("length", 1)  # of a scan
         for value in equation.params.values():
+            if equation.primitive.name == "cond" and isinstance(value, tuple):
+                value = value[0]  # of `platform_dependent` the CPU's
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _products(inner, repeated)

@@ -1,6 +1,7 @@
 """What a configuration means: its numbers, its environment, its agent."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import operator
@@ -15,10 +16,11 @@ import numpy as np
 
 from ..agents import Agent, Population, hyperparameters
 from ..agents.hyperparameters import RANGES
+from ..agents.parts import Part
 from ..errors import UnknownNameError, UsageError
 from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
-from .parts import KINDS, chosen_options, with_values
+from .parts import chosen_options, with_values
 
 Config = Mapping[str, Any]
 
@@ -98,12 +100,18 @@ def changeable(config: Config) -> set[str]:
 def traced(config: Config) -> set[str]:
     """Hyperparameters of the agent, by their path: of its parts, too."""
     options = chosen_options(given(config["agent"]))
-    create = pkgutil.resolve_name(options["_target_"]).create
-    parts = {kind: options[kind] for kind in KINDS if kind in options}
+    cls = pkgutil.resolve_name(options["_target_"])
+    parts = {field.name: options[field.name] for field in _parts(cls) if field.name in options}
     spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
-    create = functools.partial(create, *spaces, **parts)
+    create = functools.partial(cls.create, *spaces, **parts)
     agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
     return set(hyperparameters.names(agent))
+
+
+def _parts(cls: type) -> list[dataclasses.Field]:
+    """The fields of a class of agents that are parts with hyperparameters."""
+    fields = dataclasses.fields(cls)
+    return [x for x in fields if isinstance(x.type, type) and issubclass(x.type, Part)]
 
 
 def _agent_key(seed):
