@@ -51,7 +51,7 @@ def test_the_circle_from_play_to_an_agent_that_was_never_in_the_environment(
     np.testing.assert_allclose(summary["best_eval_return_per_seed"], evaluations.max(0))
     assert set(summary["best_eval_num_updates_per_seed"]) <= {50, 100}
     learner = load(run / "agent.eqx").member(0)
-    assert isinstance(learner, eqx_q.DQN) and learner.num_updates == 100
+    assert type(learner) is getattr(eqx_q, agent.upper()) and learner.num_updates == 100
     expected = {"dqn": (0, 1), "cql": (0.1, 1), "bc": (1, 0)}[agent]
     np.testing.assert_allclose((learner.alpha, learner.td_weight), expected)
 
@@ -85,7 +85,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
     status, _, err = script("train", "resume=cut")
     assert status == 0, err
     whole, cut = load(tmp_path / "whole" / "agent.eqx"), load(tmp_path / "cut" / "agent.eqx")
-    assert eqx_q.agents.DQN is type(cut) and cut.num_updates == 120
+    assert type(cut) is eqx_q.CQL and cut.num_updates == 120
     for ours, theirs in zip(*map(_leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     status, _, err = script("train", "resume=cut")

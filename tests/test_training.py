@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     seen = Recorder()
     with pytest.raises(DivergedError, match="lower learning_rate"):
         eqx_q.train(
-            make_agent(env, reward_scale=float("nan")),
+            make_agent(env, reward_scale=float("inf")),
             env,
             total_steps=640,
             key=jax.random.key(0),
@@ -319,7 +319,9 @@ def test_a_burn_in_is_the_end_of_the_rollout_before():
         for t in range(3):
             steps = jax.tree.map(lambda x, t=t: x[t], before.timesteps)
             decision = agent.act(steps.obs, memory, first=steps.first, reward=steps.reward)
-            memory = eqx.tree_at(lambda m: m.last_action, decision.memory, before.actions[t])
+            memory = eqx.tree_at(
+                lambda m: m.last_action, decision.memory, before.actions[t][:, None]
+            )
         for ours, theirs in zip(
             jax.tree.leaves(memory), jax.tree.leaves(run_state.memory), strict=True
         ):

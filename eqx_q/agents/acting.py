@@ -162,7 +162,8 @@ class QAgent(Agent):
         expected = self.initial_memory(rows // (self.num_agents or 1))
         if expected is None:
             return
-        if not isinstance(memory, AgentMemory) or memory.last_action.shape[0] != rows:
+        shape = (rows, self.actions.num_factors)
+        if not isinstance(memory, AgentMemory) or memory.last_action.shape != shape:
             raise UsageError(
                 f"memory does not match {rows // (self.num_agents or 1)} lanes of this agent: give "
                 "what agent.initial_memory or the decision before gave"
