@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 import eqx_q
 from eqx_q.data import Sampling
-from eqx_q.errors import UsageError
 from eqx_q.nets.registry import ENCODERS, make_network
 from eqx_q.run import make_agent, make_env
 from eqx_q.run.parts import KINDS
@@ -38,11 +37,7 @@ def check_builds(config):
         assert items % agent["num_minibatches"] == 0
     env = make_env(config, 2)
     try:
-        if env.num_agents and agent["_target_"] == "eqx_q.DQN":
-            with pytest.raises(UsageError, match="is for a team: choose agent=pqn_vdn"):
-                make_agent(config, env)
-        else:
-            make_agent(config, env)
+        make_agent(config, env)
     finally:
         env.close()
 
