@@ -84,7 +84,14 @@ class Replay(eqx.Module):
             obs, next_obs = self._observed(row), self._observed(next_row)
         mask = None if self.action_mask is None else self.action_mask[next_row]
         return Transitions(
-            obs, self.action[row], reward, length, terminated, next_obs, weight, mask
+            obs=obs,
+            action=self.action[row],
+            reward=reward,
+            length=length,
+            terminated=terminated,
+            next_obs=next_obs,
+            next_action_mask=mask,
+            weight=weight,
         )
 
     def sequences(self, place: Int[Array, " B"], length: int) -> Rollout:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..agents.exploration import EpsilonGreedy
 from ..agents.mixers import Independent
@@ -122,11 +123,14 @@ def _with_parts(fields: Fields, value: AbstractValue, optimizer: Optimizer, mixe
         "statistics": network.initial_statistics(),
         "optimizer_state": optimizer.init(parameters),
     }
-    for name, today in states.items():
-        leaves = jax.tree.leaves(fields[name])
-        fields[name] = jax.tree.unflatten(jax.tree.structure(today), leaves)
+    fields = fields | {name: like(today, fields[name]) for name, today in states.items()}
     parts = {"value": value, "optimizer": optimizer, "mixer": mixer}
     return fields | parts | {"exploration": EpsilonGreedy(), "bins": 2}
+
+
+def like(today: PyTree, tree: PyTree) -> PyTree:
+    """The leaves of a tree of any version in the structure of today's."""
+    return jax.tree.unflatten(jax.tree.structure(today), jax.tree.leaves(tree))
 
 
 def _memory(reference: str, fields: Fields) -> tuple[str, Fields]:

@@ -10,7 +10,7 @@ from networks import make
 
 from eqx_q.errors import UsageError
 from eqx_q.nets import FromModule, PerAgent, make_network
-from eqx_q.saving.renames import todays_fields, todays_name, todays_statistics
+from eqx_q.saving.renames import like, todays
 
 KEY = jax.random.key(0)
 VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
@@ -18,9 +18,8 @@ VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
 
 def today(reference, fields):
     """What a file's class and fields are today: those of today's files stay as they are."""
-    name = todays_name(f"eqx_q.nets.{reference}")
-    fields = todays_fields(name, fields)
-    assert todays_fields(name, fields) == fields
+    name, fields = todays(f"eqx_q.nets.{reference}", fields)
+    assert todays(name, fields) == (name, fields)
     return name.rpartition(":")[2], fields
 
 
@@ -72,9 +71,9 @@ def test_statistics():
     first = network.initial_statistics()
     found = jax.tree.map(lambda x: x + jnp.ones_like(x), first)
     old = (((None, None, None, found[0][0][3], None),), None)
-    assert eqx.tree_equal(todays_statistics(network, old), found)
-    plain = make("mlp", VECTOR, 5, key=KEY)
-    assert eqx.tree_equal(todays_statistics(plain, None), plain.initial_statistics())
+    assert eqx.tree_equal(like(first, old), found)
+    plain = make("mlp", VECTOR, 5, key=KEY).initial_statistics()
+    assert eqx.tree_equal(like(plain, None), plain)
 
 
 def test_what_can_no_longer_be_is_refused():
