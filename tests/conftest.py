@@ -10,6 +10,8 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# Most of the time is compiling, and what is compiled runs for a moment only.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 install_import_hook("eqx_q", "typechecker.typechecked")
 
 import jax  # noqa: E402
@@ -24,6 +26,14 @@ def _free_compiled_programs():
     """Compiled programs of one module are of no use to the next: memory stays flat."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as users do: for what depends on it, to the last digit or in the program's text."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

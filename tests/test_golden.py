@@ -13,6 +13,7 @@ EXPECTED = json.loads((SAVED / "expected.json").read_text())
 OF_RUNS = ("run_rnn", "run_team")
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", CASES)
 def test_a_short_training_gives_what_it_gave(name):
     expected = json.loads(TRACES.read_text())[name]

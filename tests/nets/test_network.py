@@ -142,6 +142,7 @@ def test_a_network_is_exported_for_devices_that_are_not_here():
     np.testing.assert_allclose(again, q_values(network, obs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_other_devices_way_costs_nothing():
     """Members of a population learn side by side; their program has no choice left to make."""
     members = eqx.filter_vmap(
