@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from eqx_q import spaces
 from eqx_q.agents import Agent, Batches
 from eqx_q.agents.parts import Part
 
@@ -38,7 +39,8 @@ class Parted(Agent):
         blur = Blur(jnp.asarray(blur["sigma"], jnp.float32), blur.get("bins", 3))
         rate = jnp.asarray(learning_rate, jnp.float32)
         batches = Batches(4, sequence_length=sequence_length)
-        return cls(rate, blur, jnp.zeros((), jnp.uint32), observation_space, action_space, batches)
+        learnt, actions = jnp.zeros((), jnp.uint32), spaces.of_actions(action_space)
+        return cls(rate, blur, learnt, observation_space, actions, batches)
 
     def initial_memory(self, num_envs):
         return jnp.zeros(num_envs)

@@ -97,7 +97,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
 
 
 def _leaves(agent):
-    return [np.asarray(x) for x in (agent.network.head.weight, agent.learning_rate)]
+    return [np.asarray(x) for x in (agent.network.head.linear.weight, agent.learning_rate)]
 
 
 BAD = {

@@ -224,7 +224,7 @@ def test_a_name_a_mapping_or_an_object():
         ("epsilon_gredy", "unknown exploration 'epsilon_gredy': the nearest are epsilon_greedy"),
         ({"name": "ez_greedy", "my": 2.0}, "unknown option of exploration 'ez_greedy': 'my'"),
         ({"name": "epsilon_greedy", "alpha": 1.0}, "known are none"),
-        ({"mu": 2.0}, "give a name .epsilon_greedy, .*, a mapping of name and options, or"),
+        ({"mu": 2.0}, r"names nothing: give one of .*epsilon_greedy.*, or a mapping"),
         ({"name": "ez_greedy", "mu": -1.0}, "mu=-1.0 makes no sense: it must be at least 0"),
         ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan makes no sense"),
         (

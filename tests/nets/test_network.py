@@ -130,7 +130,7 @@ def test_a_network_is_exported_for_devices_that_are_not_here():
     (rows,) = jax.export.symbolic_shape("rows")
     network, parameters = small(), jax.ShapeDtypeStruct((1, rows, 5, 5, 2), jnp.float32)
     exported = jax.export.export(
-        jax.jit(lambda obs: q_values(network, obs)), platforms=("cpu", "cuda")
+        jax.jit(lambda obs: q_values(network, obs, memory=())), platforms=("cpu", "cuda")
     )(parameters)
     assert "stablehlo.convolution" in exported.mlir_module()
     for platform, convolves in (("cpu", False), ("cuda", True)):
