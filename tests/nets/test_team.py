@@ -166,7 +166,8 @@ def test_agent_id_can_be_left_out():
 def test_a_team_is_whole(share_parameters):
     options = {"num_agents": M, "share_parameters": share_parameters, "memory": "gru"}
     team = make("mlp", VECTOR, ACTIONS, key=KEY, **options)
+    inputs = Inputs(jnp.zeros((1, 4, 6)), last_action=jnp.zeros((1, 4, 1), int))
+    kept = team.initial_statistics(), team.initial_memory(M)
     with pytest.raises(UsageError, match="4 lanes are not those of whole teams of 3 agents"):
-        inputs = Inputs(jnp.zeros((1, 4, 6)), last_action=jnp.zeros((1, 4, 1), int))
-        team(inputs, team.initial_statistics(), team.initial_memory(M))
+        team(inputs, *kept)
     assert eqx.tree_equal(decode(*encode(team), "test"), team)
