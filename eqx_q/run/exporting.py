@@ -1,7 +1,7 @@
 """Exporting what a run left behind, with a card that says what it is."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,8 @@ In this directory, or with it in `sys.path`:
 
 def _example(agent: Agent, policy: Policy) -> str:
     """Lines of Python that act a few times."""
-    obs = policy.inputs["obs"]
     lanes = 2 * (agent.num_members or 1)
-    shape = ", ".join(map(str, (lanes, *obs.shape[1:])))
+    obs = _zeros(policy.inputs["obs"], lanes)
     act = """decision = policy.act(obs)  # greedy
 decision = policy.act(obs, epsilon=0.05, key=jax.random.key(0))
 """
@@ -111,9 +110,19 @@ import numpy as np
 from policy import Policy
 
 policy = Policy("agent.jaxexport")
-obs = np.zeros(({shape}), np.{obs.dtype})  # of {lanes} lanes
+obs = {obs}  # of {lanes} lanes
 {act}print(decision.action, decision.value)
 """
+
+
+def _zeros(kind: Any, lanes: int) -> str:
+    """Python that makes arrays of a kind, in its dicts and tuples."""
+    if isinstance(kind, dict):
+        entries = (f'"{name}": {_zeros(child, lanes)}' for name, child in kind.items())
+        return f"{{{', '.join(entries)}}}"
+    if isinstance(kind, tuple):
+        return f"({''.join(f'{_zeros(child, lanes)}, ' for child in kind)})"
+    return f"np.zeros({(lanes, *map(int, kind.shape[1:]))}, np.{kind.dtype})"
 
 
 def _scores(
@@ -149,8 +158,18 @@ def _scores(
 def _kinds(inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (f"`{name}`", f"`[{', '.join(map(str, kind.shape))}]`", str(kind.dtype))
-        for name, kind in inputs.items()
+        for name, kind in _flat("", inputs)
     ]
+
+
+def _flat(path: str, kinds: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of dicts and tuples, by path; memory stays a list."""
+    if isinstance(kinds, dict | tuple):
+        entries = kinds.items() if isinstance(kinds, dict) else enumerate(kinds)
+        for name, child in entries:
+            yield from _flat(f"{path}.{name}".lstrip("."), child)
+    else:
+        yield path, kinds
 
 
 def _table(head: Sequence[str], rows: Any) -> str:
