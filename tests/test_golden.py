@@ -2,8 +2,12 @@
 
 import json
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from environments import Relay
 from golden_cases import CASES, TRACES, trace
 
 import eqx_q
@@ -39,3 +43,17 @@ def test_an_agent_of_an_earlier_version_acts_as_it_did(name):
         memory = decision.memory
         np.testing.assert_array_equal(np.ravel(decision.action), action)
         np.testing.assert_allclose(np.ravel(decision.value), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("name", OF_RUNS)
+def test_a_run_of_an_earlier_version_ends_as_it_would_have(name):
+    memory_chain = eqx_q.make("gymnax/MemoryChain-bsuite", 4, memory_length=3)
+    env = {"run_rnn": memory_chain, "run_team": Relay(4)}[name]
+    state = eqx_q.load(SAVED / f"{name}.eqx")  # after three of its six updates
+    agent, _ = eqx_q.train(
+        state.agent, env, total_steps=6 * 8 * 4, key=jax.random.key(2), run_state=state
+    )
+    parameters = jax.tree.leaves(eqx.filter(agent.network, eqx.is_inexact_array))
+    norms = [float(jnp.linalg.norm(x)) for x in parameters]
+    np.testing.assert_allclose(norms, EXPECTED[name], rtol=1e-5)
