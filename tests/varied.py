@@ -120,7 +120,7 @@ class Whim(Agent):
     learnt: jax.Array = eqx.field(default_factory=lambda: jnp.zeros((), jnp.uint32))
 
     def update(self, experience, *, key):
-        raise NotImplementedError
+        raise AssertionError("it is only asked to act")
 
     @classmethod
     def of(cls, env):

@@ -117,11 +117,9 @@ class Model(eqx.Module):
             return jnp.mean(jnp.max(q_values, axis=-1), axis=-1, keepdims=True)
         index = jnp.argmax(q_values if chooser is None else chooser, axis=-1)
         raw = self.of_action(values, index)
-        return (
-            self.value.expected(raw)[..., None]
-            if self.predicts_means
-            else (self.value.samples(raw))
-        )
+        if self.predicts_means:
+            return self.value.expected(raw)[..., None]
+        return self.value.samples(raw)
 
     def mixed_samples(
         self, samples: Float[Array, "*lanes M L"], timesteps: TimeStep

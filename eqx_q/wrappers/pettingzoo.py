@@ -1,5 +1,6 @@
 """PettingZoo: teams of agents, stepped in Python (pettingzoo.farama.org)."""
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -301,11 +302,13 @@ def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
     """How many numbers of the environment's `state()` are reported, if it is."""
     if wanted is False:
         return None
-    try:
-        state = np.asarray(env.state())
-    except (NotImplementedError, AttributeError, TypeError):  # or an attribute of that name
+    state = None
+    if callable(getattr(env, "state", None)):  # some have an attribute of that name
+        with contextlib.suppress(NotImplementedError):  # so PettingZoo says that there is none
+            state = np.asarray(env.state())
+    if state is None:
         if wanted:
-            raise UsageError("the environment has no state(): leave out global_state") from None
+            raise UsageError("the environment has no state(): leave out global_state")
         return None
     return state.size if wanted or state.ndim == 1 else None  # a picture only for those who ask
 
