@@ -75,8 +75,8 @@ def _of_today(options: Options) -> dict[str, Any]:
     for old, new in RENAMED.items():
         if old in options:
             kind, _, name = new.partition(".")
-            part = options.setdefault(kind, {"name": default[kind]})
-            options[kind] = {**part, name: options.pop(old)}
+            before = {"name": default[kind], name: options.pop(old)}
+            options[kind] = before | dict(options.get(kind, {}))  # changed by today's name
     network = dict(options.get("network_options") or {})
     if "num_quantiles" in network:
         options["value"] = {"name": "quantile", "num_quantiles": network.pop("num_quantiles")}

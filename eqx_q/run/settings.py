@@ -67,7 +67,7 @@ def make_agent(
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
     for path in flat(options).keys() & {*traced(config), *RANGES}:
-        number(config, f"agent.{path}")
+        number({"agent": options}, f"agent.{path}")  # whose keys are today's
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(

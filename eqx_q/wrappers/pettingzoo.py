@@ -303,7 +303,7 @@ def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
     if wanted is False:
         return None
     state = None
-    if callable(getattr(env, "state", None)):  # some have an attribute of that name
+    if callable(getattr(env.unwrapped, "state", None)):  # some have an attribute of that name
         with contextlib.suppress(NotImplementedError):  # so PettingZoo says that there is none
             state = np.asarray(env.state())
     if state is None:

@@ -1,0 +1,67 @@
+"""Parts in a configuration: short forms, options of what was not chosen, earlier versions' keys."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from environments import Guess
+
+from eqx_q.errors import UsageError
+from eqx_q.run import make_agent
+from eqx_q.run.parts import chosen_options, full_overrides, with_values
+
+
+@pytest.mark.parametrize(
+    ("override", "full"),
+    [
+        ("agent.value=hl_gauss", ["agent.value.name=hl_gauss"]),
+        ("agent.mixer=vdn,qmix", ["agent.mixer.name=vdn,qmix"]),
+        ("agent.value={name: hl_gauss}", ["agent.value={name: hl_gauss}"]),
+        ("agent.value.sigma=1", ["agent.value.sigma=1"]),
+        ("agent.td_loss=huber", ["agent.value.td_loss=huber"]),
+        ("agent.adam_epsilon=1e-6", ["agent.optimizer.eps=1e-6"]),
+        (
+            "agent.network_options.num_quantiles=5",
+            ["agent.value.name=quantile", "agent.value.num_quantiles=5"],
+        ),
+        ("agent=pqn", ["agent=pqn"]),
+        ("env.value=3", ["env.value=3"]),
+        ("--help", ["--help"]),
+    ],
+)
+def test_what_an_override_is_short_for(override, full):
+    assert full_overrides(override) == full
+
+
+def test_a_part_keeps_the_options_that_it_has():
+    value = {"name": "quantile", "td_loss": "huber", "sigma": 1.0, "num_quantiles": 3, "colour": 1}
+    chosen = chosen_options({"value": value})["value"]
+    assert chosen == {"name": "quantile", "num_quantiles": 3, "colour": 1}  # the last is refused
+
+
+def test_values_are_put_in_by_path():
+    options = {"value": {"name": "hl_gauss"}, "discount": 0.9}
+    new = with_values(options, {"value.sigma": 2.0, "discount": 0.5})
+    assert new == {"value": {"name": "hl_gauss", "sigma": 2.0}, "discount": 0.5}
+    assert options == {"value": {"name": "hl_gauss"}, "discount": 0.9}
+
+
+def config(**options):
+    agent = {"network_options": {"hidden_sizes": [4]}, **options}
+    return {"agent": agent, "env": {"suite": "x", "name": "y"}, "seed": 0, "num_seeds": 1}
+
+
+def test_a_configuration_of_an_earlier_version_makes_the_same_agent():
+    """An old run that is gone on with keeps its own."""
+    old = config(_target_="eqx_q.CQL", td_loss="huber", adam_epsilon=0.25, alpha=0.5)
+    agent = make_agent(old, Guess(2))
+    assert agent.value.td_loss == "huber"
+    np.testing.assert_array_equal(agent.optimizer.options["eps"], jnp.float32(0.25))
+    old["agent"]["optimizer"] = {"eps": 0.125}  # as an override of a run that goes on
+    np.testing.assert_array_equal(make_agent(old, Guess(2)).optimizer.options["eps"], 0.125)
+    old = config(_target_="eqx_q.DQN", network_options={"num_quantiles": 5})
+    assert make_agent(old, Guess(2)).value.num_quantiles == 5
+    assert type(make_agent(config(_target_="eqx_q.PQN", mixer="vdn"), Guess(2)).mixer).__name__ == (
+        "VDN"
+    )
+    with pytest.raises(UsageError, match="eps=small"):
+        make_agent(config(_target_="eqx_q.CQL", adam_epsilon="small"), Guess(2))
