@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from .. import spaces
 from ..errors import UsageError
-from ..nets import AbstractQNetwork, Inputs
+from ..nets import AbstractQNetwork
 from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Observation, Scalar
 from .actions import Actions, Bins
@@ -114,21 +114,17 @@ class QAgent(Agent):
             x = x if x.shape == lanes else jnp.broadcast_to(x[..., None], lanes)
             return x.reshape(rows)
 
-        starts, reward = of_rows(first), of_rows(reward)
-        last_action = None if memory is None else memory.last_action
-        if starts is not None:
-            if last_action is not None:
-                last_action = jnp.where(starts[:, None], -1, last_action)
-            reward = None if reward is None else jnp.where(starts, 0.0, reward)
-        inputs = Inputs(
-            obs=spaces.as_rows(space, obs, 1, rows),
+        starts, model = of_rows(first), self.model
+        output = model.compute(
+            self.statistics,
+            () if memory is None else memory.network,
+            spaces.as_rows(space, obs, 1, rows),
             first=_step(starts),
-            last_action=_step(last_action),
-            last_reward=_step(reward),
+            last_action=None if memory is None else memory.last_action[None],
+            last_reward=_step(of_rows(reward)),
         )
-        output = self.network(inputs, self.statistics, () if memory is None else memory.network)
         mask = None if action_mask is None else jnp.reshape(action_mask, (rows, -1))
-        q_values = self.model.q_values(output.values[0], mask)
+        q_values = model.q_values(output.values[0], mask)
         after = () if memory is None else memory.exploration
         if key is None:
             index = jnp.argmax(q_values, axis=-1)

@@ -6,6 +6,7 @@ predictions a lane: one for a team whose mixer is joint, else one for each agent
 each target.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import spaces
-from ..nets import AbstractQNetwork, Inputs
-from ..types import AnyArray, TimeStep
+from ..nets import AbstractQNetwork, Inputs, NetworkOutput
+from ..types import AnyArray, Observation, TimeStep
 from .actions import Actions
 from .mixers import AbstractMixer
 from .values import AbstractValue, Scalar
@@ -49,6 +50,30 @@ class Model(eqx.Module):
     actions: Actions
     observation_space: spaces.Space = eqx.field(static=True)
 
+    def having(self, network: AbstractQNetwork, mixer: AbstractMixer) -> "Model":
+        """The same with other trained parts."""
+        return dataclasses.replace(self, network=network, mixer=mixer)
+
+    def compute(
+        self,
+        statistics: PyTree[Array],
+        memory: PyTree[Array],
+        obs: Observation,
+        *,
+        first: Bool[Array, "T R"] | None = None,
+        last_action: Int[Array, "T R F"] | None = None,
+        last_reward: Float[Array, "T R"] | None = None,
+        batch_mask: Bool[Array, "T R"] | None = None,
+    ) -> NetworkOutput:
+        """The network on rows. Where an episode starts nothing led to the observation."""
+        if first is not None:
+            if last_action is not None:
+                last_action = jnp.where(first[..., None], -1, last_action)
+            if last_reward is not None:
+                last_reward = jnp.where(first, 0.0, last_reward)
+        inputs = Inputs(obs, first, last_action, last_reward, batch_mask)
+        return self.network(inputs, statistics, memory)
+
     def unroll(
         self,
         statistics: PyTree[Array],
@@ -74,19 +99,16 @@ class Model(eqx.Module):
             x = x if x.ndim > 2 else jnp.broadcast_to(x[..., None], lengths)
             return x.reshape(lengths[0], -1, *x.shape[3:])
 
-        first, last_reward = rows(timesteps.first), None
-        if last_action is not None:
-            last_action = jnp.where(first[..., None], -1, rows(last_action))
-            reward = timesteps.reward if timesteps.agent_reward is None else timesteps.agent_reward
-            last_reward = jnp.where(first, 0.0, rows(reward))
-        inputs = Inputs(
-            obs=spaces.as_rows(self.observation_space, timesteps.obs, lengths[0], -1),
-            first=first,
-            last_action=last_action,
-            last_reward=last_reward,
+        reward = timesteps.reward if timesteps.agent_reward is None else timesteps.agent_reward
+        output = self.compute(
+            statistics,
+            memory,
+            spaces.as_rows(self.observation_space, timesteps.obs, lengths[0], -1),
+            first=rows(timesteps.first),
+            last_action=None if last_action is None else rows(last_action),
+            last_reward=None if last_action is None else rows(reward),
             batch_mask=None if acting is None else rows(acting),
         )
-        output = self.network(inputs, statistics, memory)
         values = output.values.reshape(*lengths, *output.values.shape[2:])
         return Unrolled(values, output.memory, output.statistics, output.features)
 

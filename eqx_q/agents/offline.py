@@ -288,7 +288,7 @@ class OfflineQ(QAgent):
     @property
     def target_model(self) -> Model:
         """What targets are computed with."""
-        return dataclasses.replace(self.model, network=self.target_network, mixer=self.target_mixer)
+        return self.model.having(self.target_network, self.target_mixer)
 
     def _items(self, batch: Transitions) -> Items:
         """What is learnt from transitions, each a team of one."""
@@ -346,11 +346,10 @@ class OfflineQ(QAgent):
 
     def _transition_loss(self, parameters, rest, batch: Transitions, items: Items):
         """The loss of transitions."""
-        network, mixer = eqx.combine(parameters, rest)
-        model = dataclasses.replace(self.model, network=network, mixer=mixer)
+        model = self.model.having(*eqx.combine(parameters, rest))
         mask = jnp.ones((1, len(items.acting)), bool)
         inputs = Inputs(jax.tree.map(lambda x: x[None], batch.obs), batch_mask=mask)
-        output = network(inputs, self.statistics, ())
+        output = model.network(inputs, self.statistics, ())
         values = output.values[0][:, None]
         loss, metrics, priority = self._loss(model, values, items, batch.weight, None)
         metrics |= self._told(output.features, batch.action)
@@ -358,8 +357,7 @@ class OfflineQ(QAgent):
 
     def _sequence_loss(self, parameters, rest, rollout: Rollout, items: Items):
         """The loss of sequences."""
-        network, mixer = eqx.combine(parameters, rest)
-        model = dataclasses.replace(self.model, network=network, mixer=mixer)
+        model = self.model.having(*eqx.combine(parameters, rest))
         there = warmed_up(model, self.statistics, rollout, self.burn_in)
         learnt = part(there, slice(len(items.acting)), there.memory)
         index = learnt.actions if learnt.memory is None else learnt.actions[:-1]

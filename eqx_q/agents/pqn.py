@@ -330,22 +330,20 @@ class PQN(QAgent):
 
     def _transition_loss(self, parameters, rest, statistics, batch: tuple[Observation, Items]):
         """The loss of flat transitions, whose targets are there."""
-        network, mixer = eqx.combine(parameters, rest)
-        model = dataclasses.replace(self.model, network=network, mixer=mixer)
+        model = self.model.having(*eqx.combine(parameters, rest))
         obs, items = batch
         shape = items.acting.shape
         inputs = Inputs(
             obs=as_rows(self.observation_space, obs, 1, -1), batch_mask=items.acting.reshape(1, -1)
         )
-        output = network(inputs, statistics, ())
+        output = model.network(inputs, statistics, ())
         values = output.values.reshape(*shape, *output.values.shape[2:])
         loss, *told = self._loss(model, values, items)
         return loss, (output.statistics, *told)
 
     def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
         """The loss of whole lanes; their targets come from the same pass over them."""
-        network, mixer = eqx.combine(parameters, rest)
-        model = dataclasses.replace(self.model, network=network, mixer=mixer)
+        model = self.model.having(*eqx.combine(parameters, rest))
 
         def learn_from(rollout: Rollout):
             rollout = warmed_up(model, statistics, rollout, self.burn_in)
