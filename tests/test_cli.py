@@ -18,7 +18,7 @@ import yaml
 
 import eqx_q
 from eqx_q.run import make_agent, make_env, provenance
-from eqx_q.run.settings import emulator_seed
+from eqx_q.run.making import emulator_seed
 from eqx_q.saving.checkpoint import load, save
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
@@ -187,7 +187,7 @@ BAD_INPUT = {
     "agent.lambda=1": "unknown option 'agent.lambda': the nearest are agent.lambda_",
     "env=minatar env.name=Breakot-MinAtar": "unknown gymnax environment 'Breakot-MinAtar'",
     "env=atari env.name=Pnog-v5": "Pong-v5",
-    "num_envs=0": "num_envs is 0: give a whole number of lanes, 1 or more",
+    "num_envs=0": "num_envs=0: give a whole number of at least 1",
     "agent.num_minibatches=7": "num_minibatches=7 does not divide the 64 transitions",
     "agent.network=mpl": "unknown network 'mpl': the nearest are mlp",
     "agent.network_options.norm=layer": "unknown norm 'layer': the nearest are layer_norm",

@@ -1,5 +1,6 @@
 """Population-based training: who copies whom, what is copied and perturbed, and that it resumes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from eqx_q.agents import Batches, Rollouts
 from eqx_q.errors import UnknownNameError, UsageError
 from eqx_q.loops.callbacks import Checkpoint, restore
 from eqx_q.loops.evolution import PopulationBasedTraining, scale, spread
-from eqx_q.run import training
+from eqx_q.run import read_settings, training
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["learning_rate", "lambda_"]
@@ -140,16 +141,21 @@ def test_nothing_cuts_a_round_of_which_members_are_judged():
         told = hydra.compose("config", [*overrides, "eval.every=300", "video.every=0"])
         config = OmegaConf.to_container(told, resolve=True)
     agent = SimpleNamespace(learns_from=Rollouts(16))
-    told = training._in_rounds(config, agent)
-    assert (told["pbt"]["every"], told["log_every"]) == (128, 2)  # updates make 64 steps
-    assert (told["eval"]["every"], told["video"]["every"]) == (384, 0)
-    assert told["eval"]["time_fraction"] == 0.1
+
+    def in_rounds(agent, **changes):
+        settings = dataclasses.replace(read_settings(config), **changes)
+        return training._in_rounds(settings, settings.pbt, agent)
+
+    settings, evolution = in_rounds(agent)
+    assert (evolution.every, settings.log_every) == (128, 2)  # updates make 64 steps
+    assert (settings.eval.every, settings.video.every) == (384, 0)
+    assert settings.eval.time_fraction == 0.1
     config["pbt"]["fitness"], config["log_every"] = "eval/return", 1
-    told = training._in_rounds(config, agent)
-    assert (told["eval"]["every"], told["eval"]["time_fraction"]) == (128, None)
-    assert told["log_every"] == 1
+    settings, _ = in_rounds(agent)
+    assert (settings.eval.every, settings.eval.time_fraction) == (128, None)
+    assert settings.log_every == 1
     from_data = SimpleNamespace(learns_from=Batches(8))
-    assert training._in_rounds(config, from_data)["pbt"]["every"] == 100
+    assert in_rounds(from_data)[1].every == 100
 
 
 def test_from_the_command_line(script, tmp_path):

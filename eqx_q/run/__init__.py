@@ -8,14 +8,18 @@ A configuration is a nested dictionary with the keys of `conf/config.yaml`. The 
 from .collecting import collect_run as collect_run
 from .evaluation import evaluate_run as evaluate_run
 from .exporting import export_run as export_run
+from .making import (
+    changeable as changeable,
+    make_agent as make_agent,
+    make_env as make_env,
+)
 from .search import search_run as search_run
 from .settings import (
     Config as Config,
-    changeable as changeable,
+    Settings as Settings,
     fraction as fraction,
-    make_agent as make_agent,
-    make_env as make_env,
     number as number,
+    read_settings as read_settings,
     whole as whole,
     whole_or_none as whole_or_none,
 )

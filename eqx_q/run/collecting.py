@@ -20,18 +20,16 @@ from ..saving.checkpoint import checkpoints, load, read_header
 from ..wrappers import Env
 from ..wrappers.host import closing
 from .evaluation import trained_agent
-from .settings import (
+from .making import (
     LANES_IN_JAX,
     LANES_ON_HOST,
     MOST_LANES,
-    Config,
     close_later,
     emulator_seed as seed_of_emulators,
-    env_name,
-    given,
     learnt,
     make_env,
 )
+from .settings import Config, env_name, given
 
 _STEPS_PER_LANE = 10_000  # of a recording, at least: what is running at its end is cut
 _STEPS_PER_SHARD = 1_000_000  # at most: what an interruption costs

@@ -15,17 +15,15 @@ from ..loops.evaluation import play_episodes
 from ..loops.media import record_episode, write_gif
 from ..saving.checkpoint import load, newest_checkpoint
 from ..wrappers.host import closing
-from .settings import (
+from .making import (
     LANES_IN_JAX,
     LANES_ON_HOST,
-    Config,
     emulator_seed as seed_of_emulators,
-    env_name,
     episode_cap,
-    given,
     learnt,
     make_env,
 )
+from .settings import Config, env_name, given
 from .summary import episode_means, provenance
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from ..saving.exporting import export
 from ..saving.files import write_whole
 from ..wrappers.registry import SUITES
 from .evaluation import trained_agent
-from .settings import Config, env_name, given, learnt
+from .making import learnt
+from .settings import Config, env_name, given
 
 
 def export_run(

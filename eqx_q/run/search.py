@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import logging
@@ -31,22 +32,12 @@ from ..sharding import OneDevice, place_on
 from ..tracking import Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
-from .settings import (
-    Config,
-    close_later,
-    env_name,
-    given,
-    lanes_of_all,
-    learnt,
-    make_agent,
-    make_env,
-    whole,
-    whole_or_none,
-)
+from .making import close_later, lanes_of_all, learnt, make_agent, make_env
+from .settings import Config, Settings, env_name, given, read_settings, whole
 from .space import VARIED, Space, check_space, import_optuna, read_space
 from .study import SharedStudy
 from .summary import provenance, write_json
-from .training import check_data, check_kind, kind_of, make_evaluation, make_sampling
+from .training import check_data, check_kind, make_evaluation, make_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -78,31 +69,31 @@ def search_run(
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
     started = time.perf_counter()
+    asked = _read(config)
     with contextlib.ExitStack() as stack:
-        search = _Search(config, stack)
+        search = _Search(asked, stack)
         on_start()
         study = SharedStudy(
             directory,
             search.space,
             sampler=config["sampler"],
-            maximize=search.maximize,
-            seed=whole(config, "seed"),
+            maximize=asked.maximize,
+            seed=asked.settings.seed,
         )
         close_later(stack, study)
-        num_trials, at_most = whole(config, "trials", least=1), whole(config, "population", least=1)
-        progress = close_later(stack, _Progress(study, num_trials))
+        progress = close_later(stack, _Progress(study, asked.trials))
         interrupt = stack.enter_context(Interrupt())
-        while not interrupt.received and (batch := study.ask(num_trials, at_most)):
+        while not interrupt.received and (batch := study.ask(asked.trials, asked.population)):
             try:
                 search.learn(batch, study, [interrupt, progress])
             finally:
                 for trial in batch:
                     study.give_up(trial)
-            _write_results(config, defaults or {}, directory, search.space, study)
-        _write_results(config, defaults or {}, directory, search.space, study)  # of others, too
+            _write_results(asked, defaults or {}, directory, search.space, study)
+        _write_results(asked, defaults or {}, directory, search.space, study)  # of others, too
         progress.close()
         summary = {
-            **_summary(config, search, study),
+            **_summary(asked, study),
             "status": "stopped" if interrupt.received else "done",
             **search.seconds,
             "wall_seconds": time.perf_counter() - started,
@@ -114,6 +105,44 @@ def search_run(
     return summary
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the configuration of a search says, read once.
+
+    **Attributes:** those named as keys of `conf/tune.yaml` mean the same. `rungs`: how far trials
+    learn until some are pruned, and to the end.
+    """
+
+    settings: Settings
+    trials: int
+    population: int
+    metric: str
+    maximize: bool
+    rungs: list[int]
+    eta: int
+
+
+def _read(config: Config) -> _Asked:
+    settings = read_settings(config)
+    if settings.pbt is not None:
+        raise UsageError("a search trains without population-based training: leave out pbt")
+    if config["direction"] not in ("maximize", "minimize"):
+        raise UsageError(f"direction={config['direction']}: choose maximize or minimize")
+    rungs, eta = whole(config, "halving.rungs"), whole(config, "halving.eta", least=2)
+    total = settings.total
+    if eta**rungs > total:
+        raise UsageError(f"halving.rungs={rungs} are too many for {settings.kind.total}={total}")
+    return _Asked(
+        settings=settings,
+        trials=whole(config, "trials", least=1),
+        population=whole(config, "population", least=1),
+        metric=str(config["metric"]),
+        maximize=config["direction"] == "maximize",
+        rungs=[math.ceil(total / eta**rung) for rung in range(rungs, -1, -1)],
+        eta=eta,
+    )
+
+
 class _Fatal(UsageError):
     """Something that would end every trial, not only those of a batch."""
 
@@ -121,7 +150,7 @@ class _Fatal(UsageError):
 class _Arena(NamedTuple):
     """Where so many members learn, and are evaluated."""
 
-    config: Config
+    settings: Settings
     env: Env
     evaluation: Evaluation | None
 
@@ -129,18 +158,16 @@ class _Arena(NamedTuple):
 class _Search:
     """Learns batches of trials. Raises `UsageError` for what no trial could do."""
 
-    def __init__(self, config: Config, stack: contextlib.ExitStack):
+    def __init__(self, asked: _Asked, stack: contextlib.ExitStack):
+        settings, config = asked.settings, asked.settings.config
         self.space = read_space(config)
         self.failure: UsageError | None = None
         self.seconds = {"compile_seconds": 0.0, "train_seconds": 0.0}
-        self.seeds = whole(config, "num_seeds", least=1)
-        self.maximize = config["direction"] == "maximize"
-        if config["direction"] not in ("maximize", "minimize"):
-            raise UsageError(f"direction={config['direction']}: choose maximize or minimize")
-        self._metric, self._rungs = str(config["metric"]), _rungs(config)
-        self._config = _for_rungs(config)
-        self._dataset = None if config.get("data") is None else Dataset(config["data"])
-        self._check(config)
+        self.seeds = settings.num_seeds
+        self._asked = asked
+        self._config = _for_rungs(config, settings.total)
+        self._dataset = None if settings.data is None else Dataset(settings.data)
+        self._check(settings)
         self._stack = stack.enter_context(contextlib.ExitStack())
         self._static: dict[str, Any] | None = None
         self._arenas: dict[int, _Arena] = {}
@@ -166,7 +193,7 @@ class _Search:
                 raise
             raise UsageError(
                 "the device is out of memory: lower population, num_seeds or "
-                f"{kind_of(self._config).sizes}"
+                f"{self._asked.settings.kind.sizes}"
             ) from error
         finally:
             if tracker is not None:
@@ -177,22 +204,23 @@ class _Search:
         interrupt, progress = callbacks
         config = self.space.apply(self._config, self.space.static(batch[0].params))
         values = [self.space.leaves(trial.params) for trial in batch]
-        key = jax.random.fold_in(jax.random.key(whole(config, "seed")), batch[0].number)
+        key = jax.random.fold_in(jax.random.key(self._asked.settings.seed), batch[0].number)
         done, alive = 0, np.arange(len(batch))
-        agent = make_agent(config, self._arena(config, len(batch) * self.seeds).env, values)
-        steps = agent.learns_from.units(whole(config, "num_envs"))
-        rungs = sorted({-(-until // steps) * steps for until in self._rungs})
+        arena = self._arena(config, len(batch) * self.seeds)
+        agent = make_agent(config, arena.env, values)
+        steps = agent.learns_from.units(arena.settings.num_envs)
+        rungs = sorted({-(-until // steps) * steps for until in self._asked.rungs})
         for rung, until in enumerate(rungs):
             arena = self._arena(config, len(alive) * self.seeds)
             progress.begin(len(batch), done, rungs[-1])
-            check = _CheckMetric(self._metric, agent)
+            check = _CheckMetric(self._asked.metric, agent)
             agent, history = self._train(
                 arena, agent, until - done, jax.random.fold_in(key, rung), [check, *callbacks]
             )
             if interrupt.received:
                 return
             (done,) = learnt(agent).values()
-            per_seed = _recent(history, self._metric).reshape(len(alive), self.seeds)
+            per_seed = _recent(history, self._asked.metric).reshape(len(alive), self.seeds)
             scores = per_seed.mean(1)
             if tracker is not None:
                 tracker.log(_per_trial(history[-1], alive, len(batch), self.seeds), done)
@@ -214,22 +242,22 @@ class _Search:
 
     @property
     def _sign(self) -> int:
-        return 1 if self.maximize else -1
+        return 1 if self._asked.maximize else -1
 
     def _num_kept(self, number: int) -> int:
-        return max(1, number // whole(self._config, "halving.eta", least=2))
+        return max(1, number // self._asked.eta)
 
     def _train(
         self, arena: _Arena, agent: Population, steps: int, key: Any, callbacks: list[Any]
     ) -> tuple[Any, list[Metrics]]:
         callbacks = [x for x in (arena.evaluation, *callbacks) if x is not None]
         how: dict[str, Any] = {"key": key, "callbacks": callbacks}
-        how["log_every"] = whole_or_none(arena.config, "log_every")
-        how["devices"] = arena.config["devices"]
+        how["log_every"] = arena.settings.log_every
+        how["devices"] = arena.settings.devices
         if self._dataset is None:
             learn = functools.partial(train, agent, arena.env, total_steps=steps, **how)
         else:
-            how["sampling"] = make_sampling(arena.config)
+            how["sampling"] = make_sampling(arena.settings)
             learn = functools.partial(train_offline, agent, self._dataset, num_updates=steps, **how)
         learnt_agent, history = learn()
         for name in self.seconds:
@@ -244,35 +272,33 @@ class _Search:
             self._arenas, self._static = {}, static
         if members not in self._arenas:
             devices = math.gcd(place_on(config["devices"]).num_devices, members)
-            config = {**config, "num_seeds": members, "devices": devices}
-            lanes = 1 if self._dataset else whole(config, "num_envs")
+            settings = read_settings({**config, "num_seeds": members, "devices": devices})
+            lanes = lanes_of_all(settings, settings.num_envs)
             shared = OneDevice() if self._dataset else place_on(devices)
-            env = make_env(config, lanes_of_all(config, lanes), shared)
-            self._stack.enter_context(closing(env))
-            evaluation = make_evaluation(config, env, TimeBudget(math.inf), self._stack)
-            self._arenas[members] = _Arena(config, env, evaluation)
+            env = self._stack.enter_context(closing(make_env(config, lanes, shared)))
+            evaluation = make_evaluation(settings, env, TimeBudget(math.inf), self._stack)
+            self._arenas[members] = _Arena(settings, env, evaluation)
         return self._arenas[members]
 
-    def _check(self, config: Config) -> None:
+    def _check(self, settings: Settings) -> None:
         """What can be known before anything is tried."""
-        if config["pbt"]["every"] is not None:
-            raise UsageError("a search trains without population-based training: leave out pbt")
-        place = place_on(config["devices"])
+        config, metric = settings.config, self._asked.metric
+        place = place_on(settings.devices)
         if place.num_devices > 1:
             logger.info("members share %d devices", place.num_devices)
         with closing(make_env(config, 1)) as env:
-            check_kind(config, make_agent({**config, "num_seeds": 1}, env))
+            check_kind(settings, make_agent({**config, "num_seeds": 1}, env))
             check_space(config, self.space, env)
             if self._dataset is not None:
                 check_data(config, env, self._dataset)
                 self._dataset.verify()
-            if self._metric.startswith("eval/"):
+            if metric.startswith("eval/"):
                 _, timestep = env.reset(jax.random.key(0))
                 names = {*_EVALUATED, *(f"eval/{name}" for name in timestep.episode.metrics)}
-                if config["eval"]["every"] == 0:
+                if settings.eval.every == 0:
                     raise UsageError("eval.every=0 evaluates nothing: choose another metric")
-                if self._metric not in names:
-                    raise UnknownNameError("metric", self._metric, names)
+                if metric not in names:
+                    raise UnknownNameError("metric", metric, names)
 
 
 class _CheckMetric:
@@ -315,18 +341,8 @@ class _Progress:
         self._display.close()
 
 
-def _rungs(config: Config) -> list[int]:
-    """How far trials learn until some are pruned, and to the end."""
-    total = whole(config, kind_of(config).total, least=1)
-    rungs, eta = whole(config, "halving.rungs"), whole(config, "halving.eta", least=2)
-    if eta**rungs > total:
-        raise UsageError(f"halving.rungs={rungs} are too many for {kind_of(config).total}={total}")
-    return [math.ceil(total / eta**rung) for rung in range(rungs, -1, -1)]
-
-
-def _for_rungs(config: Config) -> dict[str, Any]:
+def _for_rungs(config: Config, total: int) -> dict[str, Any]:
     """With schedules over the whole training, whatever the rungs, and evaluations at those."""
-    total = whole(config, kind_of(config).total, least=1)
     agent = dict(config["agent"])
     if "schedule_steps" in agent and agent["schedule_steps"] is None:
         agent["schedule_steps"] = total
@@ -372,26 +388,26 @@ def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
 
 
 def _write_results(
-    config: Config, defaults: Config, directory: Path, space: Space, study: SharedStudy
+    asked: _Asked, defaults: Config, directory: Path, space: Space, study: SharedStudy
 ) -> None:
     """What all processes have found so far; alone, so that nobody writes over it what is older."""
     with study.alone:
         if study.best is not None:
-            _write_best(config, defaults, directory, space, study)
+            _write_best(asked.settings, defaults, directory, space, study)
         _write_table(directory / "trials.csv", space, study)
 
 
 def _write_best(
-    config: Config, defaults: Config, directory: Path, space: Space, study: SharedStudy
+    settings: Settings, defaults: Config, directory: Path, space: Space, study: SharedStudy
 ) -> None:
     """The best trial's configuration, as a file of tuned values."""
     import yaml  # Optuna brings it along
 
-    best, kind = study.best, kind_of(config)
+    best, config = study.best, settings.config
     assert best is not None
     found = space.apply(config, best.params)
-    tuned: dict[str, Any] = {kind.total: whole(config, kind.total)}
-    if config.get("data") is None:
+    tuned: dict[str, Any] = {settings.kind.total: settings.total}
+    if settings.data is None:
         tuned["num_envs"] = found["num_envs"]
     for group in ("agent", "sampling"):
         if differing := _differing(found[group], defaults.get(group, {"_target_": None})):
@@ -399,7 +415,7 @@ def _write_best(
     head = (
         "# @package _global_\n"
         f"# {config['metric']} {best.value:.4g}, the best of {len(study.finished)} trials "
-        f"with {config['num_seeds']} seeds each\n"
+        f"with {settings.num_seeds} seeds each\n"
     )
     text = head + yaml.safe_dump(tuned, sort_keys=False, default_flow_style=None)
     write_whole(directory / "best.yaml", [text.encode()])
@@ -432,16 +448,16 @@ def _write_table(path: Path, space: Space, study: SharedStudy) -> None:
     write_whole(path, [text.getvalue().encode()])
 
 
-def _summary(config: Config, search: _Search, study: SharedStudy) -> dict[str, Any]:
-    best = study.best
+def _summary(asked: _Asked, study: SharedStudy) -> dict[str, Any]:
+    settings, config, best = asked.settings, asked.settings.config, study.best
     return {
         "agent": config["agent"]["_target_"],
         "env": env_name(config),
         "chosen": config.get("chosen"),
         "metric": config["metric"],
         "direction": config["direction"],
-        "num_seeds": search.seeds,
-        kind_of(config).total: whole(config, kind_of(config).total),
+        "num_seeds": settings.num_seeds,
+        settings.kind.total: settings.total,
         "trials": len(study.finished),
         "pruned": len(study.finished) - len(study.complete),
         "best": best

@@ -1,121 +1,165 @@
-"""What a configuration means: its numbers, its environment, its agent."""
+"""What the numbers of a configuration mean, checked before anything begins."""
 
-import contextlib
 import dataclasses
 import functools
-import inspect
 import operator
-import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import equinox as eqx
-import gymnasium
-import jax
-import numpy as np
-
-from ..agents import Agent, Population, hyperparameters
-from ..agents.hyperparameters import RANGES
-from ..agents.parts import Part
-from ..errors import UnknownNameError, UsageError
-from ..sharding import OneDevice, Placement
-from ..wrappers import Env, make, make_for
-from .parts import chosen_options, with_values
+from ..errors import UsageError
 
 Config = Mapping[str, Any]
 
-LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
-MOST_LANES = 2**24
-_LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
+_ROUNDS = {"eval": 20, "checkpoint": 10, "video": 4}  # of a run, by default
 
 
-def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> Env:  # noqa: B008
-    """The environment that `config["env"]` describes; options that are null keep their default.
+class Kind(NamedTuple):
+    """How a run counts: in the agent's `unit`, up to the configuration's `total`.
 
-    **Arguments:** `place`: the devices that share it.
+    `metric` is the total in metrics, `rate` the speed; `sizes` are what memory depends on.
     """
-    options = given(config["env"])
-    suite, name = options.pop("suite"), options.pop("name")
 
-    def of_lanes(num_envs: int, seed: int) -> Env:
-        return make(f"{suite}/{name}", num_envs, seed=seed, **options)
-
-    seed = emulator_seed(whole(config, "seed"), "training")
-    return make_for(place, of_lanes, num_envs, seed=seed)
+    unit: str
+    total: str
+    metric: str
+    rate: str
+    sizes: str
 
 
-def emulator_seed(seed: int, role: str) -> int:
-    """A seed that is far from those of other runs and roles: lane `i` takes it plus `i`."""
-    (spread,) = np.random.SeedSequence([seed, *role.encode()]).generate_state(1)
-    return int(spread) % (2**31 - MOST_LANES)  # with the lanes on top it fits 32 bits, signed
+ONLINE = Kind(
+    "env_steps", "total_steps", "total_steps", "steps_per_second", "num_envs, agent.rollout_length"
+)
+OFFLINE = Kind(
+    "num_updates", "num_updates", "total_updates", "updates_per_second", "sampling.memory_gb"
+)
 
 
-def make_agent(
-    config: Config, env: Env, values: Sequence[Mapping[str, float]] | None = None
-) -> Any:
-    """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """The key `eval`. `every`, in the unit of the run: 0 for none; `time_fraction`: up to 1."""
 
-    Member `i` starts with the parameters that a run of its own would have at `seed + i`.
+    every: int
+    num_envs: int | None
+    num_episodes: int | None
+    epsilon: float
+    min_steps: int
+    max_episode_steps: int | None
+    time_fraction: float | None
 
-    **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
-    population that has, one after the other, `num_seeds` members for each choice.
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """The key `checkpoint`. `keep`: `None` for all."""
+
+    every: int
+    keep: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSettings:
+    """The key `video`. `every`: 0 for none."""
+
+    every: int
+    max_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PBTSettings:
+    """The key `pbt`."""
+
+    every: int
+    hyperparameters: Sequence[str]
+    fitness: str
+    fraction: float
+    factors: Sequence[float]
+    spread: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A configuration, read once.
+
+    **Attributes:** those named as keys of `conf/config.yaml` mean the same.
+
+    - `config`: the configuration itself, with the options of agent, environment and tracker.
+    - `kind`, `total`: what the run counts, and how much of it is asked for.
+    - `num_envs`: lanes that are learnt from, per seed; 1 from data.
+    - `data`: path of a data set, or `None`.
+    - `pbt`: `None` without.
     """
-    options = chosen_options(given(config["agent"]))
-    create = pkgutil.resolve_name(options.pop("_target_")).create
-    known = set(inspect.signature(create).parameters)
-    for name in options:
-        if name not in known:
-            raise UnknownNameError("hyperparameter", name, known - {"key"})
-    for path in flat(options).keys() & {*traced(config), *RANGES}:
-        number({"agent": options}, f"agent.{path}")  # whose keys are today's
-    if env.num_agents is not None:
-        if "num_agents" not in known:
-            raise UsageError(
-                f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
-            )
-        options |= {"num_agents": env.num_agents, "state_size": env.state_size}
-        network = dict(options.get("network_options", {}))
-        if network.get("share_parameters") == "kind":
-            network.setdefault("agent_kinds", env.agent_kinds)
-            options["network_options"] = network
 
-    def member(key, values):
-        spaces = env.observation_space, env.action_space
-        return create(*spaces, key=key, **with_values(options, values))
-
-    seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
-    if values is None and len(seeds) == 1:
-        return member(_agent_key(seeds[0]), {})
-    choices = [{}] if values is None else values
-    keys = jax.vmap(_agent_key)(np.tile(seeds, len(choices)))
-    stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), len(seeds)), *choices)
-    return Population(eqx.filter_vmap(member)(keys, stacked))
+    config: Config
+    kind: Kind
+    total: int
+    num_envs: int
+    data: str | None
+    seed: int
+    num_seeds: int
+    devices: int | None
+    log_every: int | None
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    video: VideoSettings
+    pbt: PBTSettings | None
 
 
-def changeable(config: Config) -> set[str]:
-    """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
-    return traced(config) & flat(config["agent"]).keys()
+def read_settings(config: Config) -> Settings:
+    """What a configuration asks for. Raises `UsageError` for numbers that make no sense."""
+    data = config.get("data")
+    kind = ONLINE if data is None else OFFLINE
+    total = whole(config, kind.total, least=1)
+    every = {name: _every(config, name, total) for name in _ROUNDS}
+    limited = config["eval"]["time_fraction"] is not None
+    return Settings(
+        config=config,
+        kind=kind,
+        total=total,
+        num_envs=whole(config, "num_envs", least=1) if data is None else 1,
+        data=data,
+        seed=whole(config, "seed"),
+        num_seeds=whole(config, "num_seeds", least=1),
+        devices=config["devices"],
+        log_every=whole_or_none(config, "log_every"),
+        eval=EvalSettings(
+            every=every["eval"],
+            num_envs=whole_or_none(config, "eval.num_envs"),
+            num_episodes=whole_or_none(config, "eval.num_episodes"),
+            epsilon=fraction(config, "eval.epsilon"),
+            min_steps=whole_or_none(config, "eval.min_steps") or 0,
+            max_episode_steps=whole_or_none(config, "eval.max_episode_steps"),
+            time_fraction=fraction(config, "eval.time_fraction") if limited else None,
+        ),
+        checkpoint=CheckpointSettings(
+            every=every["checkpoint"], keep=whole_or_none(config, "checkpoint.keep")
+        ),
+        video=VideoSettings(
+            every=every["video"], max_steps=whole(config, "video.max_steps", least=1)
+        ),
+        pbt=_evolution(config),
+    )
 
 
-def traced(config: Config) -> set[str]:
-    """Hyperparameters of the agent, by their path: of its parts, too."""
-    options = chosen_options(given(config["agent"]))
-    cls = pkgutil.resolve_name(options["_target_"])
-    parts = {field.name: options[field.name] for field in _parts(cls) if field.name in options}
-    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
-    create = functools.partial(cls.create, *spaces, **parts)
-    agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
-    return set(hyperparameters.names(agent))
+def _every(config: Config, section: str, total: int) -> int:
+    """Steps between rounds: as configured, else so many rounds in a run."""
+    if config[section]["every"] is not None:
+        return whole(config, f"{section}.every", least=int(section == "checkpoint"))
+    return max(1, total // _ROUNDS[section])
 
 
-def _parts(cls: type) -> list[dataclasses.Field]:
-    """The fields of a class of agents that are parts with hyperparameters."""
-    fields = dataclasses.fields(cls)
-    return [x for x in fields if isinstance(x.type, type) and issubclass(x.type, Part)]
-
-
-def _agent_key(seed):
-    return jax.random.fold_in(jax.random.key(seed), 0)
+def _evolution(config: Config) -> PBTSettings | None:
+    options = config.get("pbt")
+    if options is None or options["every"] is None:
+        return None
+    if number(config, "pbt.spread") < 1:
+        raise UsageError(f"pbt.spread={options['spread']:g}: give a number of at least 1")
+    return PBTSettings(
+        every=whole(config, "pbt.every", least=1),
+        hyperparameters=options["hyperparameters"],
+        fitness=str(options["fitness"]),
+        fraction=fraction(config, "pbt.fraction"),
+        factors=options["factors"],
+        spread=number(config, "pbt.spread"),
+    )
 
 
 def whole(config: Config, name: str, *, least: int = 0) -> int:
@@ -183,30 +227,6 @@ def replaced(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     return {**tree, key: replaced(tree[key], rest, value) if rest else value}
 
 
-def lanes_of_all(config: Config, per_seed: int) -> int:
-    """Of all seeds. Raises `UsageError` where those are too many."""
-    lanes = per_seed * whole(config, "num_seeds", least=1)
-    if lanes > MOST_LANES:
-        raise UsageError(f"{lanes:,} lanes are too many: lower num_envs or num_seeds")
-    return lanes
-
-
-def episode_cap(env: Env) -> int | None:
-    """Where an evaluation cuts an episode: nowhere if the environment has a limit of its own."""
-    return None if env.max_episode_steps else _LONGEST_EPISODE
-
-
 def env_name(config: Config) -> str:
     """`"<suite>/<name>"`."""
     return f"{config['env']['suite']}/{config['env']['name']}"
-
-
-def learnt(agent: Agent) -> dict[str, int]:
-    """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
-    return {agent.learns_from.unit: int(np.max(agent.learnt))}
-
-
-def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
-    """The thing itself, which the stack will close."""
-    stack.callback(thing.close)
-    return thing

@@ -9,7 +9,8 @@ import equinox as eqx
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..wrappers import Env
-from .settings import Config, flat, make_agent, replaced, traced
+from .making import make_agent, traced
+from .settings import Config, flat, replaced
 
 VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..agents import Agent, Batches, Population
+from ..agents import Agent, Batches
 from ..clock import clock
 from ..data import Dataset, Sampling
 from ..errors import DivergedError, UsageError
@@ -39,29 +39,21 @@ from ..tracking import JsonlTracker, Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
 from ..wrappers.registry import SUITES
-from .settings import (
+from .making import (
     LANES_IN_JAX,
     LANES_ON_HOST,
-    Config,
     close_later,
     emulator_seed,
-    env_name,
     episode_cap,
-    fraction,
-    given,
     lanes_of_all,
     learnt,
     make_agent,
     make_env,
-    number,
-    whole,
-    whole_or_none,
 )
+from .settings import ONLINE, Config, Kind, PBTSettings, Settings, env_name, given, read_settings
 from .summary import episode_means, provenance, write_json
 
 logger = logging.getLogger(__name__)
-
-_ROUNDS = {"eval": 20, "checkpoint": 10, "video": 4}  # of a run, by default
 
 
 def train_run(
@@ -80,52 +72,53 @@ def train_run(
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
     started = time.perf_counter()
-    place = place_on(config["devices"])
+    settings = read_settings(config)
+    place = place_on(settings.devices)
     with contextlib.ExitStack() as stack:
         if is_first_process():  # the one that writes
             stack.enter_context(alone_in(directory))
-        dataset = None if config.get("data") is None else Dataset(config["data"])
-        lanes = 1 if dataset else whole(config, "num_envs")
+        dataset = None if settings.data is None else Dataset(settings.data)
         shared = OneDevice() if dataset else place
-        env = stack.enter_context(closing(make_env(config, lanes_of_all(config, lanes), shared)))
+        lanes = lanes_of_all(settings, settings.num_envs)
+        env = stack.enter_context(closing(make_env(config, lanes, shared)))
         agent = make_agent(config, env)
-        check_kind(config, agent)
-        evolution = None
-        if _evolves(config):
-            config = _in_rounds(config, agent)
-            evolution = _evolution(config)
+        check_kind(settings, agent)
+        evolution, pbt = None, settings.pbt
+        if pbt is not None:
+            settings, evolution = _in_rounds(settings, pbt, agent)
             evolution.check(agent)
-            agent = _spread(config, agent)
-        run_state = _restored(config, directory, env, agent) if resume else None
-        total = whole(config, kind_of(config).total, least=1)
-        key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 1)
+            agent = spread(agent, pbt.hyperparameters, pbt.spread, settings.seed)
+        run_state = _restored(settings, directory, env, agent) if resume else None
+        key = jax.random.fold_in(jax.random.key(settings.seed), 1)
         how: dict[str, Any] = {
             "key": key,
             "run_state": run_state,
-            "log_every": whole_or_none(config, "log_every"),
-            "devices": config["devices"],
+            "log_every": settings.log_every,
+            "devices": settings.devices,
         }
         check_shares(place, agent)
         if dataset is None:
             check_env(place, env)
-            learn = functools.partial(train, agent, env, total_steps=total, **how)
+            learn = functools.partial(train, agent, env, total_steps=settings.total, **how)
         else:
-            how["sampling"] = make_sampling(config)
+            how["sampling"] = make_sampling(settings)
             check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # all refuse what does not fit
             blocks_of(run_state, dataset, how["sampling"])
             dataset.verify()  # reads it all
-            learn = functools.partial(train_offline, agent, dataset, num_updates=total, **how)
-        has_learnt = run_state is not None and _done(run_state) >= total
+            learn = functools.partial(
+                train_offline, agent, dataset, num_updates=settings.total, **how
+            )
+        has_learnt = run_state is not None and _done(run_state) >= settings.total
         if not is_first_process():  # the first one writes, evaluates, and says when to stop
             with Interrupt():
                 if not has_learnt:
                     learn()
             return None
-        crew = _crew(config, directory, env, run_state, evolution, stack)
+        crew = _crew(settings, directory, env, run_state, evolution, stack)
         on_start()
         if has_learnt:
-            _end_again(config, directory, crew, run_state, total)
+            _end_again(settings, directory, crew, run_state)
         else:
             try:
                 learn(callbacks=crew.callbacks)
@@ -135,88 +128,53 @@ def train_run(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise UsageError(
-                    f"the device is out of memory: lower {kind_of(config).sizes}, num_seeds or "
+                    f"the device is out of memory: lower {settings.kind.sizes}, num_seeds or "
                     f"eval.num_envs; {crew.checkpoint.last_in_words()}"
                 ) from error
-    summary = _summary(config, crew) | {"wall_seconds": time.perf_counter() - started}
+    summary = _summary(settings, crew) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
 
 
-def _evolves(config: Config) -> bool:
-    return (config.get("pbt") or {"every": None})["every"] is not None
-
-
-def _in_rounds(config: Config, agent: Any) -> dict[str, Any]:
-    """With whole rounds between all that cuts a training into chunks.
+def _in_rounds(
+    settings: Settings, pbt: PBTSettings, agent: Any
+) -> tuple[Settings, PopulationBasedTraining]:
+    """Population-based training, with whole rounds between all that cuts a training into chunks.
 
     A chunk is what members are judged by: it must not depend on the machine's speed, nor be the
     little that is left of a round after an evaluation.
     """
-    steps = agent.learns_from.units(whole(config, "num_envs"))
-    updates = -(-whole(config, "pbt.every", least=1) // steps)
+    steps = agent.learns_from.units(settings.num_envs)
+    updates = -(-pbt.every // steps)
     every = updates * steps
-    told = {**config, "pbt": {**config["pbt"], "every": every}}
-    told["log_every"] = config["log_every"] or updates
-    for section in ("eval", "video"):
-        if config[section]["every"] != 0:
-            rounds = -(-_every(config, section) // every)
-            told[section] = {**config[section], "every": rounds * every}
-    if str(config["pbt"]["fitness"]).startswith("eval/") and config["eval"]["every"] != 0:
-        told["eval"] |= {"every": every, "time_fraction": None}
-    return told
 
+    def whole_rounds(section):
+        return dataclasses.replace(section, every=-(-section.every // every) * every)
 
-def _evolution(config: Config) -> PopulationBasedTraining:
-    options = config["pbt"]
-    return PopulationBasedTraining(
-        options["hyperparameters"],
-        every=whole(config, "pbt.every", least=1),
-        fitness=options["fitness"],
-        fraction=fraction(config, "pbt.fraction"),
-        factors=options["factors"],
-        seed=whole(config, "seed"),
+    evaluations = whole_rounds(settings.eval)
+    if pbt.fitness.startswith("eval/") and evaluations.every != 0:
+        evaluations = dataclasses.replace(evaluations, every=every, time_fraction=None)
+    in_rounds = dataclasses.replace(
+        settings,
+        log_every=settings.log_every or updates,
+        eval=evaluations,
+        video=whole_rounds(settings.video),
     )
-
-
-def _spread(config: Config, agent: Population) -> Population:
-    """With hyperparameters around the configured ones, for population-based training."""
-    factor = number(config, "pbt.spread")
-    if factor < 1:
-        raise UsageError(f"pbt.spread={factor:g}: give a number of at least 1")
-    return spread(agent, config["pbt"]["hyperparameters"], factor, whole(config, "seed"))
-
-
-class _Kind(NamedTuple):
-    """How a run counts: in the agent's `unit`, up to the configuration's `total`.
-
-    `metric` is the total in metrics, `rate` the speed; `sizes` are what memory depends on.
-    """
-
-    unit: str
-    total: str
-    metric: str
-    rate: str
-    sizes: str
-
-
-_ONLINE = _Kind(
-    "env_steps", "total_steps", "total_steps", "steps_per_second", "num_envs, agent.rollout_length"
-)
-_OFFLINE = _Kind(
-    "num_updates", "num_updates", "total_updates", "updates_per_second", "sampling.memory_gb"
-)
+    evolution = PopulationBasedTraining(
+        pbt.hyperparameters,
+        every=every,
+        fitness=pbt.fitness,
+        fraction=pbt.fraction,
+        factors=pbt.factors,
+        seed=settings.seed,
+    )
+    return in_rounds, evolution
 
 
 def _done(run_state: Any) -> int:
     """How far a run is, in what it counts in."""
     (done,) = learnt(run_state.agent).values()
     return done
-
-
-def kind_of(config: Config) -> _Kind:
-    """How its run counts."""
-    return _ONLINE if config.get("data") is None else _OFFLINE
 
 
 def check_data(config: Config, env: Env, dataset: Dataset) -> None:
@@ -247,58 +205,60 @@ def check_data(config: Config, env: Env, dataset: Dataset) -> None:
             )
 
 
-def check_kind(config: Config, agent: Agent) -> None:
+def check_kind(settings: Settings, agent: Agent) -> None:
     """Raises `UsageError` where an agent has nothing to learn from."""
     is_offline = isinstance(agent.learns_from, Batches)
-    if is_offline and config.get("data") is None:
+    if is_offline and settings.data is None:
         raise UsageError(
             "this agent learns from recorded data: give data=DIR (scripts/collect.py and "
             "scripts/convert.py make one), or choose agent=pqn"
         )
-    if not is_offline and config.get("data") is not None:
+    if not is_offline and settings.data is not None:
         raise UsageError(
             "this agent learns from environments, and data=... is no use to it: leave that out, "
             "or choose agent=cql, dqn or bc"
         )
 
 
-def make_sampling(config: Config) -> Sampling:
+def make_sampling(settings: Settings) -> Sampling:
     """How transitions are drawn; rewards are clipped where the environment's are."""
-    options = given(config["sampling"])
-    options.setdefault("reward_clip", bool(config["env"].get("reward_clip", False)))
-    return Sampling(seed=whole(config, "seed"), **options)
+    options = given(settings.config["sampling"])
+    options.setdefault("reward_clip", bool(settings.config["env"].get("reward_clip", False)))
+    return Sampling(seed=settings.seed, **options)
 
 
-def _restored(config: Config, directory: Path, env: Env, fresh: Agent) -> Any:
+def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> Any:
     """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
     run_state = restore(directory / "checkpoints", env)
-    done, total = _done(run_state), whole(config, kind_of(config).total)
-    if done >= total and _has_results(config, directory, done):
-        unit, name = kind_of(config).unit.split("_")[-1], kind_of(config).total
-        raise UsageError(f"this run has made its {done:,} {unit}: give a larger {name} to go on")
+    done, total, kind = _done(run_state), settings.total, settings.kind
+    if done >= total and _has_results(kind, directory, done):
+        unit = kind.unit.split("_")[-1]
+        raise UsageError(
+            f"this run has made its {done:,} {unit}: give a larger {kind.total} to go on"
+        )
     if done >= total:
         return run_state
-    evolving = config["pbt"]["hyperparameters"] if _evolves(config) else []
+    evolving = settings.pbt.hyperparameters if settings.pbt else []
     todays = {path: x for path, x in fresh.hyperparameters().items() if path not in evolving}
     agent = run_state.agent.with_hyperparameters(todays)
     return dataclasses.replace(run_state, agent=agent)
 
 
-def _has_results(config: Config, directory: Path, done: int) -> bool:
+def _has_results(kind: Kind, directory: Path, done: int) -> bool:
     """Whether the agent and the summary of a run that came so far are there."""
     try:
         summary = json.loads((directory / "summary.json").read_text())
-        return summary[kind_of(config).unit] >= done and (directory / "agent.eqx").exists()
+        return summary[kind.unit] >= done and (directory / "agent.eqx").exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _end_again(config, directory: Path, crew: "_Crew", run_state: Any, total: int) -> None:
+def _end_again(settings: Settings, directory: Path, crew: "_Crew", run_state: Any) -> None:
     """What was left to do where a run was killed after its last checkpoint.
 
     How long training took is not known any more.
     """
-    kind = kind_of(config)
+    kind, total = settings.kind, settings.total
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         crew.recorder(run_state, json.loads(line) | {kind.metric: total})
     metrics = {
@@ -308,7 +268,7 @@ def _end_again(config, directory: Path, crew: "_Crew", run_state: Any, total: in
         "train_seconds": np.nan,
         "done": True,
     }
-    if kind is _ONLINE:
+    if kind is ONLINE:
         metrics["transitions"] = np.asarray(run_state.transitions)
     for callback in (crew.evaluation, crew.recorder, crew.keeper):
         if callback is not None:
@@ -326,20 +286,22 @@ class _Crew(NamedTuple):
     recorder: "_Recorder"
 
 
-def _crew(config, directory, env, run_state, evolution, stack: contextlib.ExitStack) -> _Crew:
+def _crew(
+    settings: Settings, directory, env, run_state, evolution, stack: contextlib.ExitStack
+) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
-    limited = config["eval"]["time_fraction"] is not None
-    budget = TimeBudget(fraction(config, "eval.time_fraction") if limited else np.inf)
+    limit = settings.eval.time_fraction
+    budget = TimeBudget(np.inf if limit is None else limit)
     begin = 0 if run_state is None else _done(run_state)
-    tracker = close_later(stack, _tracker(config, directory, begin))
+    tracker = close_later(stack, _tracker(settings, directory, begin))
     lines = (directory / "metrics.jsonl").read_text().splitlines()  # of before a resume
     interrupt = stack.enter_context(Interrupt())
-    evaluation = make_evaluation(config, env, budget, stack)
+    evaluation = make_evaluation(settings, env, budget, stack)
     recorder = _Recorder(begin)
     for line in lines:
         recorder.remember_best(json.loads(line))
     keeper = _Keeper(directory / "agent.eqx")
-    checkpoint = _checkpoint(config, env, directory)
+    checkpoint = _checkpoint(settings, env, directory)
     callbacks = [
         interrupt,
         evaluation,
@@ -349,7 +311,7 @@ def _crew(config, directory, env, run_state, evolution, stack: contextlib.ExitSt
         checkpoint,
         tracker,
         close_later(stack, Progress()),
-        _video(config, env, directory, tracker, budget, stack),
+        _video(settings, env, directory, tracker, budget, stack),
     ]
     present = [callback for callback in callbacks if callback is not None]
     return _Crew(present, interrupt, evaluation, keeper, checkpoint, recorder)
@@ -419,99 +381,88 @@ class _Recorder:
 
 
 def make_evaluation(
-    config: Config, env: Env, budget: TimeBudget, stack: contextlib.ExitStack
+    settings: Settings, env: Env, budget: TimeBudget, stack: contextlib.ExitStack
 ) -> Evaluation | None:
     """The callback, in an environment that the stack closes; `None` where `eval.every` is 0."""
-    if config["eval"]["every"] == 0:
+    chosen = settings.eval
+    if chosen.every == 0:
         return None
-    lanes = whole_or_none(config, "eval.num_envs") or (
-        LANES_ON_HOST if env.on_host else LANES_IN_JAX
-    )
-    seed = whole(config, "seed")
+    lanes = chosen.num_envs or (LANES_ON_HOST if env.on_host else LANES_IN_JAX)
     env = env.replicate(
-        lanes_of_all(config, lanes),
-        seed=emulator_seed(seed, "evaluation"),
-        **given(config["protocol"]),
+        lanes_of_all(settings, lanes),
+        seed=emulator_seed(settings.seed, "evaluation"),
+        **given(settings.config["protocol"]),
     )
     return Evaluation(
         stack.enter_context(closing(env)),
-        every=_every(config, "eval"),
-        num_episodes=whole_or_none(config, "eval.num_episodes") or lanes,
-        seed=seed + 1,
-        epsilon=fraction(config, "eval.epsilon"),
-        max_episode_steps=whole_or_none(config, "eval.max_episode_steps") or episode_cap(env),
-        min_steps=whole_or_none(config, "eval.min_steps") or 0,
+        every=chosen.every,
+        num_episodes=chosen.num_episodes or lanes,
+        seed=settings.seed + 1,
+        epsilon=chosen.epsilon,
+        max_episode_steps=chosen.max_episode_steps or episode_cap(env),
+        min_steps=chosen.min_steps,
         budget=budget,
     )
 
 
-def _checkpoint(config, env, directory) -> Checkpoint:
+def _checkpoint(settings: Settings, env, directory) -> Checkpoint:
     return Checkpoint(
         directory / "checkpoints",
-        every=_every(config, "checkpoint"),
-        keep=whole_or_none(config, "checkpoint.keep"),
-        with_env=kind_of(config) is _OFFLINE or not env.on_host,
+        every=settings.checkpoint.every,
+        keep=settings.checkpoint.keep,
+        with_env=settings.data is not None or not env.on_host,
     )
 
 
-def _video(config, env, directory, tracker, budget, stack) -> Video | None:
-    if config["video"]["every"] == 0:
+def _video(settings: Settings, env, directory, tracker, budget, stack) -> Video | None:
+    if settings.video.every == 0:
         return None
-    seed = emulator_seed(whole(config, "seed"), "video")
-    env = env.replicate(lanes_of_all(config, 1), seed=seed)
+    env = env.replicate(lanes_of_all(settings, 1), seed=emulator_seed(settings.seed, "video"))
     return Video(
         stack.enter_context(closing(env)),
         directory / "media",
-        every=_every(config, "video"),
+        every=settings.video.every,
         tracker=tracker,
-        max_steps=whole(config, "video.max_steps", least=1),
+        max_steps=settings.video.max_steps,
         budget=budget,
     )
 
 
-def _tracker(config: Config, directory: Path, begin: int) -> Tracker:
-    """`metrics.jsonl` always, and on top what `config["tracker"]` says."""
-    seeds = whole(config, "num_seeds")
-    members = None if seeds == 1 else seeds
+def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
+    """`metrics.jsonl` always, and on top what the key `tracker` says."""
+    members = None if settings.num_seeds == 1 else settings.num_seeds
     trackers: list[Tracker] = [
         JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
     ]
-    options = given(config["tracker"])
+    options = given(settings.config["tracker"])
     if "_target_" in options:
         create = pkgutil.resolve_name(options.pop("_target_"))
         trackers.append(create(directory, num_members=members, **options))
     tracker = Trackers(*trackers)
-    tracker.log_params({**config, **provenance()})
+    tracker.log_params({**settings.config, **provenance()})
     return tracker
 
 
-def _every(config: Config, section: str) -> int:
-    """Steps between rounds: as configured, else so many rounds in a run."""
-    if config[section]["every"] is not None:
-        return whole(config, f"{section}.every", least=1)
-    return max(1, whole(config, kind_of(config).total) // _ROUNDS[section])
-
-
-def _summary(config: Config, crew: _Crew) -> dict[str, Any]:
+def _summary(settings: Settings, crew: _Crew) -> dict[str, Any]:
     last, played = crew.recorder.last, crew.evaluation and crew.evaluation.last
     eval_returns = None if played is None else np.atleast_2d(played.returns).mean(1)
-    best, kind = crew.recorder.best, kind_of(config)
+    best, kind, config = crew.recorder.best, settings.kind, settings.config
     done, total, _ = clock(last)
-    if kind is _ONLINE:
+    if kind is ONLINE:
         told = {
             "transitions": last["transitions"],
             "train_return_per_seed": crew.recorder.returns,
-            "steps_per_second": crew.recorder.rate * config["num_seeds"],
+            "steps_per_second": crew.recorder.rate * settings.num_seeds,
         }
     else:
-        told = {"data": config["data"], "updates_per_second": crew.recorder.rate}
+        told = {"data": settings.data, "updates_per_second": crew.recorder.rate}
     return {
         "status": "done" if done >= total else "stopped",
         "agent": config["agent"]["_target_"],
         "env": env_name(config),
         "chosen": config.get("chosen"),
-        "seed": config["seed"],
-        "num_seeds": config["num_seeds"],
+        "seed": settings.seed,
+        "num_seeds": settings.num_seeds,
         kind.unit: done,
         **told,
         "eval_return_mean": None if eval_returns is None else eval_returns.mean(),

@@ -1,0 +1,140 @@
+"""The environment and the agent that a configuration describes."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import jax
+import numpy as np
+
+from ..agents import Agent, Population, hyperparameters
+from ..agents.hyperparameters import RANGES
+from ..agents.parts import Part
+from ..errors import UnknownNameError, UsageError
+from ..sharding import OneDevice, Placement
+from ..wrappers import Env, make, make_for
+from .parts import chosen_options, with_values
+from .settings import Config, Settings, env_name, flat, given, number, whole
+
+LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
+MOST_LANES = 2**24
+_LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
+
+
+def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> Env:  # noqa: B008
+    """The environment that `config["env"]` describes; options that are null keep their default.
+
+    **Arguments:** `place`: the devices that share it.
+    """
+    options = given(config["env"])
+    suite, name = options.pop("suite"), options.pop("name")
+
+    def of_lanes(num_envs: int, seed: int) -> Env:
+        return make(f"{suite}/{name}", num_envs, seed=seed, **options)
+
+    seed = emulator_seed(whole(config, "seed"), "training")
+    return make_for(place, of_lanes, num_envs, seed=seed)
+
+
+def emulator_seed(seed: int, role: str) -> int:
+    """A seed that is far from those of other runs and roles: lane `i` takes it plus `i`."""
+    (spread,) = np.random.SeedSequence([seed, *role.encode()]).generate_state(1)
+    return int(spread) % (2**31 - MOST_LANES)  # with the lanes on top it fits 32 bits, signed
+
+
+def make_agent(
+    config: Config, env: Env, values: Sequence[Mapping[str, float]] | None = None
+) -> Any:
+    """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
+
+    Member `i` starts with the parameters that a run of its own would have at `seed + i`.
+
+    **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
+    population that has, one after the other, `num_seeds` members for each choice.
+    """
+    options = chosen_options(given(config["agent"]))
+    create = pkgutil.resolve_name(options.pop("_target_")).create
+    known = set(inspect.signature(create).parameters)
+    for name in options:
+        if name not in known:
+            raise UnknownNameError("hyperparameter", name, known - {"key"})
+    for path in flat(options).keys() & {*traced(config), *RANGES}:
+        number({"agent": options}, f"agent.{path}")  # whose keys are today's
+    if env.num_agents is not None:
+        if "num_agents" not in known:
+            raise UsageError(
+                f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
+            )
+        options |= {"num_agents": env.num_agents, "state_size": env.state_size}
+        network = dict(options.get("network_options", {}))
+        if network.get("share_parameters") == "kind":
+            network.setdefault("agent_kinds", env.agent_kinds)
+            options["network_options"] = network
+
+    def member(key, values):
+        spaces = env.observation_space, env.action_space
+        return create(*spaces, key=key, **with_values(options, values))
+
+    seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
+    if values is None and len(seeds) == 1:
+        return member(_agent_key(seeds[0]), {})
+    choices = [{}] if values is None else values
+    keys = jax.vmap(_agent_key)(np.tile(seeds, len(choices)))
+    stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), len(seeds)), *choices)
+    return Population(eqx.filter_vmap(member)(keys, stacked))
+
+
+def changeable(config: Config) -> set[str]:
+    """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
+    return traced(config) & flat(config["agent"]).keys()
+
+
+def traced(config: Config) -> set[str]:
+    """Hyperparameters of the agent, by their path: of its parts, too."""
+    options = chosen_options(given(config["agent"]))
+    cls = pkgutil.resolve_name(options["_target_"])
+    parts = {field.name: options[field.name] for field in _parts(cls) if field.name in options}
+    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
+    create = functools.partial(cls.create, *spaces, **parts)
+    agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
+    return set(hyperparameters.names(agent))
+
+
+def _parts(cls: type) -> list[dataclasses.Field]:
+    """The fields of a class of agents that are parts with hyperparameters."""
+    fields = dataclasses.fields(cls)
+    return [x for x in fields if isinstance(x.type, type) and issubclass(x.type, Part)]
+
+
+def _agent_key(seed):
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def lanes_of_all(settings: Settings, per_seed: int) -> int:
+    """Of all seeds. Raises `UsageError` where those are too many."""
+    lanes = per_seed * settings.num_seeds
+    if lanes > MOST_LANES:
+        raise UsageError(f"{lanes:,} lanes are too many: lower num_envs or num_seeds")
+    return lanes
+
+
+def episode_cap(env: Env) -> int | None:
+    """Where an evaluation cuts an episode: nowhere if the environment has a limit of its own."""
+    return None if env.max_episode_steps else _LONGEST_EPISODE
+
+
+def learnt(agent: Agent) -> dict[str, int]:
+    """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
+    return {agent.learns_from.unit: int(np.max(agent.learnt))}
+
+
+def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
+    """The thing itself, which the stack will close."""
+    stack.callback(thing.close)
+    return thing
