@@ -10,7 +10,7 @@ The encoders share these options:
 - `hidden_sizes`: of the linear layers after the convolutions.
 - `norm`, `activation`, `init`: names in `layers.NORMS`, `layers.ACTIVATIONS`,
     `layers.INITIALIZERS`; the defaults are those of each encoder's published code.
-- `input_scale`: a factor for the observations.
+- `input_scale`: a factor for the observations. An encoder without it reads them as they are.
 - `channels_first`: whether images are `[C, H, W]`.
 - `lowering`: how convolutions are computed, see `layers.Conv`.
 """
@@ -26,6 +26,8 @@ from ..errors import UsageError
 from .layers import (
     AbstractLayer,
     Activation,
+    Categories,
+    ChannelsLast,
     Conv,
     Embedding,
     Flatten,
@@ -146,6 +148,38 @@ def minatar_cnn(
     )
 
 
+def grid_cnn(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (128,),
+    channels: int = 32,
+    padding: Padding = "VALID",
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "he_normal",
+    channels_first: bool = False,
+    lowering: Lowering = "auto",
+    num_categories: int = 11,
+) -> Sequential:
+    """`minatar_cnn` over one-hot cells, for images whose numbers name things.
+
+    Such are MiniGrid's: a cell has an object, a color and a state, each one of at most 11. As
+    quantities, a key would be between a door and a ball.
+    """
+    height, width, inputs = _image_shape(shape, channels_first, smallest=3)
+    first: list[AbstractLayer] = [ChannelsLast()] if channels_first else []
+    cells = _Style(norm, activation, init, lowering).convolutional(
+        (height, width, inputs * num_categories),
+        ((3, 1, channels),),
+        hidden_sizes,
+        key,
+        padding=padding,
+        channels_first=False,
+    )
+    return Sequential((*first, Categories(num_categories), *cells.layers))
+
+
 def nature_cnn(
     shape: Shape,
     *,
@@ -263,6 +297,7 @@ def embedding(
 ENCODERS: dict[str, Callable[..., Sequential]] = {
     "mlp": mlp,
     "minatar_cnn": minatar_cnn,
+    "grid_cnn": grid_cnn,
     "nature_cnn": nature_cnn,
     "impala": impala,
     "hadamax": hadamax,

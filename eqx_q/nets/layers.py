@@ -286,6 +286,23 @@ def _from_zero(x: Shaped[Array, "B ..."], starts: tuple[int, ...]) -> Int[Array,
     return x.reshape(x.shape[0], -1).astype(jnp.int32) - np.array(starts, np.int32)
 
 
+class Categories(AbstractLayer):
+    """Images `[B, H, W, C]` of whole numbers below `size`, to one-hot `[B, H, W, C * size]`.
+
+    Numbers out of that range become zeros.
+    """
+
+    size: int = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        return one_hots(x.astype(jnp.int32), (self.size,) * x.shape[-1]), None
+
+
 class MaxPool(AbstractLayer):
     """The maximum over square windows of `[B, H, W, C]`, padded like `SAME`."""
 

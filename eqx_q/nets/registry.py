@@ -278,7 +278,7 @@ def _read(
     if not shape:
         layers.append(Flatten())
         shape = (1,)
-    if not isinstance(space, spaces.Box):
+    if not isinstance(space, spaces.Box) or "input_scale" not in part.takes:
         normalize_input, input_scale = False, 1.0
     if normalize_input:
         layers.append(BatchNorm(shape[-1]))
@@ -288,7 +288,9 @@ def _read(
     if num_agents is not None:
         layers += [Scale(float(input_scale)), AgentId(num_agents)]
         shape, input_scale = (*shape[:-1], shape[-1] + num_agents), 1.0
-    options |= {"input_scale": float(input_scale), "channels_first": channels_first}
+    options["channels_first"] = channels_first
+    if "input_scale" in part.takes:
+        options["input_scale"] = float(input_scale)
     layers.append(ENCODERS[name](shape, key=key, **options))
     (features,) = output_shape(layers[-1], shape)
     return Sequential(tuple(layers)), features

@@ -17,6 +17,7 @@ KEY = jax.random.key(0)
 SPACES = {
     "mlp": gymnasium.spaces.Box(-1, 1, (4,), np.float32),
     "minatar_cnn": gymnasium.spaces.Box(0, 1, (10, 10, 4), np.float32),
+    "grid_cnn": gymnasium.spaces.Box(0, 255, (5, 5, 3), np.uint8),
     "nature_cnn": gymnasium.spaces.Box(0, 255, (2, 36, 36), np.uint8),
     "impala": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
     "hadamax": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
@@ -71,6 +72,32 @@ def test_parameters_of_the_minatar_cnn():
     assert count(network) == conv + dense + 128 * 6 + 6
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_the_grid_cnn_is_the_minatar_cnn_over_one_hot_cells(channels_first):
+    cells = np.random.default_rng(0).integers(0, 12, (3, 7, 7, 2), np.uint8)  # 11 is unknown
+    one_hot = np.concatenate([cells[..., i, None] == np.arange(11) for i in range(2)], -1)
+    grid = ENCODERS["grid_cnn"](
+        (2, 7, 7) if channels_first else (7, 7, 2), key=KEY, channels_first=channels_first
+    )
+    image = ENCODERS["minatar_cnn"]((7, 7, 22), key=KEY, channels=32)
+    raw = np.moveaxis(cells, -1, 1) if channels_first else cells
+    found, _ = grid(jnp.asarray(raw), grid.initial_statistics())
+    expected, _ = image(jnp.asarray(one_hot), image.initial_statistics())
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cells_of_a_grid_are_not_scaled():
+    """As bytes of a picture they would be, by 1/255; nor where a team's agents are numbered."""
+    space = gymnasium.spaces.Box(0, 255, (3, 3, 1), np.uint8)
+    obs = np.full((1, 2, 3, 3, 1), 5, np.uint8)
+    obs[0, 1] = 6
+    for team in ({}, {"num_agents": 1}):
+        network = make("grid_cnn", space, 2, key=KEY, hidden_sizes=(8,), **team)
+        values = network(Inputs(jnp.asarray(obs)), network.initial_statistics(), ()).values
+        assert np.abs(values[0, 0] - values[0, 1]).max() > 1e-2
+
+
 @pytest.mark.parametrize(("padding", "pixels"), [("VALID", 7 * 7), ("SAME", 11 * 11)])
 def test_parameters_of_the_nature_cnn(padding, pixels):
     space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -112,7 +139,7 @@ def test_initialisation_of_hadamax():
     np.testing.assert_allclose(np.var(dense.weight), 2 / (2 * 2 * 64), rtol=0.05)
 
 
-@pytest.mark.parametrize("name", ["minatar_cnn", "nature_cnn", "impala", "hadamax"])
+@pytest.mark.parametrize("name", ["minatar_cnn", "grid_cnn", "nature_cnn", "impala", "hadamax"])
 def test_images_must_be_large_enough(name):
     with pytest.raises(UsageError, match="needs images of at least"):
         ENCODERS[name]((4,), key=KEY)
