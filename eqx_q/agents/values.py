@@ -239,6 +239,52 @@ class HLGauss(AbstractValue):
         return symlog(x) if self.symlog else x
 
 
+class Rescaled(AbstractValue):
+    """The expected return, squashed: for rewards that are not clipped.
+
+    The raw number is h(Q) with h(x) = sign(x) (√(|x| + 1) − 1) + εx and ε = 0.001, and the loss is
+    half the squared error against h of the target (Pohlen et al. 2018, arXiv 1805.11593, §3.2;
+    Kapturowski et al. 2019, R2D2, §2.3).
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
+
+    @property
+    def num_samples(self) -> int:
+        return 1
+
+    def expected(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch"]:
+        return self.expand(raw[..., 0])
+
+    def join(self, raw: Float[Array, "*batch F 1"]) -> Float[Array, "*batch 1"]:
+        return self.squash(jnp.mean(self.expand(raw), axis=-2))
+
+    def samples(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch 1"]:
+        return self.expand(raw)
+
+    def loss(
+        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
+    ) -> Float[Array, "*batch"]:
+        return jnp.mean(0.5 * (self.squash(targets) - raw) ** 2, axis=-1)
+
+    def metrics(
+        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
+    ) -> dict[str, Float[Array, "*batch"]]:
+        return {}
+
+    def squash(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """h(x)."""
+        return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + _EPSILON * x
+
+    def expand(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The inverse of h, in a form without a difference of what is nearly equal."""
+        y = jnp.abs(x) + 1 + _EPSILON
+        root = 2 * y / (1 + jnp.sqrt(1 + 4 * _EPSILON * y))
+        return jnp.sign(x) * (root**2 - 1)
+
+
 class Quantile(AbstractValue):
     """Quantiles of the return, learnt with the quantile Huber loss.
 
@@ -283,7 +329,14 @@ class Quantile(AbstractValue):
         return {}
 
 
-VALUES = {"scalar": Scalar, "hl_gauss": HLGauss, "quantile": Quantile}
+_EPSILON = 1e-3  # of `Rescaled`
+
+VALUES = {
+    "scalar": Scalar,
+    "rescaled": Rescaled,
+    "hl_gauss": HLGauss,
+    "quantile": Quantile,
+}
 
 
 def make_value(given: str | Mapping[str, Any] | AbstractValue) -> AbstractValue:

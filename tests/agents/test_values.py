@@ -13,6 +13,7 @@ from eqx_q.agents.values import (
     AbstractValue,
     HLGauss,
     Quantile,
+    Rescaled,
     Scalar,
     make_value,
     symexp,
@@ -24,6 +25,7 @@ EVERY = [
     Scalar(),
     Scalar("squared"),
     Scalar("huber"),
+    Rescaled(),
     HLGauss(7, -3.0, 5.0),
     HLGauss(11, -1e3, 1e4, symlog=True),
     Quantile(5),
@@ -235,7 +237,7 @@ def test_a_joint_action_is_worth_the_mean_of_its_factors(value):
 def test_join_of_histograms_mixes_distributions_and_of_quantiles_their_values():
     raw = random(4, 3, 7)
     mixed = np.exp(log_softmax(raw)).mean(1)
-    np.testing.assert_allclose(np.exp(join(EVERY[3], raw)), mixed, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(join(HLGauss(7, -3.0, 5.0), raw)), mixed, rtol=1e-5)
     raw = random(4, 3, 5)
     np.testing.assert_allclose(join(Quantile(5), raw), raw.mean(1), rtol=1e-5)
 
@@ -262,6 +264,26 @@ def test_scalar_losses(name, loss, slope):
     np.testing.assert_array_equal(expected_of(value, raw), raw[:, 0])
     np.testing.assert_array_equal(value.samples(jnp.asarray(raw)), raw)
     assert value.metrics(jnp.asarray(raw), jnp.asarray(targets)) == {}
+
+
+def test_rescaled_returns():
+    """h and its inverse in double precision, and the loss between what h makes of returns."""
+
+    def h(x):
+        return np.sign(x) * (np.sqrt(np.abs(x) + 1) - 1) + 1e-3 * x
+
+    def inverse(x):
+        root = (np.sqrt(1 + 4e-3 * (np.abs(x) + 1 + 1e-3)) - 1) / 2e-3
+        return np.sign(x) * (root**2 - 1)
+
+    value = Rescaled()
+    returns = np.array([-3e4, -12.0, -1e-3, 0.0, 0.5, 7.0, 1e5])
+    np.testing.assert_allclose(inverse(h(returns)), returns, rtol=1e-9, atol=1e-9)
+    raw = h(returns).astype(np.float32)[:, None]
+    np.testing.assert_allclose(expected_of(value, raw), returns, rtol=1e-5, atol=1e-6)
+    targets = returns[::-1, None].astype(np.float32)
+    loss = 0.5 * (h(returns[::-1]) - h(returns)) ** 2
+    np.testing.assert_allclose(loss_of(value, raw, targets), loss, rtol=1e-4, atol=1e-8)
 
 
 def test_quantile_loss_equals_loops():
@@ -348,7 +370,11 @@ def test_made_by_name_by_mapping_or_given():
         ("hlgauss", UnknownNameError, "unknown value 'hlgauss': the nearest are hl_gauss"),
         ({"name": "hl_gauss", "bins": 3}, UnknownNameError, "'bins': the nearest are num_bins"),
         ({"name": "scalar", "td_loss": "hube"}, UnknownNameError, "nearest are huber"),
-        ({"v_max": 3.0}, UsageError, "names nothing: give one of hl_gauss, quantile, scalar"),
+        (
+            {"v_max": 3.0},
+            UsageError,
+            "names nothing: give one of hl_gauss, quantile, rescaled",
+        ),
         ({"name": "hl_gauss", "v_min": 10.0}, UsageError, "v_min=10.0 must be below v_max=10.0"),
         ({"name": "hl_gauss", "sigma": 0.0}, UsageError, "sigma=0.0 makes no sense"),
         ({"name": "hl_gauss", "v_max": math.inf}, UsageError, "v_max=inf makes no sense"),
