@@ -14,17 +14,12 @@ import pytest
 from eqx_q.saving.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is compiled runs for a moment only.
-XLA_FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 ROUNDING = 1e-5
 
 
 def environment(flags):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"XLA_FLAGS": f"{XLA_FLAGS} {flags}", "PYTHONPATH": path}
+    return os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
