@@ -17,12 +17,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UsageError
 from ..types import Scalar
+from .hyperparameters import check_ranges
 from .parts import Part, make_part
 
 
@@ -104,13 +103,6 @@ class AbstractExploration(Part):
         """
 
 
-def _number(name: str, value: Array, *, above: float = -np.inf, least: float = -np.inf) -> None:
-    """Refuses a number out of range; under `vmap` and `jit` it is not known."""
-    if not isinstance(value, Tracer) and not np.all((value > above) & (value >= least)):
-        bound = f"above {above:g}" if above > least else f"at least {least:g}"
-        raise UsageError(f"{name}={value} makes no sense: it must be {bound}")
-
-
 def _scalar(value: Scalar) -> Float[Array, ""]:
     return jnp.asarray(value, jnp.float32)
 
@@ -146,7 +138,7 @@ class LaneEpsilons(AbstractExploration):
     alpha: Float[Array, ""] = eqx.field(default=7.0, converter=_scalar)
 
     def __check_init__(self):
-        _number("alpha", self.alpha, least=0.0)
+        check_ranges({"exploration.alpha": self.alpha})
 
     def initial_memory(self, num_rows: int, num_factors: int = 1) -> tuple[()]:
         return ()
@@ -178,7 +170,7 @@ class Boltzmann(AbstractExploration):
     temperature: Float[Array, ""] = eqx.field(default=1.0, converter=_scalar)
 
     def __check_init__(self):
-        _number("temperature", self.temperature, above=0.0)
+        check_ranges({"exploration.temperature": self.temperature})
 
     def initial_memory(self, num_rows: int, num_factors: int = 1) -> tuple[()]:
         return ()
@@ -224,7 +216,7 @@ class EpsilonZGreedy(AbstractExploration):
     max_duration: int = eqx.field(default=1000, static=True)
 
     def __check_init__(self):
-        _number("mu", self.mu, least=0.0)
+        check_ranges({"exploration.mu": self.mu})
         if not isinstance(self.max_duration, int) or self.max_duration < 1:
             raise UsageError(
                 f"max_duration must be a whole number of at least 1, got {self.max_duration!r}"

@@ -225,11 +225,11 @@ def test_a_name_a_mapping_or_an_object():
         ({"name": "ez_greedy", "my": 2.0}, "unknown option of exploration 'ez_greedy': 'my'"),
         ({"name": "epsilon_greedy", "alpha": 1.0}, "known are none"),
         ({"mu": 2.0}, r"names nothing: give one of .*epsilon_greedy.*, or a mapping"),
-        ({"name": "ez_greedy", "mu": -1.0}, "mu=-1.0 makes no sense: it must be at least 0"),
+        ({"name": "ez_greedy", "mu": -1.0}, "exploration.mu=-1.0 makes no sense: choose it from 0"),
         ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan makes no sense"),
         (
             {"name": "boltzmann", "temperature": 0},
-            "temperature=0.0 makes no sense: it must be above",
+            "exploration.temperature=0.0 makes no sense",
         ),
         ({"name": "ez_greedy", "max_duration": 0}, "max_duration must be a whole number of at"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 import eqx_q
+from eqx_q.agents.exploration import EXPLORATIONS
 from eqx_q.agents.hyperparameters import RANGES, check_ranges, get, leaves, names, range_of, replace
 from eqx_q.agents.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from eqx_q.agents.parts import Part
@@ -171,4 +172,6 @@ def test_moving_averages_move_at_the_end_of_their_range():
 def test_the_table_names_hyperparameters_that_there_are():
     of_optax = {x for make in OPTIMIZERS.values() for x in inspect.signature(make).parameters}
     known = {f"optimizer.{name}" for name in of_optax} | {f"value.{x}" for x in names(HLGauss)}
-    assert {path for path in RANGES if "." in path} <= known
+    known |= {f"exploration.{name}" for part in EXPLORATIONS.values() for name in names(part)}
+    known |= {*names(eqx_q.PQN), *names(eqx_q.CQL)}
+    assert RANGES.keys() <= known
