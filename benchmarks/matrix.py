@@ -66,6 +66,7 @@ Cell = dict[str, str]
 _FAST_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
 }
 _LANES, _LENGTH, _AGENTS, _STATE = 2, 3, 2, 4
 
