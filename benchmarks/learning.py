@@ -50,6 +50,13 @@ def _atari(*games: str) -> Suite:
     return Suite(tasks, protocols=("life_loss", "sticky"))
 
 
+_HL_GAUSS = [
+    "agent.value=hl_gauss",
+    "agent.value.v_min=-20",
+    "agent.value.v_max=20",
+    "agent.value.sigma=2",
+    "agent.network_options.head=dueling",
+]
 _MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 SUITES = {
     "classic": Suite([["env=cartpole"], ["env=acrobot"], ["env=mountain_car"]]),
@@ -112,9 +119,9 @@ SUITES = {
     ),
     "values": Suite(
         [
-            ["env=minatar", f"env.name={game}-MinAtar", *options]
+            ["env=minatar", f"env.name={game}-MinAtar", "total_steps=5_000_000", *options]
             for game in _MINATAR
-            for options in ([], ["agent.value=hl_gauss", "agent.network_options.head=dueling"])
+            for options in ([], _HL_GAUSS)
         ]
     ),
     "exploration": Suite(
