@@ -79,16 +79,18 @@ def _references(references: dict[str, Any], name: str) -> str:
 
 
 def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
-    rows = []
+    rows, first = [], {}
     for name, environment in result["environments"].items():
         seeds = environment["seeds"]
         if not seeds:
             continue
+        usual = first.setdefault(name.split()[0], seeds)
+        compared = usual is not seeds
         steps = min(seed["env_steps"] for seed in seeds)
         greedy = _column(seeds, "greedy_return")
         score = environment.get("score")
         scores = _column([seed[score] for seed in seeds], "greedy") if score else np.zeros((0, 1))
-        trained = _column(seeds, "training_return")
+        trained, usual = (_column(x, "training_return") for x in (seeds, usual))
         at_random = environment.get("random_return")
         digits = 1 if np.abs(np.concatenate([trained, greedy])).max(initial=0) >= 10 else 2
         rows.append(
@@ -100,11 +102,15 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 estimate(greedy, digits),
                 ", ".join(f"{value:.{digits}f}" for value in greedy[:, 0]),
                 f"{score}: {estimate(scores, digits=2)}" if score else "",
+                ""
+                if usual is seeds
+                else _paired(trained, _column(usual, "training_return"), digits),
                 _references(references, name),
             ]
         )
     head = ["environment", "steps", "at random", "training", "greedy", "greedy, each seed"]
-    return _table([*head, "greedy, besides", "peers, training / greedy"], rows)
+    head += ["greedy, besides", "training, against the environment's first row, seed by seed"]
+    return _table([*head, "peers, training / greedy"], rows)
 
 
 def _steps(done: int, planned: int) -> str:
@@ -255,6 +261,16 @@ def _lead(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> str:
     means = [x[rng.integers(len(x), size=(resamples, len(x))), 0].mean(1) for x in (ours, theirs)]
     low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
     return f"**{ours.mean() - theirs.mean():+.1f}** [{low:+.1f}, {high:+.1f}]"
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray, digits: int, resamples: int = 10_000) -> str:
+    """The mean difference between runs of the same seeds, with a 95 % bootstrap interval."""
+    if len(ours) != len(theirs):
+        return "–"
+    differences = (ours - theirs)[:, 0]
+    drawn = np.random.default_rng(0).integers(len(ours), size=(resamples, len(ours)))
+    low, high = np.percentile(differences[drawn].mean(1), [2.5, 97.5])
+    return f"**{differences.mean():+.{digits}f}** [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def memory_line(result: dict[str, Any]) -> str:

@@ -68,6 +68,17 @@ def test_what_counts_beside_the_return_has_a_column_where_there_is_any():
     assert "| greedy, besides |" in text and "| won: **0.90** [0.80, 1.00] |" in text
 
 
+def test_runs_of_one_environment_are_compared_seed_by_seed():
+    result = _learning("maze", [_seed(value) for value in (1.0, 50.0, 200.0)])
+    result["environments"]["maze with more"] = {
+        "seeds": [_seed(value) for value in (4.0, 53.0, 203.0)]
+    }
+    head, _, first, second = report.learning_table(result, {"returns": {}}).splitlines()
+    column = head.split("|").index(" training, against the environment's first row, seed by seed ")
+    assert first.split("|")[column].strip() == ""
+    assert second.split("|")[column].strip() == "**+3.0** [+3.0, +3.0]"
+
+
 def test_the_report_replaces_itself_between_the_markers(tmp_path):
     seeds = [_seed(v, protocols={"sticky": v}) for v in (10.0, 11.0, 12.0)]
     result = _learning("envpool/Pong-v5", seeds)
