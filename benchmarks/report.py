@@ -102,9 +102,7 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 estimate(greedy, digits),
                 ", ".join(f"{value:.{digits}f}" for value in greedy[:, 0]),
                 f"{score}: {estimate(scores, digits=2)}" if score else "",
-                ""
-                if usual is seeds
-                else _paired(trained, _column(usual, "training_return"), digits),
+                _paired(trained, usual, digits) if compared else "",
                 _references(references, name),
             ]
         )
