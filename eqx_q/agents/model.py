@@ -19,7 +19,7 @@ from ..nets import AbstractQNetwork, Inputs, NetworkOutput
 from ..types import AnyArray, Observation, TimeStep
 from .actions import Actions
 from .mixers import AbstractMixer
-from .values import AbstractValue, Scalar
+from .values import AbstractValue
 
 
 class Unrolled(NamedTuple):
@@ -159,14 +159,12 @@ class Model(eqx.Module):
     ) -> Predictions:
         """What is regressed, from raw values of the agents' actions.
 
-        A joint mixer mixes expected values, and its prediction is one too, whatever the value is:
-        its loss is that of a scalar.
+        A joint mixer mixes expected values, and its prediction is one too, whatever the value is.
         """
         if not self.mixer.is_joint:
             return Predictions(raw, self.value)
         chosen = jnp.where(acting, self.value.expected(raw), 0.0)
-        value = self.value if isinstance(self.value, Scalar) else Scalar()
-        return Predictions(self.mixer.mix(chosen, global_state)[..., None], value)
+        return Predictions(*self.value.of_means(self.mixer.mix(chosen, global_state)))
 
     def global_state(self, timesteps: TimeStep) -> Float[Array, "*lanes S"] | None:
         """What a joint mixer sees: the environment's state, or all observations side by side."""

@@ -52,6 +52,15 @@ class AbstractValue(Part):
         """
 
     @abc.abstractmethod
+    def of_means(
+        self, means: Float[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch J"], "AbstractValue"]:
+        """Raw numbers that expect the given returns, and the value that gives them that meaning.
+
+        That is what learns the means of a mixer, of whose distribution nothing is known.
+        """
+
+    @abc.abstractmethod
     def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch L"]:
         """Samples of the return, for targets to bootstrap from."""
 
@@ -95,6 +104,11 @@ class Scalar(AbstractValue):
 
     def join(self, raw: Float[Array, "*batch F 1"]) -> Float[Array, "*batch 1"]:
         return jnp.mean(raw, axis=-2)
+
+    def of_means(
+        self, means: Float[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch 1"], AbstractValue]:
+        return means[..., None], self
 
     def samples(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch 1"]:
         return raw
@@ -196,6 +210,11 @@ class HLGauss(AbstractValue):
         log_mass = jax.nn.log_softmax(raw)
         return jax.nn.logsumexp(log_mass, axis=-2) - jnp.log(raw.shape[-2])
 
+    def of_means(
+        self, means: Float[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch 1"], AbstractValue]:
+        return means[..., None], Scalar()
+
     def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch 1"]:
         return self.expected(raw)[..., None]
 
@@ -261,6 +280,11 @@ class Rescaled(AbstractValue):
     def join(self, raw: Float[Array, "*batch F 1"]) -> Float[Array, "*batch 1"]:
         return self.squash(jnp.mean(self.expand(raw), axis=-2))
 
+    def of_means(
+        self, means: Float[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch 1"], AbstractValue]:
+        return self.squash(means)[..., None], self
+
     def samples(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch 1"]:
         return self.expand(raw)
 
@@ -275,14 +299,15 @@ class Rescaled(AbstractValue):
         return {}
 
     def squash(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """h(x)."""
-        return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + _EPSILON * x
+        """h(x), as x times an even function: sign(x) and |x| have no slope at 0, and h has."""
+        return x * (1 / (jnp.sqrt(jnp.abs(x) + 1) + 1) + _EPSILON)
 
     def expand(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The inverse of h, in a form without a difference of what is nearly equal."""
+        """The inverse of h in the same form, without a difference of what is nearly equal."""
         y = jnp.abs(x) + 1 + _EPSILON
-        root = 2 * y / (1 + jnp.sqrt(1 + 4 * _EPSILON * y))
-        return jnp.sign(x) * (root**2 - 1)
+        s = jnp.sqrt(1 + 4 * _EPSILON * y)
+        root = 2 * y / (1 + s)  # its square is |h⁻¹(x)| + 1
+        return x * (root + 1) * (2 - 4 * _EPSILON / (1 + 2 * _EPSILON + s)) / (1 + s)
 
 
 class Quantile(AbstractValue):
@@ -314,6 +339,11 @@ class Quantile(AbstractValue):
     def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
         """Quantile by quantile."""
         return jnp.mean(raw, axis=-2)
+
+    def of_means(
+        self, means: Float[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch 1"], AbstractValue]:
+        return means[..., None], Scalar()
 
     def samples(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
         return raw

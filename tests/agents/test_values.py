@@ -284,6 +284,20 @@ def test_rescaled_returns():
     targets = returns[::-1, None].astype(np.float32)
     loss = 0.5 * (h(returns[::-1]) - h(returns)) ** 2
     np.testing.assert_allclose(loss_of(value, raw, targets), loss, rtol=1e-4, atol=1e-8)
+    small = np.array([[1e-6], [-1e-4]], np.float32)
+    np.testing.assert_allclose(
+        expected_of(value, small), inverse(small[:, 0].astype(float)), rtol=1e-4
+    )
+    slopes = jax.grad(value.expand)(0.0), jax.grad(value.squash)(0.0)
+    np.testing.assert_allclose(slopes, (1 / 0.501, 0.501), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", EVERY, ids=str)
+def test_raw_numbers_of_means_expect_them(value):
+    means = jnp.array([-40.0, 0.0, 3.5])
+    raw, learnt_as = value.of_means(means)
+    np.testing.assert_allclose(learnt_as.expected(raw), means, rtol=1e-5)
+    assert type(learnt_as) is (type(value) if value.num_outputs == 1 else Scalar)
 
 
 def test_quantile_loss_equals_loops():
