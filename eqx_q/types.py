@@ -179,7 +179,8 @@ class Transitions(eqx.Module):
     - `length`: steps that it takes to `next_obs`: `n`, or fewer where the episode ends before.
     - `terminated`: whether the task ended at `next_obs`; a truncated episode is bootstrapped there.
     - `next_obs`: what they lead to.
-    - `next_action_mask`: what is legal there; `None`: everything.
+    - `action_mask`, `next_action_mask`: what is legal at `obs`, and at `next_obs`; `None`:
+        everything.
     - `weight`: of each in the loss, where they were not drawn uniformly.
     """
 
@@ -189,5 +190,6 @@ class Transitions(eqx.Module):
     length: Int[AnyArray, " B"]
     terminated: Bool[AnyArray, " B"]
     next_obs: Observation
+    action_mask: Bool[AnyArray, "B A"] | None = None
     next_action_mask: Bool[AnyArray, "B A"] | None = None
     weight: Float[AnyArray, " B"] | None = None

@@ -54,7 +54,8 @@ def assert_same(ours, theirs):
 
 def without(agent):
     """All of it but what is perturbed."""
-    return eqx.tree_at(lambda a: [getattr(a, name) for name in NAMES], agent, [0.0, 0.0])
+    changed = [*NAMES, "learning_rate_end"]
+    return eqx.tree_at(lambda a: [getattr(a, name) for name in changed], agent, [0.0] * 3)
 
 
 def test_the_worst_copy_the_best_whole_and_perturb_what_they_copied(env, population):
@@ -94,6 +95,19 @@ def test_hyperparameters_stay_where_they_make_sense(population):
     factors = np.asarray(rates / population.members.learning_rate)
     assert len(set(factors)) == 8 and 1 / 3 <= factors.min() < 1 < factors.max() <= 3
     assert_same(spread(population, ["learning_rate"], 1.0, seed=0), population)
+
+
+def test_the_end_of_the_learning_rate_follows_it_unless_it_is_named(population):
+    population = population.with_hyperparameters({"learning_rate_end": 0.25e-3})
+    rates = population.members
+    factors = np.arange(1.0, 9.0)
+    both = scale(population, {"learning_rate": factors}).members
+    np.testing.assert_allclose(both.learning_rate, rates.learning_rate * factors, rtol=1e-6)
+    np.testing.assert_allclose(both.learning_rate_end, 0.25e-3 * factors, rtol=1e-6)
+    named = scale(population, {"learning_rate": factors, "learning_rate_end": np.ones(8)}).members
+    np.testing.assert_allclose(named.learning_rate_end, 0.25e-3, rtol=1e-6)
+    other = scale(population, {"lambda_": np.ones(8)}).members
+    np.testing.assert_array_equal(other.learning_rate_end, rates.learning_rate_end)
 
 
 def test_bad_input(env, population):

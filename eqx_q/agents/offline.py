@@ -347,11 +347,14 @@ class OfflineQ(QAgent):
     def _transition_loss(self, parameters, rest, batch: Transitions, items: Items):
         """The loss of transitions."""
         model = self.model.having(*eqx.combine(parameters, rest))
-        mask = jnp.ones((1, len(items.acting)), bool)
-        inputs = Inputs(jax.tree.map(lambda x: x[None], batch.obs), batch_mask=mask)
+        inputs = Inputs(
+            jax.tree.map(lambda x: x[None], batch.obs),
+            batch_mask=jnp.ones((1, len(items.acting)), bool),
+        )
         output = model.network(inputs, self.statistics, ())
         values = output.values[0][:, None]
-        loss, metrics, priority = self._loss(model, values, items, batch.weight, None)
+        mask = None if batch.action_mask is None else jnp.asarray(batch.action_mask)[:, None]
+        loss, metrics, priority = self._loss(model, values, items, batch.weight, mask)
         metrics |= self._told(output.features, batch.action)
         return loss, ((output.statistics, priority), metrics, None)
 

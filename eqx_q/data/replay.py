@@ -82,7 +82,9 @@ class Replay(eqx.Module):
             obs, next_obs = frames[:, :-1], frames[:, 1:]
         else:
             obs, next_obs = self._observed(row), self._observed(next_row)
-        mask = None if self.action_mask is None else self.action_mask[next_row]
+        mask, next_mask = None, None
+        if self.action_mask is not None:
+            mask, next_mask = self.action_mask[row], self.action_mask[next_row]
         return Transitions(
             obs=obs,
             action=self.action[row],
@@ -90,7 +92,8 @@ class Replay(eqx.Module):
             length=length,
             terminated=terminated,
             next_obs=next_obs,
-            next_action_mask=mask,
+            action_mask=mask,
+            next_action_mask=next_mask,
             weight=weight,
         )
 

@@ -17,6 +17,8 @@ from ..agents.hyperparameters import range_of
 from ..errors import UnknownNameError, UsageError
 from .running import Metrics
 
+_FOLLOWERS = {"learning_rate": "learning_rate_end"}
+
 
 class PopulationBasedTraining:
     """A callback of `eqx_q.train`: the worst members copy the best, and perturb what they copied.
@@ -100,13 +102,26 @@ class PopulationBasedTraining:
 def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]) -> Population:
     """The population with hyperparameters multiplied, as far as they then make sense.
 
+    What the learning rate falls to is multiplied with it: see `with_followers`.
+
     **Raises:** `UnknownNameError` for what is no hyperparameter, or none that is a number.
     """
+    factors = with_followers(population, factors)
     scaled = {
         path: jnp.clip(value * jnp.asarray(factors[path], jnp.float32), *range_of(path))
         for path, value in _values(population, factors).items()
     }
     return population.with_hyperparameters(scaled)
+
+
+def with_followers(agent: Agent, factors: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of hyperparameters, and the same of those that follow one of them.
+
+    So the learning rate's schedule keeps its shape, unless its end is named, too.
+    """
+    known = agent.hyperparameters()
+    followers = {_FOLLOWERS.get(name): factor for name, factor in factors.items()}
+    return {name: x for name, x in followers.items() if name in known} | dict(factors)
 
 
 def spread(population: Population, names: Sequence[str], factor: float, seed: int) -> Population:

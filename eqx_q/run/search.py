@@ -346,8 +346,8 @@ def _for_rungs(config: Config, total: int) -> dict[str, Any]:
     agent = dict(config["agent"])
     if "schedule_steps" in agent and agent["schedule_steps"] is None:
         agent["schedule_steps"] = total
-    every = config["eval"]["every"]
-    return {**config, "agent": agent, "eval": {**config["eval"], "every": every and total}}
+    every = 0 if config["eval"]["every"] == 0 else total
+    return {**config, "agent": agent, "eval": {**config["eval"], "every": every}}
 
 
 def _recent(history: list[Metrics], metric: str) -> Float[np.ndarray, " S"]:

@@ -27,7 +27,7 @@ from ..loops.callbacks import (
     Video,
     restore,
 )
-from ..loops.evolution import PopulationBasedTraining, spread
+from ..loops.evolution import PopulationBasedTraining, spread, with_followers
 from ..loops.offline import blocks_of, start_offline, train_offline
 from ..loops.running import Metrics
 from ..loops.source import check_shares
@@ -238,7 +238,8 @@ def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> An
         )
     if done >= total:
         return run_state
-    evolving = settings.pbt.hyperparameters if settings.pbt else []
+    named = settings.pbt.hyperparameters if settings.pbt else []
+    evolving = with_followers(fresh, dict.fromkeys(named))
     todays = {path: x for path, x in fresh.hyperparameters().items() if path not in evolving}
     agent = run_state.agent.with_hyperparameters(todays)
     return dataclasses.replace(run_state, agent=agent)

@@ -125,7 +125,7 @@ def test_blocks_end_where_their_rows_do(tmp_path):
     assert seen == len(dataset)
 
 
-def test_transitions_say_what_is_legal_next(tmp_path):
+def test_transitions_say_what_is_legal(tmp_path):
     env = VARIED["dict"]
     with Writer(tmp_path / "data", describe(env, "made/Up")) as writer:
         record(Whim.of(env), env, writer, num_steps=20, key=jax.random.key(1), shard="only")
@@ -133,6 +133,7 @@ def test_transitions_say_what_is_legal_next(tmp_path):
     rows = dataset.rows
     ours = Blocks(dataset, Sampling()).load(0).transitions(jnp.arange(20), 2)
     begins = np.flatnonzero(rows.acted)
+    np.testing.assert_array_equal(ours.action_mask, rows.action_mask[begins])
     np.testing.assert_array_equal(ours.next_action_mask, rows.action_mask[begins + ours.length])
     for obs, at in ((ours.obs, begins), (ours.next_obs, begins + ours.length)):
         expected = jax.tree.map(lambda x, at=at: x[at], rows.obs)
