@@ -284,6 +284,14 @@ def quick(monkeypatch):
     return trained
 
 
+@pytest.mark.parametrize(("asked", "found"), [(None, 80), (20, 80), (0, 0)])
+def test_members_are_evaluated_at_rungs_only(asked, found):
+    """Each training of a search ends at one, and evaluates there."""
+    config = {"agent": {"schedule_steps": None}, "eval": {"every": asked}}
+    told = searches._for_rungs(config, 80)
+    assert (told["eval"]["every"], told["agent"]["schedule_steps"]) == (found, 80)
+
+
 def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, monkeypatch):
     traces = []
     update = source._update
