@@ -6,7 +6,7 @@ import pytest
 from environments import Guess
 
 from eqx_q.errors import UsageError
-from eqx_q.run import make_agent
+from eqx_q.run import changeable, make_agent
 from eqx_q.run.parts import chosen_options, full_overrides, with_values
 
 
@@ -48,6 +48,35 @@ def test_values_are_put_in_by_path():
 def config(**options):
     agent = {"network_options": {"hidden_sizes": [4]}, **options}
     return {"agent": agent, "env": {"suite": "x", "name": "y"}, "seed": 0, "num_seeds": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"value": {"name": "hl_gauss", "sigma": "abc"}}, "agent.value.sigma=abc: give a number"),
+        ({"optimizer": {"name": "adam", "eps": [1]}}, r"agent.optimizer.eps=\[1\]: give a number"),
+        ({"learning_rate": "abc"}, "agent.learning_rate=abc: give a number"),
+        ({"reward_scale": "abc"}, "agent.reward_scale=abc: give a number"),
+        ({"network_options": 3}, "agent.network_options=3: give a mapping"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_told(options, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        make_agent(config(_target_="eqx_q.PQN", **options), Guess(2))
+
+
+def test_members_leave_out_the_values_that_their_part_lacks():
+    """A search may choose the part, and an option of one of those."""
+    told = config(_target_="eqx_q.PQN", value={"name": "scalar"})
+    values = [{"value.sigma": 0.5, "discount": 0.8}, {"value.sigma": 0.7, "discount": 0.9}]
+    members = make_agent(told, Guess(2), values).members
+    np.testing.assert_array_equal(members.discount, np.float32([0.8, 0.9]))
+
+
+def test_what_an_old_run_may_change_is_told_by_todays_names():
+    old = config(_target_="eqx_q.CQL", adam_epsilon=0.25, alpha=0.5)
+    assert changeable(old) == {"optimizer.eps", "alpha"}
+    assert changeable(config(_target_="eqx_q.CQL", alpha=0.5)) == {"alpha"}
 
 
 def test_a_configuration_of_an_earlier_version_makes_the_same_agent():

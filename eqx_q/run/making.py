@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import equinox as eqx
@@ -64,8 +64,8 @@ def make_agent(
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
-    for path in flat(options).keys() & {*traced(config), *RANGES}:
-        number({"agent": options}, f"agent.{path}")  # whose keys are today's
+    _check_numbers(options, RANGES.keys())  # of which `traced` makes parts
+    _check_numbers(options, traced(config))
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(
@@ -79,7 +79,7 @@ def make_agent(
 
     def member(key, values):
         spaces = env.observation_space, env.action_space
-        return create(*spaces, key=key, **with_values(options, values))
+        return create(*spaces, key=key, **chosen_options(with_values(options, values)))
 
     seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
     if values is None and len(seeds) == 1:
@@ -92,7 +92,7 @@ def make_agent(
 
 def changeable(config: Config) -> set[str]:
     """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
-    return traced(config) & flat(config["agent"]).keys()
+    return traced(config) & flat(chosen_options(config["agent"])).keys()
 
 
 def traced(config: Config) -> set[str]:
@@ -104,6 +104,12 @@ def traced(config: Config) -> set[str]:
     create = functools.partial(cls.create, *spaces, **parts)
     agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
     return set(hyperparameters.names(agent))
+
+
+def _check_numbers(options: Mapping[str, Any], paths: Set[str]) -> None:
+    """Raises `UsageError` where what one of the paths leads to is there, and is no number."""
+    for path in flat(options).keys() & paths:
+        number({"agent": options}, f"agent.{path}")
 
 
 def _parts(cls: type) -> list[dataclasses.Field]:

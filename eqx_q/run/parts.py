@@ -8,6 +8,7 @@ from ..agents.exploration import EXPLORATIONS
 from ..agents.mixers import MIXERS
 from ..agents.optimizers import OPTIMIZERS
 from ..agents.values import VALUES
+from ..errors import UsageError
 
 Options = Mapping[str, Any]
 
@@ -77,8 +78,11 @@ def _of_today(options: Options) -> dict[str, Any]:
             kind, _, name = new.partition(".")
             before = {"name": default[kind], name: options.pop(old)}
             options[kind] = before | dict(options.get(kind, {}))  # changed by today's name
-    network = dict(options.get("network_options") or {})
+    network = options.get("network_options") or {}
+    if not isinstance(network, Mapping):
+        raise UsageError(f"agent.network_options={network}: give a mapping of names to values")
     if "num_quantiles" in network:
+        network = dict(network)
         options["value"] = {"name": "quantile", "num_quantiles": network.pop("num_quantiles")}
         options["network_options"] = network
     return options
