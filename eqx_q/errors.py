@@ -1,7 +1,9 @@
 """Errors that a user can mend. Their message is one line that says how."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -29,9 +31,29 @@ class CorruptFileError(UsageError):
 class UnknownNameError(UsageError):
     """A name that is not one of the known ones; the message names the nearest of those."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    def __init__(self, kind: str, name: Any, known: Iterable[str]):
+        name = str(name)
         lower = {one.lower(): one for one in sorted(known)}
         near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
         shown = [lower[one] for one in near] or list(lower.values())[:40]
         hint = "the nearest are" if near else "known are"
         super().__init__(f"unknown {kind} '{name}': {hint} {', '.join(shown) or 'none'}")
+
+
+@contextlib.contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """What goes wrong inside, of all that wrong values bring about, is a `UsageError`.
+
+    Its message is the `problem` and what was said of it; a `UsageError` stays as it is.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UsageError(f"{problem}: {error}") from error
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options as messages tell them."""
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

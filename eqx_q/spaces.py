@@ -8,6 +8,7 @@ them. Paths of leaves are written with dots: `"image"`, `"arm.joints"`, `"0"`; t
 leaf of a plain space is `""`.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -119,7 +120,7 @@ def hashable(space: gymnasium.Space, path: str = "") -> Space:
 def of_observations(space: gymnasium.Space) -> Space:
     """A space of observations. Raises `UsageError` as `hashable` does, and for an empty one."""
     space = hashable(space)
-    if not list(leaves(space)):
+    if not any(math.prod(leaf.shape or ()) for _, leaf in leaves(space)):
         raise UsageError(f"there is nothing to see in observations of {space}")
     return space
 
@@ -142,6 +143,8 @@ def of_actions(space: gymnasium.Space) -> Leaf:
             "in gymnasium.wrappers.RescaleAction"
         )
     assert isinstance(space, Leaf)
+    if not math.prod(space.shape or ()):
+        raise UsageError(f"there is nothing to choose in actions of {space}")
     return space
 
 

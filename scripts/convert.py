@@ -59,7 +59,7 @@ def _source(given: dict[str, Any]) -> Source:
         _check_unused(given, *_ONLY_ATARI)
         return from_minari(str(given["source"]), env=env, leave_out=given["leave_out"] or ())
     if given["format"] not in _ATARI:
-        raise UnknownNameError("format", str(given["format"]), [*_ATARI, "minari", "to_minari"])
+        raise UnknownNameError("format", given["format"], [*_ATARI, "minari", "to_minari"])
     _check_unused(given, "leave_out")
     run = given["run"]
     return _ATARI[given["format"]](

@@ -8,7 +8,9 @@ arXiv 2210.12566, equation 3).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -37,14 +39,13 @@ class Actions(eqx.Module):
     bins: Bins = eqx.field(static=True, default=2)
 
     def __check_init__(self):
-        bins = (self.bins,) if isinstance(self.bins, int) else self.bins
-        if not all(isinstance(size, int) and size >= 2 for size in bins):
-            raise UsageError(f"bins={self.bins}: give whole numbers of at least 2")
-        size = math.prod(self.space.shape or ())
-        if isinstance(self.space, Box) and not isinstance(self.bins, int) and len(bins) != size:
+        if isinstance(self.bins, int) or not isinstance(self.space, Box):
+            return
+        size = math.prod(self.space.shape)
+        if len(self.bins) != size:
             raise UsageError(
-                f"bins={list(bins)} are {len(bins)} numbers, and actions have {size} dimensions: "
-                "give one each, or one number for all"
+                f"bins={list(self.bins)} are {len(self.bins)} numbers, and actions have {size} "
+                "dimensions: give one each, or one number for all"
             )
 
     @property
@@ -168,6 +169,14 @@ class Actions(eqx.Module):
         return low, step, np.where(step > 0, step, np.float32(1))  # of one value alone: not 0
 
 
-def as_bins(given: int | Sequence[int]) -> Bins:
-    """`bins` as a static field holds it."""
-    return given if isinstance(given, int) else tuple(given)
+def as_bins(given: Any) -> Bins:
+    """`bins` as a static field holds it: Python's numbers, also where NumPy's are given.
+
+    **Raises:** `UsageError` for what is no whole number of at least 2, nor a sequence of them.
+    """
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    sizes = tuple(given) if is_list else (given,)
+    if not all(isinstance(size, Integral) and size >= 2 for size in sizes):
+        raise UsageError(f"bins={given}: give a whole number of at least 2, or a list of them")
+    sizes = tuple(int(size) for size in sizes)
+    return sizes if is_list else sizes[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import spaces
-from ..errors import UsageError
+from ..errors import UsageError, explained
 from ..nets import AbstractQNetwork, Inputs, NetworkOutput, as_network, make_network
 from ..nets.parameters import split_parameters
 from ..types import Observation
@@ -138,14 +138,10 @@ def check_network(
         inputs = Inputs(obs=obs, last_action=action, last_reward=reward)
         return kept, network(inputs, *kept)
 
-    try:
+    with explained(f"the network cannot take observations of {observation_space}"):
         (statistics, memory), output = eqx.filter_eval_shape(
             compute, spaces.shapes(observation_space, *rows), action, reward
         )
-    except (TypeError, ValueError, LookupError) as error:
-        raise UsageError(
-            f"the network cannot take observations of {observation_space}: {error}"
-        ) from error
     if not isinstance(output, NetworkOutput):
         raise UsageError(f"a network gives a NetworkOutput, not {type(output).__name__}")
     for name, before, after in (

@@ -99,14 +99,23 @@ def range_of(path: str) -> tuple[float, float]:
     return RANGES.get(path, (-jnp.inf, jnp.inf))
 
 
-def check_ranges(values: Mapping[str, Scalar]) -> None:
+def is_number(value: Any) -> bool:
+    """Whether it is a number, as Python, NumPy or JAX have it; a switch is none."""
+    return eqx.is_array_like(value) and not isinstance(value, bool) and jnp.ndim(value) == 0
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
     """Checks what is known before tracing: under `vmap` values are not.
 
-    **Raises:** `UsageError` for a value outside its range.
+    **Raises:** `UsageError` for what is no number, or outside its range.
     """
     for path, value in values.items():
+        if isinstance(value, Tracer):
+            continue
+        if not is_number(value):
+            raise UsageError(f"{path}={value}: give a number")
         low, high = range_of(path)
-        if not isinstance(value, Tracer) and not low <= float(value) <= high:
+        if not low <= float(value) <= high:
             raise UsageError(f"{path}={value} makes no sense: choose it from {low:g} to {high:g}")
 
 

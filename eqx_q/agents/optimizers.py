@@ -12,9 +12,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 from optax import contrib
 
-from ..errors import UsageError
+from ..errors import explained, in_words
 from ..types import Scalar
-from .hyperparameters import check_ranges
+from .hyperparameters import check_ranges, is_number
 from .parts import Part, check_options, name_and_options
 
 
@@ -109,7 +109,7 @@ def make_optimizer(
     numbers = {
         option: value
         for option, value in options.items()
-        if _is_number(value) and not isinstance(known[option].default, int)
+        if is_number(value) and not isinstance(known[option].default, int)
     }
     check_ranges({f"optimizer.{option}": value for option, value in numbers.items()})
     settings = {
@@ -121,22 +121,15 @@ def make_optimizer(
     return _tried(Optimizer(name, numbers, tuple(sorted(settings.items()))))
 
 
-def _is_number(value: Any) -> bool:
-    return eqx.is_array_like(value) and not isinstance(value, bool) and jnp.ndim(value) == 0
-
-
 def _tried(optimizer: Optimizer) -> Optimizer:
     """The same, after a step without computing anything."""
     parameters = {"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-    try:
+    named = in_words({**optimizer.options, **dict(optimizer.settings)})
+    with explained(
+        f"optimizer {optimizer.transformation!r} with {named} makes no step from gradients, "
+        "parameters and a learning rate"
+    ):
         eqx.filter_eval_shape(
             lambda x: optimizer.step(x, optimizer.init(x), x, jnp.zeros(())), parameters
         )
-    except (TypeError, ValueError, AttributeError) as error:
-        options = {**optimizer.options, **dict(optimizer.settings)}
-        named = ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
-        raise UsageError(
-            f"optimizer {optimizer.transformation!r} with {named} makes no step from gradients, "
-            f"parameters and a learning rate: {error}"
-        ) from error
     return optimizer

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError, explained, in_words
 
 
 class Part(eqx.Module):
@@ -34,15 +34,18 @@ def make_part(
     to make those that have a name; `context`: what the agent knows: each maker is given what it has
     a parameter for.
 
-    **Raises:** `UnknownNameError` for a name or an option that there is not.
+    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for what
+    an option cannot be.
     """
     if isinstance(given, base):
         return given
     name, options = name_and_options(kind, given, known)
     parameters = inspect.signature(known[name]).parameters
-    check_options(kind, name, options, [each for each in parameters if each not in context])
+    own = {each: parameter for each, parameter in parameters.items() if each not in context}
+    check_options(kind, name, options, own)
     context = {each: value for each, value in context.items() if each in parameters}
-    return known[name](**options, **context)
+    with explained(f"{kind} '{name}' cannot have {in_words(options)}"):
+        return known[name](**options, **context)
 
 
 def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -60,11 +63,15 @@ def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[s
     return name, options
 
 
-def check_options(kind: str, name: str, options: Mapping[str, Any], known: Any) -> None:
-    """Raises `UnknownNameError` for an option that is not known."""
-    for option in options:
+def check_options(
+    kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
+) -> None:
+    """Raises `UnknownNameError` for an option that is not known, `UsageError` for no switch."""
+    for option, value in options.items():
         if option not in known:
             raise UnknownNameError(f"option of {kind} '{name}':", option, known)
+        if isinstance(known[option].default, bool) and not isinstance(value, bool):
+            raise UsageError(f"{kind}.{option}={value}: give true or false")
 
 
 def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults: Any) -> Any:

@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -437,6 +437,9 @@ class Conv(AbstractLayer):
         - `channels_first`: whether the input is `[B, C, H, W]`. The output never is.
         - `lowering`: `"patches"` (a matrix product), `"conv"` (`lax.conv`), or by platform.
         """
+        for name, given, kind in (("padding", padding, Padding), ("lowering", lowering, Lowering)):
+            if given not in get_args(kind):
+                raise UnknownNameError(name, given, get_args(kind))
         kernel = _initialize(init, key, (window, window, inputs, outputs))
         self.kernel = jnp.moveaxis(kernel, -1, 0)
         self.bias = jnp.zeros(outputs)

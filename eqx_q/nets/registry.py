@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .. import spaces
-from ..errors import UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError, explained, in_words
 from .encoders import ENCODERS, STEMS, mlp
 from .heads import HEADS
 from .layers import (
@@ -108,10 +108,9 @@ def make_network(
 
     **Raises:** `UsageError` for a name, an option or a shape that cannot work.
     """
-    if head not in HEADS:
-        raise UnknownNameError("head", head, HEADS)
-    if memory not in {"none", *RECURRENCES}:
-        raise UnknownNameError("memory", memory, ["none", *RECURRENCES])
+    for kind, given, known in (("head", head, HEADS), ("memory", memory, ("none", *RECURRENCES))):
+        if given not in tuple(known):  # which takes what has no hash, too
+            raise UnknownNameError(kind, given, known)
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     sizes = {"memory_size": memory_size, "num_memory_layers": num_memory_layers}
@@ -119,6 +118,13 @@ def make_network(
     for option, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
+    switches = {"normalize_input": normalize_input, "channels_first": channels_first}
+    switches |= {"last_action": last_action, "last_reward": last_reward, "agent_id": agent_id}
+    for option, switch in switches.items():
+        if switch not in (True, False, None):
+            raise UsageError(f"{option}={switch}: give true or false")
+    if not isinstance(encoders, Mapping | None):
+        raise UsageError(f"encoders={encoders}: give a mapping of parts of observations to names")
     observation_space = spaces.of_observations(observation_space)
     kinds = _kinds(num_agents, share_parameters, agent_kinds)
     parts = _parts(name, encoders or {}, observation_space, channels_first)
@@ -163,9 +169,11 @@ def make_network(
             last_reward and memory != "none",
         )
 
-    if kinds is None:
-        return make(key)
-    return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, max(kinds) + 1)), kinds)
+    told = options if input_scale is None else {**options, "input_scale": input_scale}
+    with explained(f"network '{name}' cannot have {in_words(told)}"):
+        if kinds is None:
+            return make(key)
+        return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, max(kinds) + 1)), kinds)
 
 
 _OPTIONS = {
@@ -182,7 +190,7 @@ def _kinds(
 ) -> tuple[int, ...] | None:
     """Which parameters each agent uses; `None` where all share them."""
     if not isinstance(share_parameters, bool) and share_parameters != "kind":
-        raise UnknownNameError("share_parameters", str(share_parameters), ["true", "false", "kind"])
+        raise UnknownNameError("share_parameters", share_parameters, ["true", "false", "kind"])
     if num_agents is None or share_parameters is True:
         return None
     if share_parameters is False:
@@ -226,7 +234,7 @@ def _parts(
         if path not in leaves:
             raise UnknownNameError("part of observations", path, leaves)
     for encoder in (name, *named.values()):
-        if encoder not in {"auto", *ENCODERS, *STEMS}:
+        if encoder not in ("auto", *ENCODERS, *STEMS):
             raise UnknownNameError("network", encoder, [*ENCODERS, *STEMS, "auto"])
     parts, fits = [], name in {"auto", "mlp"}
     for path, leaf in leaves.items():

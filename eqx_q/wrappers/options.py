@@ -13,7 +13,7 @@ TimeLimit = Literal["truncate", "terminate"]
 def require_choice(option: str, value: Any, choices: Iterable[str]) -> None:
     """Refuses what is not one of `choices`."""
     if value not in tuple(choices):
-        raise UnknownNameError(option, str(value), choices)
+        raise UnknownNameError(option, value, choices)
 
 
 def require_count(option: str, value: Any) -> None:

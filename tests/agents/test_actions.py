@@ -237,16 +237,26 @@ def test_the_best_choices_of_factors_make_the_best_joint_action(space, value, ma
 @pytest.mark.parametrize(
     ("space", "bins", "message"),
     [
-        (box(), 1, r"bins=1: give whole numbers of at least 2"),
-        (box(), [2, 0, 2], r"bins=\(2, 0, 2\): give whole numbers"),
+        (box(), 1, r"bins=1: give a whole number of at least 2"),
+        (box(), [2, 0, 2], r"bins=\[2, 0, 2\]: give a whole number of at least 2, or a list"),
+        (box(), 2.5, r"bins=2.5: give a whole number"),
+        (box(), "abc", r"bins=abc: give a whole number"),
+        (box(), None, r"bins=None: give a whole number"),
         (box(), [3, 3], r"bins=\[3, 3\] are 2 numbers, and actions have 3 dimensions"),
         (spaces.Box(0, np.inf, (2,), np.float32), 2, "has no bounds"),
+        (spaces.Box(0, 1, (0,)), 2, "nothing to choose in actions of Box"),
         (spaces.Dict(a=spaces.Discrete(2)), 2, "MultiBinary or a bounded Box, got Dict"),
     ],
 )
 def test_what_cannot_be_cut(space, bins, message):
     with pytest.raises(UsageError, match=message):
         actions_of(space, bins)
+
+
+def test_numbers_of_numpy_are_bins_too():
+    sizes = np.array([2, 5, 3])
+    assert actions_of(box(), sizes).choices == (2, 5, 3)
+    assert type(as_bins(sizes[1])) is int and type(as_bins(sizes)[0]) is int
 
 
 def test_of_traced_choices():

@@ -232,6 +232,7 @@ def test_a_name_a_mapping_or_an_object():
             "exploration.temperature=0.0 makes no sense",
         ),
         ({"name": "ez_greedy", "max_duration": 0}, "max_duration must be a whole number of at"),
+        ({"name": "boltzmann", "temperature": "a"}, "'boltzmann' cannot have temperature=a: "),
     ],
 )
 def test_what_cannot_be_says_what_can(given, message):

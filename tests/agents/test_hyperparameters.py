@@ -1,6 +1,7 @@
 """Hyperparameters by their path: found, read, replaced; of one agent and of members of many."""
 
 import inspect
+import re
 
 import equinox as eqx
 import jax
@@ -158,6 +159,9 @@ def test_ranges():
     for path, value in {"discount": 1.1, "optimizer.b2": 1.0, "learning_rate": jnp.nan}.items():
         with pytest.raises(UsageError, match=f"{path}=.* makes no sense"):
             check_ranges({path: value})
+    for value in ("abc", [0.5], True):
+        with pytest.raises(UsageError, match=f"^discount={re.escape(str(value))}: give a number"):
+            check_ranges({"discount": value})
     jax.vmap(lambda x: check_ranges({"discount": x}))(jnp.array([2.0]))  # whose value is not known
 
 

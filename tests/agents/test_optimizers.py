@@ -162,6 +162,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         ({"b1": 0.5}, UsageError, "names nothing: give one of adabelief"),
         ({"name": "adam", "b1": 1.0}, UsageError, "optimizer.b1=1.0 makes no sense"),
         ({"name": "adam", "mu_dtype": "float33"}, UsageError, "'adam' with mu_dtype=float33 makes"),
+        ({"name": "adam", "nesterov": 3}, UsageError, "optimizer.nesterov=3: give true or false"),
         (functools.partial(optax.lbfgs), UsageError, "makes no step"),
         (int, UsageError, "makes no step"),
     ],

@@ -394,6 +394,9 @@ def test_made_by_name_by_mapping_or_given():
         ({"name": "hl_gauss", "v_max": math.inf}, UsageError, "v_max=inf makes no sense"),
         ({"name": "hl_gauss", "num_bins": 1}, UsageError, "num_bins must be .* at least 2, got 1"),
         ({"name": "quantile", "num_quantiles": 0}, UsageError, "num_quantiles must be .* got 0"),
+        ({"name": "hl_gauss", "symlog": 3}, UsageError, "value.symlog=3: give true or false"),
+        ({"name": "hl_gauss", "sigma": "a"}, UsageError, "value 'hl_gauss' cannot have sigma=a: "),
+        ({"name": "scalar", "td_loss": [1]}, UsageError, "value 'scalar' cannot have td_loss="),
     ],
 )
 def test_what_cannot_be_made(given, error, message):

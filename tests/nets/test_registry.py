@@ -1,5 +1,8 @@
 """Networks by name: the choice, the options and what is said of wrong ones."""
 
+import inspect
+import re
+
 import equinox as eqx
 import gymnasium
 import jax
@@ -10,7 +13,7 @@ from networks import call, make, q_values
 
 from eqx_q.errors import UsageError
 from eqx_q.nets.layers import BatchNorm, Conv, Linear
-from eqx_q.nets.registry import choose_encoder, has_channels_first
+from eqx_q.nets.registry import choose_encoder, has_channels_first, make_network
 
 KEY = jax.random.key(0)
 VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
@@ -134,8 +137,34 @@ def test_wrong_names_are_told():
         make("mlp", VECTOR, 3, key=KEY, hidden_size=(8,))
     with pytest.raises(UsageError, match=r"unknown head 'duelling'.*dueling"):
         make("mlp", VECTOR, 3, key=KEY, head="duelling")
+    with pytest.raises(UsageError, match=r"nothing to see in observations of Box"):
+        make("mlp", gymnasium.spaces.Box(0, 1, (0,)), 3, key=KEY)
     with pytest.raises(UsageError, match="exclude each other"):
         make("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_sizes": (0,)}, "network 'grid_cnn' cannot have hidden_sizes=(0,): "),
+        ({"hidden_sizes": (8.5,)}, "cannot have hidden_sizes=(8.5,): "),
+        ({"hidden_sizes": 8}, "cannot have hidden_sizes=8: "),
+        ({"channels": 0}, "cannot have channels=0: "),
+        ({"channels": "x"}, "cannot have channels=x: "),
+        ({"num_categories": 0}, "cannot have num_categories=0: "),
+        ({"num_categories": 2.5}, "cannot have num_categories=2.5: "),
+        ({"padding": "foo"}, "padding"),
+        ({"lowering": "cov"}, "lowering"),
+        ({"normalize_input": 3}, "normalize_input=3: give true or false"),
+        ({"channels_first": "yes"}, "channels_first=yes: give true or false"),
+        ({"encoders": "grid_cnn"}, "encoders=grid_cnn: give a mapping"),
+        ({"name": "mlp", "input_scale": "abc"}, "'mlp' cannot have input_scale=abc: "),
+    ],
+)
+def test_options_of_the_wrong_kind_are_told(options, message):
+    as_called = inspect.unwrap(make_network)  # where no types are checked
+    with pytest.raises(UsageError, match=re.escape(message)):
+        as_called(**{"name": "grid_cnn", **options}, observation_space=GRID, choices=(3,), key=KEY)
 
 
 def test_wrong_memory_is_told():
