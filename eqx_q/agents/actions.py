@@ -9,7 +9,6 @@ arXiv 2210.12566, equation 3).
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
 from typing import Any
 
 import equinox as eqx
@@ -174,9 +173,9 @@ def as_bins(given: Any) -> Bins:
 
     **Raises:** `UsageError` for what is no whole number of at least 2, nor a sequence of them.
     """
-    is_list = isinstance(given, Iterable) and not isinstance(given, str)
-    sizes = tuple(given) if is_list else (given,)
-    if not all(isinstance(size, Integral) and size >= 2 for size in sizes):
+    is_list = isinstance(given, Iterable)
+    sizes: tuple[Any, ...] = tuple(given) if is_list else (given,)
+    if not all(isinstance(size, int | np.integer) and size >= 2 for size in sizes):
         raise UsageError(f"bins={given}: give a whole number of at least 2, or a list of them")
-    sizes = tuple(int(size) for size in sizes)
+    sizes = tuple(map(int, sizes))
     return sizes if is_list else sizes[0]
