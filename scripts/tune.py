@@ -40,7 +40,7 @@ def main(config: DictConfig) -> float | None:
         log_tuned_values()
         OmegaConf.update(config, "chosen", chosen(), force_add=True)
     if config.get("data"):
-        config.data = str(Path(config.data).resolve())  # a resume may come from elsewhere
+        config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
     prepare_jax(config)
     directory = run_directory(config, resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)

@@ -33,6 +33,8 @@ def test_from_data_updates_count_and_lanes_do_not():
     found = settings("data=some", "num_updates=400", "num_envs=64", "total_steps=wrong")
     assert (found.kind, found.total, found.num_envs, found.data) == (OFFLINE, 400, 1, "some")
     assert found.eval.every == 20
+    evolving = settings("data=5", "pbt.every=7", "pbt.fitness=loss")
+    assert evolving.data == "5" and evolving.pbt is not None
 
 
 def test_what_is_given_is_taken():
@@ -54,6 +56,12 @@ def test_what_is_given_is_taken():
         ("num_envs=none", "num_envs=none: give a whole number"),
         ("seed=-1", "seed=-1: give a whole number of at least 0"),
         ("pbt.every=5 pbt.spread=0.5", "pbt.spread=0.5: give a number of at least 1"),
+        ("pbt.every=5 pbt.factors=[a,b]", r"pbt.factors=\['a', 'b'\]: give a list of numbers"),
+        ("pbt.every=5 pbt.hyperparameters=[3]", r"pbt.hyperparameters=\[3\]: give a list of names"),
+        ("pbt.every=5 pbt.fitness=eval/return eval.every=0", "leave out eval.every=0"),
+        ("pbt.every=5 data=some", "episode_return is not known .* give pbt.fitness=eval/return"),
+        ("pbt=3", "pbt=3: give what is in it, such as pbt.every=..."),
+        ("eval=3", "eval=3: give what is in it, such as eval.every=..."),
         ("pbt.every=5 pbt.fraction=7", "pbt.fraction=7.0: give a number from 0 to 1"),
     ],
 )

@@ -1,16 +1,13 @@
 """What the numbers of a configuration mean, checked before anything begins."""
 
 import dataclasses
-import functools
-import operator
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
 
 Config = Mapping[str, Any]
-
-_ROUNDS = {"eval": 20, "checkpoint": 10, "video": 4}  # of a run, by default
 
 
 class Kind(NamedTuple):
@@ -104,24 +101,24 @@ class Settings:
 
 
 def read_settings(config: Config) -> Settings:
-    """What a configuration asks for. Raises `UsageError` for numbers that make no sense."""
+    """What a configuration asks for. Raises `UsageError` for what makes no sense."""
     data = config.get("data")
     kind = ONLINE if data is None else OFFLINE
     total = whole(config, kind.total, least=1)
-    every = {name: _every(config, name, total) for name in _ROUNDS}
-    limited = config["eval"]["time_fraction"] is not None
+    evaluations = _every(config, "eval", total, rounds=20)
+    limited = _at(config, "eval.time_fraction") is not None
     return Settings(
         config=config,
         kind=kind,
         total=total,
         num_envs=whole(config, "num_envs", least=1) if data is None else 1,
-        data=data,
+        data=None if data is None else str(data),
         seed=whole(config, "seed"),
         num_seeds=whole(config, "num_seeds", least=1),
         devices=config["devices"],
         log_every=whole_or_none(config, "log_every"),
         eval=EvalSettings(
-            every=every["eval"],
+            every=evaluations,
             num_envs=whole_or_none(config, "eval.num_envs"),
             num_episodes=whole_or_none(config, "eval.num_episodes"),
             epsilon=fraction(config, "eval.epsilon"),
@@ -130,35 +127,43 @@ def read_settings(config: Config) -> Settings:
             time_fraction=fraction(config, "eval.time_fraction") if limited else None,
         ),
         checkpoint=CheckpointSettings(
-            every=every["checkpoint"], keep=whole_or_none(config, "checkpoint.keep")
+            every=_every(config, "checkpoint", total, rounds=10, least=1),
+            keep=whole_or_none(config, "checkpoint.keep"),
         ),
         video=VideoSettings(
-            every=every["video"], max_steps=whole(config, "video.max_steps", least=1)
+            every=_every(config, "video", total, rounds=4),
+            max_steps=whole(config, "video.max_steps", least=1),
         ),
-        pbt=_evolution(config),
+        pbt=_evolution(config, kind, evaluations),
     )
 
 
-def _every(config: Config, section: str, total: int) -> int:
+def _every(config: Config, section: str, total: int, *, rounds: int, least: int = 0) -> int:
     """Steps between rounds: as configured, else so many rounds in a run."""
-    if config[section]["every"] is not None:
-        return whole(config, f"{section}.every", least=int(section == "checkpoint"))
-    return max(1, total // _ROUNDS[section])
+    if _at(config, f"{section}.every") is None:
+        return max(1, total // rounds)
+    return whole(config, f"{section}.every", least=least)
 
 
-def _evolution(config: Config) -> PBTSettings | None:
-    options = config.get("pbt")
-    if options is None or options["every"] is None:
+def _evolution(config: Config, kind: Kind, evaluations: int) -> PBTSettings | None:
+    """**Arguments:** `evaluations`: what is between two of them; 0: there are none."""
+    if config.get("pbt") is None or _at(config, "pbt.every") is None:
         return None
-    if number(config, "pbt.spread") < 1:
-        raise UsageError(f"pbt.spread={options['spread']:g}: give a number of at least 1")
+    fitness = str(_at(config, "pbt.fitness"))
+    if fitness.startswith("eval/") and evaluations == 0:
+        raise UsageError(f"pbt.fitness={fitness} is told by evaluations: leave out eval.every=0")
+    if fitness.startswith("episode") and kind is OFFLINE:
+        raise UsageError(
+            f"pbt.fitness={fitness} is not known where data are learnt from: give "
+            "pbt.fitness=eval/return"
+        )
     return PBTSettings(
         every=whole(config, "pbt.every", least=1),
-        hyperparameters=options["hyperparameters"],
-        fitness=str(options["fitness"]),
+        hyperparameters=_list(config, "pbt.hyperparameters", str, "names, such as [learning_rate]"),
+        fitness=fitness,
         fraction=fraction(config, "pbt.fraction"),
-        factors=options["factors"],
-        spread=number(config, "pbt.spread"),
+        factors=_list(config, "pbt.factors", int | float, "numbers, such as [0.8, 1.2]"),
+        spread=number(config, "pbt.spread", least=1),
     )
 
 
@@ -177,11 +182,16 @@ def whole(config: Config, name: str, *, least: int = 0) -> int:
     return int(value)
 
 
-def number(config: Config, name: str) -> float:
-    """A number of the configuration. Raises `UsageError` where it is something else."""
+def number(config: Config, name: str, *, least: float = -math.inf) -> float:
+    """A number of the configuration.
+
+    **Raises:** `UsageError` where it is something else, or below `least`.
+    """
     value = _at(config, name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"{name}={value}: give a number")
+    if value < least:
+        raise UsageError(f"{name}={value}: give a number of at least {least:g}")
     return float(value)
 
 
@@ -199,8 +209,23 @@ def whole_or_none(config: Config, name: str) -> int | None:
     return whole(config, name, least=1) if given else None
 
 
+def _list(config: Config, name: str, kind: Any, what: str) -> list[Any]:
+    """A list whose entries are of a kind. Raises `UsageError` where it is something else."""
+    value = _at(config, name)
+    if not isinstance(value, list | tuple) or not all(isinstance(x, kind) for x in value):
+        raise UsageError(f"{name}={value}: give a list of {what}")
+    return list(value)
+
+
 def _at(config: Config, name: str) -> Any:
-    return functools.reduce(operator.getitem, name.split("."), config)
+    """What is there. Raises `UsageError` where something on the way has no keys."""
+    node, keys = config, name.split(".")
+    for depth, key in enumerate(keys):
+        if not isinstance(node, Mapping):
+            section = ".".join(keys[:depth])
+            raise UsageError(f"{section}={node}: give what is in it, such as {name}=...")
+        node = node[key]
+    return node
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
