@@ -27,13 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.run import changeable, whole_or_none
-from eqx_q.run.parts import full_overrides
+from eqx_q.run.parts import check_of_chosen, full_overrides
 from eqx_q.sharding import is_first_process
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
+
+# One number or a list, which an agent tells apart.
+_OF_MANY_KINDS = {"agent.bins"}
 
 # A run in progress cannot change these.
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
@@ -116,10 +119,20 @@ def end_sweep() -> None:
         )
 
 
-def chosen() -> dict[str, Any]:
-    """What was chosen of the groups, by name: for the record."""
+def begin(config: DictConfig) -> None:
+    """What a run does that goes on with no other: notes what was chosen, and says what is in use.
+
+    **Raises:** `UsageError` where the command line has an option of a part that is not chosen. In a
+    file it may stand: it serves several parts, and so does the command line of a sweep.
+    """
+    _log_tuned_values()
+    for key in [] if is_sweep() else map(_key, overridden()):
+        group, _, path = key.partition(".")
+        if group == "agent" and OmegaConf.select(config, key) is not None:
+            check_of_chosen(settings(config)["agent"], path)
     choices = HydraConfig.get().runtime.choices
-    return {group: choices.get(group) for group in ("agent", "env", "tuned", "protocol")}
+    chosen = {group: choices.get(group) for group in ("agent", "env", "tuned", "protocol")}
+    OmegaConf.update(config, "chosen", chosen, force_add=True)  # for the record
 
 
 def overridden() -> list[str]:
@@ -177,20 +190,6 @@ def prepare_jax(config: DictConfig) -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
-def log_tuned_values() -> None:
-    """Says which tuned file is in use; one that was asked for by name must exist."""
-    choices: dict[str, Any] = HydraConfig.get().runtime.choices
-    shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
-    asked_for = any(o.startswith("tuned=") for o in HydraConfig.get().overrides.task)
-    tuned = str(choices.get("tuned"))
-    if tuned in shipped:
-        logger.info("tuned values: conf/tuned/%s.yaml", tuned)
-    elif asked_for:
-        raise UnknownNameError("tuned", tuned, shipped)
-    else:
-        logger.info("tuned values: none for agent=%s env=%s", choices["agent"], choices["env"])
-
-
 def stored_config(directory: Path) -> DictConfig:
     """The configuration of a run. Raises `UsageError` where the directory holds none."""
     path = Path(directory) / "config.yaml"
@@ -217,9 +216,9 @@ def resumed(config: DictConfig) -> DictConfig:
     **Raises:** `UsageError` where there is no such run, or it cannot be changed so.
     """
     stored = stored_config(config.resume)
-    changed = {}
-    for override in HydraConfig.get().overrides.task:
-        key = override.split("=")[0].lstrip("+~")
+    before, changed = settings(stored), {}
+    for override in overridden():
+        key = _key(override)
         if key == "resume":  # it is no part of the run, which a sweep may come back to
             continue
         group, _, name = key.partition(".")
@@ -229,7 +228,7 @@ def resumed(config: DictConfig) -> DictConfig:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     prepare_jax(stored)
-    free = changeable(settings(stored))
+    free = changeable(before)
     for override in (override for name, override in changed.items() if name not in free):
         raise UsageError(
             f"resume continues a run as it was made: leave out '{override}' (of the agent it can "
@@ -241,6 +240,23 @@ def resumed(config: DictConfig) -> DictConfig:
 def settings(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dictionaries, which is all that the library knows of it."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def _log_tuned_values() -> None:
+    """Says which tuned file is in use; one that was asked for by name must exist."""
+    choices: dict[str, Any] = HydraConfig.get().runtime.choices
+    shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
+    tuned = str(choices.get("tuned"))
+    if tuned in shipped:
+        logger.info("tuned values: conf/tuned/%s.yaml", tuned)
+    elif "tuned" in map(_key, overridden()):
+        raise UnknownNameError("tuned", tuned, shipped)
+    else:
+        logger.info("tuned values: none for agent=%s env=%s", choices["agent"], choices["env"])
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
 
 
 class _TaskError(Exception):
@@ -334,7 +350,7 @@ def _check_kinds(config: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     values = [o for o in overrides if "=" in o and not _is_choice(o)]
     default = hydra.compose(str(HydraConfig.get().job.config_name), _choices(overrides))
-    for key in (override.split("=")[0] for override in values):
+    for key in {override.split("=")[0] for override in values} - _OF_MANY_KINDS:
         before, after = OmegaConf.select(default, key), OmegaConf.select(config, key)
         for types, kind in _KINDS:
             if isinstance(before, types):

@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 
 from _app import (
-    chosen,
+    begin,
     end_sweep,
     hydra,
     is_sweep,
     launch,
-    log_tuned_values,
     prepare_jax,
     resumed,
     run_directory,
@@ -35,8 +34,7 @@ def main(config: DictConfig) -> float | None:
     if resume:
         config = resumed(config)
     else:
-        log_tuned_values()
-        OmegaConf.update(config, "chosen", chosen(), force_add=True)
+        begin(config)
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
     prepare_jax(config)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from _app import (
     CONF,
-    chosen,
+    begin,
     hydra,
     launch,
-    log_tuned_values,
     overridden,
     prepare_jax,
     run_directory,
@@ -37,8 +36,7 @@ def main(config: DictConfig) -> float | None:
     if resume:
         config = _resumed(config)
     else:
-        log_tuned_values()
-        OmegaConf.update(config, "chosen", chosen(), force_add=True)
+        begin(config)
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
     prepare_jax(config)

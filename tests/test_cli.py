@@ -110,6 +110,9 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.num_epochs=2")
     assert status == 1
     assert "leave out 'agent.num_epochs=2' (of the agent it can change discount, epsilon_" in err
+    status, _, err = script("train", "resume=run", "total_steps=3000", "agent.adam_epsilon=1e-5")
+    assert status == 1
+    assert "leave out 'agent.optimizer.eps=1e-05' (of the agent" in err
 
 
 def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
@@ -219,6 +222,10 @@ BAD_INPUT = {
     "resume=nowhere": "error: 'nowhere' is not a run directory: there is no config.yaml in it",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
+    "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
+    "agent.value.sigma=0.5": "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen",
+    "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
+    "data=5": "/5' is no data set",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",
     "+agent.lamda=1": "unknown hyperparameter 'lamda': the nearest are lambda_",
     "agent": "missing EQUAL",

@@ -7,7 +7,7 @@ from environments import Guess
 
 from eqx_q.errors import UsageError
 from eqx_q.run import changeable, make_agent
-from eqx_q.run.parts import chosen_options, full_overrides, with_values
+from eqx_q.run.parts import check_of_chosen, chosen_options, full_overrides, with_values
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,20 @@ def test_a_part_keeps_the_options_that_it_has():
     value = {"name": "quantile", "td_loss": "huber", "sigma": 1.0, "num_quantiles": 3, "colour": 1}
     chosen = chosen_options({"value": value})["value"]
     assert chosen == {"name": "quantile", "num_quantiles": 3, "colour": 1}  # the last is refused
+
+
+def test_an_option_of_a_part_that_is_not_chosen_is_told():
+    options = {"value": "scalar", "optimizer": {"name": "sgd"}, "mixer": {"name": "vdn"}}
+    message = "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen: leave it out"
+    with pytest.raises(UsageError, match=message):
+        check_of_chosen(options, "value.sigma")
+    with pytest.raises(
+        UsageError, match=r"agent.optimizer.b1 is of .*=adabelief or adam.* and sgd"
+    ):
+        check_of_chosen(options, "optimizer.b1", ["rmsprop"])
+    check_of_chosen(options, "value.sigma", ["quantile", "hl_gauss"])
+    for path in ("value.td_loss", "value.name", "value.colour", "optimizer.momentum", "discount"):
+        check_of_chosen(options, path)
 
 
 def test_values_are_put_in_by_path():

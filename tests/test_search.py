@@ -20,6 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import eqx_q
+from eqx_q.agents.hyperparameters import names
 from eqx_q.data import Description, Rows, Writer
 from eqx_q.errors import CorruptFileError, DivergedError, UsageError
 from eqx_q.loops import source
@@ -91,6 +92,21 @@ def test_the_agent_itself_says_what_varies_inside_a_population():
     assert "agent.alpha" in read_space(cql).traced
 
 
+def test_a_part_and_an_option_of_one_of_those_are_searched_together():
+    """As with a base that has the option, of which trials may then be without it."""
+    search = {"agent": {"value": {"name": ["hl_gauss", "scalar"], "sigma": [0.5, 1.0]}}}
+    config = {**composed("agent.value.name=hl_gauss"), "search": search}
+    space, env = read_space(config), make_env(config, 1)
+    assert space.traced == {"agent.value.sigma"}
+    check_space(config, space, env)
+    for name in search["agent"]["value"]["name"]:
+        params = {"agent.value.name": name, "agent.value.sigma": 0.5}
+        trial = space.apply({**config, "num_seeds": 1}, space.static(params))
+        agent = eqx.filter_eval_shape(make_agent, trial, env, [space.leaves(params)])
+        assert ("value.sigma" in names(agent.members)) == (name == "hl_gauss")
+    assert space_of(search).traced == set()  # the option of a part that is not the base's
+
+
 BAD_SPACES = [
     ({"agent": {"lerning_rate": [1]}}, "unknown hyperparameter of the space 'agent.lerning_rate'"),
     ({"agent": {"lerning_rate": [1]}}, "agent.learning_rate"),
@@ -102,6 +118,7 @@ BAD_SPACES = [
     ({"agent": {"num_epochs": {"low": 1, "high": 2, "hihg": 3}}}, "with log or step"),
     ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 makes no sense"),
     ({"agent": {"network": ["mlp", "mpl"]}}, "unknown network 'mpl'"),
+    ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma is of agent.value=hl_gauss"),
     ({}, "there is nothing to search"),
 ]
 

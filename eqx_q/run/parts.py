@@ -1,7 +1,7 @@
 """An agent's parts in a configuration, where all options of a kind of part stand side by side."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..agents.exploration import EXPLORATIONS
@@ -55,6 +55,25 @@ def chosen_options(options: Options) -> dict[str, Any]:
             of_others = set().union(*(_parameters(make) for make in known.values())) - own
             options[kind] = {name: x for name, x in part.items() if name not in of_others}
     return options
+
+
+def check_of_chosen(options: Options, path: str, names: Iterable[str] = ()) -> None:
+    """Raises `UsageError` for an option (`"value.sigma"`) that the chosen part of its kind lacks.
+
+    One that none of its kind has is refused where the part is made.
+
+    **Arguments:** `names`: of other parts that may be chosen instead.
+    """
+    kind, _, option = path.partition(".")
+    if kind not in KINDS:
+        return
+    having = [name for name, make in KINDS[kind].items() if option in _parameters(make)]
+    chosen = (_of_today(options).get(kind) or {}).get("name")
+    if having and chosen in KINDS[kind] and not {chosen, *names} & set(having):
+        raise UsageError(
+            f"agent.{path} is of agent.{kind}={' or '.join(having)}, and {chosen} is chosen: leave "
+            "it out, or choose such a part"
+        )
 
 
 def with_values(options: Options, values: Mapping[str, Any]) -> dict[str, Any]:

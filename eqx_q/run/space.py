@@ -10,6 +10,7 @@ import equinox as eqx
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..wrappers import Env
 from .making import make_agent, traced
+from .parts import check_of_chosen
 from .settings import Config, flat, replaced
 
 VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
@@ -55,7 +56,7 @@ def read_space(config: Config) -> Space:
     A list has the choices; `low` and `high` bound a range, of whole numbers where both are and the
     hyperparameter is static; with `step`, or `log: True`. `None` varies nothing.
 
-    **Raises:** `UsageError` for what is unknown or no set of values.
+    **Raises:** `UsageError` for what is unknown, no set of values, or of a part not chosen.
     """
     known = flat({key: config.get(key) for key in VARIED}).keys()
     leaves = {f"agent.{name}" for name in traced(config)}
@@ -63,6 +64,8 @@ def read_space(config: Config) -> Space:
     for name in nodes:
         if name not in known:
             raise UnknownNameError("hyperparameter of the space", name, known - {"agent._target_"})
+        also = nodes.get(f"{name.rpartition('.')[0]}.name", ())
+        check_of_chosen(config["agent"], name.removeprefix("agent."), also)
     if not nodes:
         raise UsageError(
             "there is nothing to search: choose a space (search=pqn), or write one "
