@@ -112,7 +112,7 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     assert "leave out 'agent.num_epochs=2' (of the agent it can change discount, epsilon_" in err
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.adam_epsilon=1e-5")
     assert status == 1
-    assert "leave out 'agent.optimizer.eps=1e-05' (of the agent" in err
+    assert "leave out 'agent.optimizer.eps=1e-5' (of the agent" in err
 
 
 def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):

@@ -87,6 +87,7 @@ def make_parts(
     mixer = make_mixer(
         mixer, num_agents=num_agents or 1, state_size=state_size, key=jax.random.fold_in(key, 1)
     )
+    check_mixer(mixer, num_agents or 1, state_size)
     check_together(value, mixer)
     optimizer = make_optimizer(optimizer)
     parameters, _ = split_parameters((network, mixer))
@@ -113,7 +114,25 @@ def check_together(value: AbstractValue, mixer: AbstractMixer) -> None:
     if mixer.is_joint and value.num_samples > 1:
         raise UsageError(
             f"{type(mixer).__name__} mixes expected values, from which quantiles cannot be learnt: "
-            "choose value=scalar or value=hl_gauss, or mixer=independent"
+            "choose value=scalar, rescaled or hl_gauss, or mixer=independent"
+        )
+
+
+def check_mixer(mixer: AbstractMixer, num_agents: int, state_size: int) -> None:
+    """Tries a mixer on one lane, without computing anything.
+
+    **Raises:** `UsageError` where it does not mix so many agents by such a state.
+    """
+    values = jax.ShapeDtypeStruct((1, num_agents), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, state_size), jnp.float32) if mixer.is_joint else None
+    team = f"{num_agents} agents by a global state of {state_size} numbers"
+    with explained(f"{type(mixer).__name__} does not mix the values of {team}"):
+        mixed = eqx.filter_eval_shape(mixer.mix, values, state)
+    expected = (1, 1 if mixer.is_joint else num_agents)
+    if mixed.shape != expected:
+        raise UsageError(
+            f"{type(mixer).__name__} mixes the values of {team} into {mixed.shape[1:]}: what it "
+            f"gives must have shape {expected[1:]}"
         )
 
 

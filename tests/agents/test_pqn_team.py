@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eqx_q
-from eqx_q.agents.mixers import AbstractJointMixer
+from eqx_q.agents.mixers import QMIX, VDN, AbstractJointMixer, Independent
 from eqx_q.errors import UsageError
 from eqx_q.types import Episode, Rollout, TimeStep
 
@@ -186,6 +186,12 @@ def test_what_does_not_fit_is_refused():
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), num_agents=0)
     with pytest.raises(UsageError, match="unknown mixer 'vnd': the nearest are vdn"):
         make_agent("vnd")
+    for sizes in ((M + 1, 3 * M), (M, 3 * M + 1)):
+        with pytest.raises(UsageError, match=f"QMIX does not mix the values of {M} agents by a "):
+            make_agent(QMIX(*sizes, key=jax.random.key(0)))
+    one_each = type("OneEach", (VDN,), {"mix": Independent.mix})()
+    with pytest.raises(UsageError, match=rf"OneEach .* into \({M},\): .* must have shape \(1,\)"):
+        make_agent(one_each)
     with pytest.raises(UsageError, match="num_agents is no option of the network"):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network_options={"num_agents": 3})
 
