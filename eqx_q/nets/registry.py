@@ -87,7 +87,8 @@ def make_network(
     - `key`: for the parameters.
     - `encoders`: of parts that are to have another one, by path (`"camera"`, `"arm.joints"`).
     - `normalize_input`: batch normalisation of raw observations (`Box`), instead of scaling them.
-    - `input_scale`: a factor for those; by default 1/255 for `uint8`, else 1.
+    - `input_scale`: a factor for those; by default 1/255 for `uint8`, else 1. Where there are no
+        such, or none whose encoder scales them, both are refused.
     - `channels_first`: whether images are `[C, H, W]`; by default bytes with fewer channels than
         columns are, and floats are not.
     - `head`: `"linear"` or `"dueling"`.
@@ -134,10 +135,15 @@ def make_network(
         k: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v
         for k, v in options.items()
     }
+    names = "+".join(dict.fromkeys(part.encoder for part in parts))
+    if (normalize_input or input_scale is not None) and not any(part.is_scaled for part in parts):
+        raise UsageError(
+            f"network '{names}' reads these observations as they are: leave out normalize_input "
+            "and input_scale (set them to null)"
+        )
     known = set(_LINEAR).union(*(part.takes for part in parts))
     for option in options:
         if option not in known:
-            names = "+".join(dict.fromkeys(part.encoder for part in parts))
             raise UnknownNameError(f"option of network '{names}':", option, known | _OPTIONS)
     together = isinstance(observation_space, spaces.Dict | spaces.Tuple)
     joined = together or parts[0].encoder in STEMS
@@ -224,6 +230,11 @@ class _Part(NamedTuple):
         make = (ENCODERS | STEMS)[self.encoder]
         return set(inspect.signature(make).parameters) - {"shape", "sizes", "starts", "key"}
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it is of quantities, which are scaled or normalised before they are read."""
+        return isinstance(self.space, spaces.Box) and "input_scale" in self.takes
+
 
 def _parts(
     name: str, named: Mapping[str, str], space: spaces.Space, channels_first: bool | None
@@ -286,7 +297,7 @@ def _read(
     if not shape:
         layers.append(Flatten())
         shape = (1,)
-    if not isinstance(space, spaces.Box) or "input_scale" not in part.takes:
+    if not part.is_scaled:
         normalize_input, input_scale = False, 1.0
     if normalize_input:
         layers.append(BatchNorm(shape[-1]))

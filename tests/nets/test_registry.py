@@ -139,6 +139,13 @@ def test_wrong_names_are_told():
         make("mlp", VECTOR, 3, key=KEY, head="duelling")
     with pytest.raises(UsageError, match=r"nothing to see in observations of Box"):
         make("mlp", gymnasium.spaces.Box(0, 1, (0,)), 3, key=KEY)
+    counted = gymnasium.spaces.Discrete(4)
+    for name, space in (("grid_cnn", GRID), ("auto", counted)):
+        for options in ({"normalize_input": True}, {"input_scale": 1.0}):
+            with pytest.raises(UsageError, match="leave out normalize_input and input_scale"):
+                make(name, space, 3, key=KEY, **options)
+    both = gymnasium.spaces.Dict(picture=GRID, number=counted)
+    make("auto", both, 3, key=KEY, normalize_input=True)
     with pytest.raises(UsageError, match="exclude each other"):
         make("mlp", VECTOR, 3, key=KEY, normalize_input=True, input_scale=0.5)
 
