@@ -261,7 +261,7 @@ def test_schedules_follow_progress():
         (OBS, OBS, {}, "actions of a Box are cut into bins, and .* has no bounds"),
         (OBS, gymnasium.spaces.Dict(a=ACT), {}, "MultiBinary or a bounded Box, got Dict"),
         (gymnasium.spaces.Text(3), ACT, {}, "nothing can be learnt from a space of kind Text"),
-        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": 1}, "bins=1: give whole numbers of at"),
+        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": 1}, "bins=1: give a whole number of at"),
         (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": [2, 3, 4]}, "3 numbers, and .* 2 dimen"),
         (OBS, ACT, {"rollout_length": 0}, "rollout_length must be a whole number"),
         (OBS, ACT, {"discount": 5}, "discount=5 makes no sense: choose it from 0 to 1"),
