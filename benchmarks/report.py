@@ -266,6 +266,8 @@ def _paired(ours: np.ndarray, theirs: np.ndarray, digits: int, resamples: int = 
     if len(ours) != len(theirs):
         return "–"
     differences = (ours - theirs)[:, 0]
+    if len(differences) == 1:
+        return f"{differences[0]:+.{digits}f}"
     drawn = np.random.default_rng(0).integers(len(ours), size=(resamples, len(ours)))
     low, high = np.percentile(differences[drawn].mean(1), [2.5, 97.5])
     return f"**{differences.mean():+.{digits}f}** [{low:+.{digits}f}, {high:+.{digits}f}]"
