@@ -112,7 +112,12 @@ SUITES = {
                 for task in ("Empty-8x8", "DoorKey-5x5")
             ),
             *(
-                [f"agent={agent}", "env=minigrid", "env.name=MiniGrid-MemoryS7-v0"]
+                [
+                    f"agent={agent}",
+                    "env=minigrid",
+                    "env.name=MiniGrid-MemoryS7-v0",
+                    "tuned=minigrid_memory",
+                ]
                 for agent in ("pqn", "pqn_rnn")
             ),
         ]
