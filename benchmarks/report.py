@@ -84,13 +84,12 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
         seeds = environment["seeds"]
         if not seeds:
             continue
-        usual = first.setdefault(name.split()[0], seeds)
-        compared = usual is not seeds
+        baseline = first.setdefault(name.split()[0], seeds)
         steps = min(seed["env_steps"] for seed in seeds)
         greedy = _column(seeds, "greedy_return")
         score = environment.get("score")
         scores = _column([seed[score] for seed in seeds], "greedy") if score else np.zeros((0, 1))
-        trained, usual = (_column(x, "training_return") for x in (seeds, usual))
+        trained, compared = (_column(x, "training_return") for x in (seeds, baseline))
         at_random = environment.get("random_return")
         digits = 1 if np.abs(np.concatenate([trained, greedy])).max(initial=0) >= 10 else 2
         rows.append(
@@ -102,7 +101,7 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 estimate(greedy, digits),
                 ", ".join(f"{value:.{digits}f}" for value in greedy[:, 0]),
                 f"{score}: {estimate(scores, digits=2)}" if score else "",
-                _paired(trained, usual, digits) if compared else "",
+                "" if baseline is seeds else _paired(trained, compared, digits),
                 _references(references, name),
             ]
         )

@@ -164,8 +164,9 @@ def grid_cnn(
 ) -> Sequential:
     """`minatar_cnn` over one-hot cells, for images whose numbers name things.
 
-    Such are MiniGrid's: a cell has an object, a color and a state, each one of at most 11. As
-    quantities, a key would be between a door and a ball.
+    Such are MiniGrid's: a cell has an object, a color and a state, each below 11 (its own
+    `OneHotPartialObsWrapper` does the same). As quantities, a key would be between a door and a
+    ball. `num_categories`: how many things a number can name; larger ones become zeros.
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=3)
     first: list[AbstractLayer] = [ChannelsLast()] if channels_first else []
