@@ -131,8 +131,13 @@ SUITES = {
     ),
     "exploration": Suite(
         [
-            [f"env={env}", f"agent.exploration={name}"]
-            for env in ("acrobot", "mountain_car")
+            [*task, f"agent.exploration={name}"]
+            for task in (
+                ["env=acrobot"],
+                ["env=mountain_car"],
+                ["env=minatar", "env.name=Breakout-MinAtar", "total_steps=1_000_000"],
+                ["env=minatar", "env.name=Asterix-MinAtar", "total_steps=1_000_000"],
+            )
             for name in ("epsilon_greedy", "lane_epsilons", "boltzmann", "ez_greedy")
         ]
     ),
