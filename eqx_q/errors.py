@@ -54,6 +54,13 @@ def explained(problem: str) -> Iterator[None]:
         raise UsageError(f"{problem}: {error}") from error
 
 
+def check_whole(*, least: int = 1, **numbers: Any) -> None:
+    """Raises `UsageError` for a number that is not whole, or below `least`."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise UsageError(f"{name} must be a whole number of at least {least}, got {number!r}")
+
+
 def in_words(options: Mapping[str, Any]) -> str:
     """Options as messages tell them."""
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

@@ -142,6 +142,13 @@ def of_actions(space: gymnasium.Space) -> Leaf:
             f"actions of a Box are cut into bins, and {space} has no bounds: wrap the environment "
             "in gymnasium.wrappers.RescaleAction"
         )
+    if isinstance(space, Box):
+        low, high = space.low.astype(float), space.high.astype(float)
+        if np.any(high - low > np.finfo(np.float32).max):
+            raise UsageError(
+                f"the bounds of {space} are further apart than float32 can tell: wrap the "
+                "environment in gymnasium.wrappers.RescaleAction"
+            )
     assert isinstance(space, Leaf)
     if not math.prod(space.shape or ()):
         raise UsageError(f"there is nothing to choose in actions of {space}")
@@ -217,8 +224,8 @@ def leading_axes(space: gymnasium.Space, obs: Observation) -> tuple[int, ...]:
         if tuple(x.shape) != (*axes, *own):
             what = f"obs['{path}']" if path else "obs"
             raise UsageError(
-                f"{what} has shape {tuple(x.shape)}; its space has shape {own}, before which may "
-                "stand lanes"
+                f"{what} has shape {tuple(x.shape)}: it must end with its space's shape {own}, "
+                "after any lane axes"
             )
         if found is not None and axes != found:
             raise UsageError(

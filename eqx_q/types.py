@@ -43,8 +43,7 @@ class TimeStep(eqx.Module):
     first observation of the new episode with `first`, a reward of 0 and both flags down. The
     transition into a `first` timestep never happened, and must be masked out of learning.
 
-    `global_state` is what a team's environment shows to learning and to no agent, where it has
-    such a thing.
+    `global_state`: a team's state, seen in training only; `None` where the suite has none.
     """
 
     obs: Observation

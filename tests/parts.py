@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eqx_q import spaces
-from eqx_q.agents import Agent, Batches
+from eqx_q.agents import Agent, Batches, hyperparameters
 from eqx_q.agents.parts import Part
 
 
@@ -47,6 +47,18 @@ class Parted(Agent):
 
     def act(self, obs, memory=None, **options):
         raise AssertionError("it is only asked to learn")
+
+    def with_schedule(self, steps):
+        return self
+
+    def hyperparameters(self):
+        return hyperparameters.leaves(self)
+
+    def with_hyperparameters(self, values):
+        return hyperparameters.replace(self, values)
+
+    def measure(self, fn, rollout):
+        return fn(rollout)
 
     def update(self, experience, *, key):
         obs = experience.timesteps.obs

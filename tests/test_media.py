@@ -93,6 +93,18 @@ class Counter(Agent):
     def update(self, rollout, *, key):
         return self, {}
 
+    def with_schedule(self, steps):
+        return self
+
+    def hyperparameters(self):
+        return {}
+
+    def with_hyperparameters(self, values):
+        raise AssertionError("it has none")
+
+    def measure(self, fn, rollout):
+        return fn(rollout)
+
 
 @pytest.fixture
 def agent_and_env():

@@ -122,6 +122,8 @@ class Whim(Agent):
     def update(self, experience, *, key):
         raise AssertionError("it is only asked to act")
 
+    with_schedule = hyperparameters = with_hyperparameters = measure = update
+
     @classmethod
     def of(cls, env):
         """For an environment."""

@@ -1,6 +1,7 @@
 """From observations to decisions: what every agent that computes Q-values has in common."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,8 @@ from .. import spaces
 from ..errors import UsageError
 from ..nets import AbstractQNetwork
 from ..spaces import Leaf
-from ..types import AnyArray, Decision, Memory, Observation, Scalar
+from ..types import AnyArray, Decision, Memory, Observation, Rollout, Scalar
+from . import hyperparameters
 from .actions import Actions, Bins
 from .agent import Agent
 from .exploration import AbstractExploration
@@ -102,9 +104,7 @@ class QAgent(Agent):
         obs = spaces.cast(space, spaces.select(space, obs))
         lanes = self._lanes(obs)
         rows = math.prod(lanes)
-        if memory is None:
-            memory = self.initial_memory(rows // (self.num_agents or 1))
-        self._check_memory(memory, rows)
+        memory = self._checked_memory(memory, rows)
         _check_mask(action_mask, (*lanes, actions.num_choices))
 
         def of_rows(x: Any) -> Array | None:
@@ -112,16 +112,16 @@ class QAgent(Agent):
                 return None
             x = jnp.asarray(x)
             x = x if x.shape == lanes else jnp.broadcast_to(x[..., None], lanes)
-            return x.reshape(rows)
+            return x.reshape(1, rows)
 
         starts, model = of_rows(first), self.model
         output = model.compute(
             self.statistics,
             () if memory is None else memory.network,
             spaces.as_rows(space, obs, 1, rows),
-            first=_step(starts),
+            first=starts,
             last_action=None if memory is None else memory.last_action[None],
-            last_reward=_step(of_rows(reward)),
+            last_reward=of_rows(reward),
         )
         mask = None if action_mask is None else jnp.reshape(action_mask, (rows, -1))
         q_values = model.q_values(output.values[0], mask)
@@ -133,6 +133,7 @@ class QAgent(Agent):
             is_legal = actions.legal(mask)
             if is_legal is not None:  # of every row, which draws its own
                 is_legal = jnp.broadcast_to(is_legal, q_values.shape)
+            starts = None if starts is None else starts[0]
             index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
         action = actions.decode(index)
         value = jnp.mean(jnp.max(q_values, axis=-1), axis=-1)
@@ -154,21 +155,39 @@ class QAgent(Agent):
             )
         return lanes
 
-    def _check_memory(self, memory: Memory, rows: int) -> None:
-        expected = self.initial_memory(rows // (self.num_agents or 1))
-        if expected is None:
-            return
-        shape = (rows, self.actions.num_factors)
-        if not isinstance(memory, AgentMemory) or memory.last_action.shape != shape:
+    def hyperparameters(self) -> dict[str, Shaped[Array, "*S"]]:
+        """See `Agent`."""
+        return hyperparameters.leaves(self)
+
+    def with_hyperparameters(
+        self, values: Mapping[str, Scalar | Shaped[AnyArray, "*S"]]
+    ) -> "QAgent":
+        """See `Agent`."""
+        return hyperparameters.replace(self, values)
+
+    def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
+        """See `Agent`."""
+        return fn(rollout)
+
+    def _checked_memory(self, memory: Memory, rows: int) -> Memory:
+        """The memory that is given, or else that of an episode's start.
+
+        **Raises:** `UsageError` where it is not of this agent, or of so many rows.
+        """
+        num_lanes = rows // (self.num_agents or 1)
+        start = self.initial_memory(num_lanes)
+        if memory is None:
+            return start
+        if _shapes(memory) != _shapes(start):
             raise UsageError(
-                f"memory does not match {rows // (self.num_agents or 1)} lanes of this agent: give "
-                "what agent.initial_memory or the decision before gave"
+                f"memory does not match {num_lanes} lanes of this agent: give what "
+                "agent.initial_memory or the decision before gave"
             )
+        return memory
 
 
-def _step(x: Shaped[Array, "R ..."] | None) -> Shaped[Array, "1 R ..."] | None:
-    """One step of rows, as a network takes it."""
-    return None if x is None else x[None]
+def _shapes(memory: Memory) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(memory), [jnp.shape(x) for x in jax.tree.leaves(memory)]
 
 
 def _check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> None:

@@ -77,22 +77,19 @@ class Actions(eqx.Module):
 
     @property
     def is_rounded(self) -> bool:
-        """Whether `encode` takes the nearest of more actions than there are choices."""
+        """Whether `encode` rounds: the space has more actions than there are choices."""
         return isinstance(self.space, Box)
 
     def decode(self, index: Int[Array, "*lanes F"]) -> Shaped[Array, "*lanes_and_action"]:
         """The action that makes these choices, as the environment takes it."""
         lanes, space = index.shape[:-1], self.space
-        if isinstance(space, Discrete):
-            return index[..., 0] + int(space.start)
         if isinstance(space, Box):
             low, step, _ = self._bins()
             high = space.high.reshape(-1).astype(np.float32)
             is_last = index == np.asarray(self.choices) - 1
             action = jnp.where(is_last, high, low + step * index)  # exactly, whatever is rounded
             return action.reshape(*lanes, *space.shape)
-        start = space.start.reshape(-1) if isinstance(space, MultiDiscrete) else 0
-        return (index + jnp.asarray(start, index.dtype)).reshape(*lanes, *(space.shape or ()))
+        return (index + self._starts).reshape(*lanes, *(space.shape or ()))
 
     def encode(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Int[Array, "*lanes F"]:
         """The choices that an action makes; of a `Box` the nearest bins."""
@@ -104,11 +101,7 @@ class Actions(eqx.Module):
             low, _, width = self._bins()
             index = jnp.round((action - low) / width).astype(jnp.int32)
             return jnp.clip(index, 0, jnp.asarray(self.choices) - 1)
-        if isinstance(space, Discrete):
-            start = int(space.start)
-        else:
-            start = space.start.reshape(-1) if isinstance(space, MultiDiscrete) else 0
-        return action.astype(jnp.int32) - jnp.asarray(start, jnp.int32)
+        return action.astype(jnp.int32) - self._starts
 
     def rounding(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Float[Array, "*lanes"]:
         """How far an action is from the one that `encode` makes of it: root mean square.
@@ -159,8 +152,16 @@ class Actions(eqx.Module):
         place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
         return jnp.take_along_axis(x, place[..., None], axis=-2)
 
+    @property
+    def _starts(self) -> Int[np.ndarray, "#F"]:
+        """What the environment calls the first choice of each factor."""
+        return np.reshape(getattr(self.space, "start", 0), -1).astype(np.int32)
+
     def _bins(self) -> tuple[Float[np.ndarray, " F"], ...]:
-        """The first bin of each dimension, the step to the next, and what that is to divide by."""
+        """Of each dimension: the lowest bin, the distance between bins, and a nonzero divisor.
+
+        The divisor is that distance, or 1 where it is 0.
+        """
         assert isinstance(self.space, Box)
         low = self.space.low.reshape(-1).astype(np.float32)
         high = self.space.high.reshape(-1).astype(np.float32)

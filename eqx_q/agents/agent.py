@@ -21,12 +21,11 @@ from ..types import (
     TimeStep,
     Transitions,
 )
-from . import hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """Of an agent that learns from what it has just done: the rollouts that an update takes.
+    """Online learning: the rollouts that one update takes.
 
     **Fields:**
 
@@ -47,13 +46,13 @@ class Rollouts:
 
     @property
     def shared(self) -> tuple[int, str]:
-        """Of what devices that share one agent must have equally much, and its name."""
+        """What devices that share one agent divide equally: how many, and the option's name."""
         return self.lane_groups, "lane_groups"
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Of an agent that learns from recorded data: the batches that an update takes.
+    """Offline learning: the batches that one update takes.
 
     They are `Transitions`, or where there is a `sequence_length` a `Rollout` with a lane for each
     sequence.
@@ -103,11 +102,6 @@ class Agent(eqx.Module):
     learns_from: AbstractVar[Rollouts | Batches]
     learnt: AbstractVar[UInt[Array, "*S"]]
 
-    @property
-    def name(self) -> str:
-        """For messages: its class, in a population that of the members."""
-        return type(self).__name__
-
     @abc.abstractmethod
     def initial_memory(self, num_envs: int) -> Memory:
         """Memory for `num_envs` lanes at the start of an episode; `None` without memory."""
@@ -151,26 +145,26 @@ class Agent(eqx.Module):
         of each item.
         """
 
+    @abc.abstractmethod
     def with_schedule(self, steps: Float[Array, "*S"]) -> "Agent":
         """The same agent with schedules over so many lane-steps, unless its creator has set them.
 
         An agent without schedules is the same as before.
         """
-        return self
 
+    @abc.abstractmethod
     def hyperparameters(self) -> dict[str, Shaped[Array, "*S"]]:
         """By their path: see `eqx_q.agents.hyperparameters`."""
-        return hyperparameters.leaves(self)
 
+    @abc.abstractmethod
     def with_hyperparameters(
         self, values: Mapping[str, Scalar | Shaped[AnyArray, "*S"]]
     ) -> "Agent":
         """The same agent with other hyperparameters: see `eqx_q.agents.hyperparameters.replace`."""
-        return hyperparameters.replace(self, values)
 
+    @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
-        return fn(rollout)
 
 
 def decide(

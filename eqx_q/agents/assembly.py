@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import spaces
-from ..errors import UsageError, explained
+from ..errors import UsageError, check_whole, explained
 from ..nets import AbstractQNetwork, Inputs, NetworkOutput, as_network, make_network
 from ..nets.parameters import split_parameters
 from ..types import Observation
@@ -58,6 +58,7 @@ def make_parts(
 
     **Raises:** `UsageError` for spaces, names, options or sizes that cannot work together.
     """
+    check_whole(num_agents=1 if num_agents is None else num_agents)
     observation_space = spaces.of_observations(observation_space)
     actions = Actions(spaces.of_actions(action_space), as_bins(bins))
     value = make_value(value)
@@ -104,6 +105,16 @@ def make_parts(
         "bins": actions.bins,
         "num_agents": num_agents,
     }
+
+
+def check_burn_in(burn_in: int, has_memory: bool) -> None:
+    """Raises `UsageError` for what is no number of steps, or for a network without memory."""
+    check_whole(burn_in=burn_in, least=0)
+    if burn_in and not has_memory:
+        raise UsageError(
+            f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or choose "
+            "a memory (network_options.memory)"
+        )
 
 
 def check_together(value: AbstractValue, mixer: AbstractMixer) -> None:

@@ -19,25 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ..errors import UsageError
+from ..errors import UsageError, check_whole
 from ..types import Scalar
 from .hyperparameters import check_ranges
 from .parts import Part, make_part
-
-
-def legal(
-    q_values: Float[Array, "*lanes A"], action_mask: Bool[Array, "*lanes A"] | None
-) -> Float[Array, "*lanes A"]:
-    """Q-values with illegal actions at -inf.
-
-    Where nothing is legal (games say so when they are over) everything is: values stay finite. With
-    an axis of factors before that of choices this holds of each factor. Choices that only fill up a
-    factor, and whose values are -inf already, remain so.
-    """
-    if action_mask is None:
-        return q_values
-    over = ~jnp.any(action_mask, axis=-1, keepdims=True)
-    return jnp.where(action_mask | over, q_values, -jnp.inf)
 
 
 def epsilon_greedy(
@@ -48,7 +33,7 @@ def epsilon_greedy(
 ) -> Int[Array, "*lanes"]:
     """With probability `epsilon` an action drawn uniformly from the legal ones, else the best.
 
-    `q_values` of illegal actions must be -inf already (see `legal`).
+    `q_values` of illegal actions must be -inf already (see `Model.q_values`).
     """
     *lanes, num_actions = q_values.shape
     greedy = jnp.argmax(q_values, axis=-1)
@@ -65,7 +50,7 @@ def epsilon_greedy(
 
 def _uniform(key: PRNGKeyArray, is_legal: Bool[Array, "*lanes A"]) -> Int[Array, "*lanes"]:
     """An action drawn uniformly from the legal ones."""
-    return jnp.argmax(legal(jax.random.uniform(key, is_legal.shape), is_legal), axis=-1)
+    return jnp.argmax(jnp.where(is_legal, jax.random.uniform(key, is_legal.shape), -1.0), axis=-1)
 
 
 class AbstractExploration(Part):
@@ -97,7 +82,7 @@ class AbstractExploration(Part):
         - `epsilon`: the probability with which each factor explores.
         - `memory`: from `initial_memory`, or from the call before.
         - `first`: where an episode starts: what is remembered of the one before is forgotten.
-        - `is_legal`: where `q_values` are not -inf; `None`: they are so nowhere, which is cheaper.
+        - `is_legal`: the choices that may be drawn; `None` if all may, which is cheaper.
 
         **Returns:** the index of what each factor chooses, and what to remember.
         """
@@ -217,10 +202,7 @@ class EpsilonZGreedy(AbstractExploration):
 
     def __check_init__(self):
         check_ranges({"exploration.mu": self.mu})
-        if not isinstance(self.max_duration, int) or self.max_duration < 1:
-            raise UsageError(
-                f"max_duration must be a whole number of at least 1, got {self.max_duration!r}"
-            )
+        check_whole(max_duration=self.max_duration)
 
     def initial_memory(self, num_rows: int, num_factors: int = 1) -> Repeating:
         none = jnp.zeros((num_rows, num_factors), jnp.int32)

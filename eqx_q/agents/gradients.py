@@ -19,21 +19,20 @@ def descend(
     learning_rate: Scalar,
     max_grad_norm: Scalar,
     *arguments: Any,
-) -> tuple[PyTree[Array], PyTree[Array], Any]:
+) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array], dict[str, Array]]:
     """One step down the gradient of `loss(parameters, *arguments)`.
 
-    **Arguments:** `loss` gives, beside itself, `(told, metrics, scale)`: whatever it has to tell,
-    named metrics, and a factor for gradients and metrics or `None`.
+    **Arguments:** `loss` returns its value and `(statistics, metrics, scale)`. Gradients and
+    metrics are multiplied by `scale`.
 
-    **Returns:** parameters, the optimiser's state, and `(told, metrics)` with `grad_norm`.
+    **Returns:** parameters, the optimiser's state, statistics, and metrics with `grad_norm`.
     """
-    gradients, (told, metrics, scale) = jax.grad(loss, has_aux=True)(parameters, *arguments)
-    if scale is not None:
-        gradients, metrics = jax.tree.map(lambda x: scale * x, (gradients, metrics))
+    gradients, (statistics, metrics, scale) = jax.grad(loss, has_aux=True)(parameters, *arguments)
+    gradients, metrics = jax.tree.map(lambda x: scale * x, (gradients, metrics))
     gradients, metrics["grad_norm"] = clip_by_global_norm(gradients, max_grad_norm)
     updates, optimizer_state = optimizer.step(gradients, optimizer_state, parameters, learning_rate)
     parameters = jax.tree.map(jnp.add, parameters, updates)
-    return parameters, optimizer_state, (told, metrics)
+    return parameters, optimizer_state, statistics, metrics
 
 
 def clip_by_global_norm(

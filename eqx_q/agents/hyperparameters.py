@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -88,9 +89,11 @@ def replace(agent: _Agent, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]
     population, or each gets its own.
 
     **Raises:** `UnknownNameError` for a path that there is not, `UsageError` for a value that does
-    not fit.
+    not fit, or outside its range.
     """
     new = [_like(get(agent, path), value, path) for path, value in values.items()]
+    for path, value in values.items():
+        _check_range(path, value)
     return eqx.tree_at(lambda agent: [leaves(agent)[path] for path in values], agent, new)
 
 
@@ -110,13 +113,17 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     **Raises:** `UsageError` for what is no number, or outside its range.
     """
     for path, value in values.items():
-        if isinstance(value, Tracer):
-            continue
-        if not is_number(value):
+        if not isinstance(value, Tracer) and not is_number(value):
             raise UsageError(f"{path}={value}: give a number")
-        low, high = range_of(path)
-        if not low <= float(value) <= high:
-            raise UsageError(f"{path}={value} makes no sense: choose it from {low:g} to {high:g}")
+        _check_range(path, value)
+
+
+def _check_range(path: str, value: Any) -> None:
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return  # its value is not known here
+    (low, high), numbers = range_of(path), np.asarray(value)
+    if not np.all((low <= numbers) & (numbers <= high)):
+        raise UsageError(f"{path}={value} makes no sense: choose it from {low:g} to {high:g}")
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Mixers: what the agents of a team learn together.
 
-A mixer makes `K` values of those of `M` agents: one for the team, or one for each. An agent on its
-own is a team of one. To add one: a class here, and a line in `MIXERS`.
+A mixer turns the values of `M` agents into `K`: one for the team, or one for each agent. An agent
+on its own is a team of one. To add one: a class here, and a line in `MIXERS`.
 """
 
 import abc
@@ -13,11 +13,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractClassVar
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..errors import check_whole
 from ..nets.layers import AbstractLayer, Activation, Linear, Sequential
-from ..types import AnyArray, TimeStep
-from .checks import check_sizes
+from ..types import AnyArray
 from .parts import make_part
 
 
@@ -26,7 +26,8 @@ class AbstractMixer(eqx.Module):
 
     Its inexact arrays are parameters, trained with those of the network.
 
-    **Attributes:** `is_joint`: whether all agents make one value; else each is regressed alone.
+    **Attributes:** `is_joint`: whether `K` is 1, a value of the team that learns from the team's
+    reward; else each agent's value learns from its own.
     """
 
     is_joint: AbstractClassVar[bool]
@@ -38,14 +39,6 @@ class AbstractMixer(eqx.Module):
         global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes K"]:
         """Mixes values of actions, chosen or best; those of agents that do not act are 0."""
-
-    @abc.abstractmethod
-    def reward(self, timestep: TimeStep) -> Float[Array, "*lanes K"]:
-        """What each mixed value is to predict the sum of (`K` may be 1 for all alike)."""
-
-    @abc.abstractmethod
-    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes K"]:
-        """Which mixed values there is something to learn of, given which agents acted."""
 
 
 class Independent(AbstractMixer):
@@ -60,29 +53,11 @@ class Independent(AbstractMixer):
     ) -> Float[Array, "*lanes M"]:
         return values
 
-    def reward(self, timestep: TimeStep) -> Float[Array, "*lanes K"]:
-        if timestep.agent_reward is None:
-            return jnp.asarray(timestep.reward)[..., None]
-        return jnp.asarray(timestep.agent_reward)
 
-    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes M"]:
-        return jnp.asarray(acting)
-
-
-class AbstractJointMixer(AbstractMixer):
-    """A mixer of all agents' values into one, which predicts the team's reward."""
+class VDN(AbstractMixer):
+    """Value decomposition (Sunehag et al. 2017): the team's Q is the sum of its agents'."""
 
     is_joint: ClassVar[bool] = True
-
-    def reward(self, timestep: TimeStep) -> Float[Array, "*lanes 1"]:
-        return jnp.asarray(timestep.reward)[..., None]
-
-    def acts(self, acting: Bool[AnyArray, "*lanes M"]) -> Bool[Array, "*lanes 1"]:
-        return jnp.any(acting, axis=-1, keepdims=True)
-
-
-class VDN(AbstractJointMixer):
-    """Value decomposition (Sunehag et al. 2017): the team's Q is the sum of its agents'."""
 
     def mix(
         self,
@@ -92,7 +67,7 @@ class VDN(AbstractJointMixer):
         return jnp.sum(values, axis=-1, keepdims=True)
 
 
-class QMIX(AbstractJointMixer):
+class QMIX(AbstractMixer):
     """A monotone mixing network (Rashid et al. 2018, arXiv 1803.11485, §4).
 
     The team's Q is that of a network of two layers, with ELU between them, whose inputs are the
@@ -105,6 +80,8 @@ class QMIX(AbstractJointMixer):
     which it could be told again. Parameters start as in PyMARL, the authors' code: uniform within
     `1 / sqrt(inputs)`, biases too.
     """
+
+    is_joint: ClassVar[bool] = True
 
     first_weight: AbstractLayer
     first_bias: AbstractLayer
@@ -133,7 +110,7 @@ class QMIX(AbstractJointMixer):
         sizes = {"num_agents": num_agents, "state_size": state_size, "embed_size": embed_size}
         if hypernetwork_size is not None:
             sizes["hypernetwork_size"] = hypernetwork_size
-        check_sizes(sizes)
+        check_whole(**sizes)
         keys = jax.random.split(key, 4)
         hidden = [] if hypernetwork_size is None else [hypernetwork_size]
         self.first_weight = _mlp([state_size, *hidden, num_agents * embed_size], keys[0])

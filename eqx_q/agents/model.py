@@ -51,7 +51,7 @@ class Model(eqx.Module):
     observation_space: spaces.Space = eqx.field(static=True)
 
     def having(self, network: AbstractQNetwork, mixer: AbstractMixer) -> "Model":
-        """The same with other trained parts."""
+        """The same model with this network and mixer."""
         return dataclasses.replace(self, network=network, mixer=mixer)
 
     def compute(
@@ -73,6 +73,20 @@ class Model(eqx.Module):
                 last_reward = jnp.where(first, 0.0, last_reward)
         inputs = Inputs(obs, first, last_action, last_reward, batch_mask)
         return self.network(inputs, statistics, memory)
+
+    def evaluate(
+        self,
+        statistics: PyTree[Array],
+        obs: Observation,
+        acting: Bool[Array, "*lanes M"] | None = None,
+    ) -> Unrolled:
+        """Raw values `[*lanes, M, A, K]` of observations that stand by themselves: no memory."""
+        lengths = spaces.leading_axes(self.observation_space, obs)
+        mask = None if acting is None else acting.reshape(1, -1)
+        rows = spaces.as_rows(self.observation_space, obs, 1, -1)
+        output = self.network(Inputs(rows, batch_mask=mask), statistics, ())
+        values = output.values.reshape(*lengths, *output.values.shape[2:])
+        return Unrolled(values, output.memory, output.statistics, output.features)
 
     def unroll(
         self,
@@ -135,13 +149,10 @@ class Model(eqx.Module):
     ) -> Float[Array, "*lanes L"]:
         """Samples of the best legal action's return: by its own Q-values, or a `chooser`'s."""
         q_values = self.q_values(values, action_mask)
-        if chooser is None and self.predicts_means:  # then nothing but the maximum is needed
+        if chooser is None and self.value.num_samples == 1:  # nothing but the maximum is needed
             return jnp.mean(jnp.max(q_values, axis=-1), axis=-1, keepdims=True)
         index = jnp.argmax(q_values if chooser is None else chooser, axis=-1)
-        raw = self.of_action(values, index)
-        if self.predicts_means:
-            return self.value.expected(raw)[..., None]
-        return self.value.samples(raw)
+        return self.value.samples(self.of_action(values, index))
 
     def mixed_samples(
         self, samples: Float[Array, "*lanes M L"], timesteps: TimeStep
@@ -166,6 +177,16 @@ class Model(eqx.Module):
         chosen = jnp.where(acting, self.value.expected(raw), 0.0)
         return Predictions(*self.value.of_means(self.mixer.mix(chosen, global_state)))
 
+    def reward(self, timesteps: TimeStep) -> Float[Array, "*lanes P"]:
+        """The reward of each prediction: the team's, or each agent's own (one for all alike)."""
+        if self.mixer.is_joint or timesteps.agent_reward is None:
+            return jnp.asarray(timesteps.reward)[..., None]
+        return jnp.asarray(timesteps.agent_reward)
+
+    def acts(self, acting: Bool[Array, "*lanes M"]) -> Bool[Array, "*lanes P"]:
+        """Which predictions count, given which agents act: a team's while any agent does."""
+        return jnp.any(acting, axis=-1, keepdims=True) if self.mixer.is_joint else acting
+
     def global_state(self, timesteps: TimeStep) -> Float[Array, "*lanes S"] | None:
         """What a joint mixer sees: the environment's state, or all observations side by side."""
         if not self.mixer.is_joint:
@@ -175,11 +196,6 @@ class Model(eqx.Module):
         axes = spaces.leading_axes(self.observation_space, timesteps.obs)[:-1]
         leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(timesteps.obs)]
         return jnp.concatenate([x.reshape(*axes, -1) for x in leaves], axis=-1)
-
-    @property
-    def predicts_means(self) -> bool:
-        """Whether a target is one number, formed of expected values."""
-        return self.mixer.is_joint or self.value.num_samples == 1
 
 
 def state_size(space: spaces.Space, num_agents: int | None) -> int:

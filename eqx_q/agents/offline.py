@@ -13,11 +13,12 @@ import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
+import optax
 from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt
 
-from ..errors import UsageError
-from ..nets import AbstractQNetwork, Inputs
+from ..errors import UsageError, check_whole
+from ..nets import AbstractQNetwork
 from ..nets.parameters import split_parameters
 from ..returns import n_step, n_step_sequence
 from ..spaces import Leaf, Space
@@ -25,8 +26,7 @@ from ..types import AnyArray, Rollout, Scalar, Transitions
 from .acting import QAgent
 from .actions import Bins
 from .agent import Batches
-from .assembly import Choice, make_parts
-from .checks import check_sizes
+from .assembly import Choice, check_burn_in, make_parts
 from .exploration import AbstractExploration
 from .gradients import descend
 from .hyperparameters import check_ranges
@@ -34,7 +34,7 @@ from .mixers import AbstractMixer
 from .model import Model
 from .optimizers import OPTIMIZERS, Optimizer
 from .parts import with_default
-from .regression import Items, acting_in, average, fit, outcome
+from .regression import Items, average, fit, items_of, outcome
 from .sequences import as_team, part, unroll, warmed_up
 from .values import VALUES, AbstractValue
 
@@ -168,7 +168,9 @@ class OfflineQ(QAgent):
             "n_step": n_step,
             "target_update_period": target_update_period,
         }
-        check_sizes(sizes | {"num_agents": 1 if num_agents is None else num_agents})
+        check_whole(**sizes)
+        if not isinstance(double, bool):
+            raise UsageError(f"double={double!r}: give true or false")
         traced: dict[str, Any] = {
             "learning_rate": learning_rate,
             "max_grad_norm": max_grad_norm,
@@ -197,14 +199,8 @@ class OfflineQ(QAgent):
         if sequence_length is None and (has_memory or num_agents is not None):
             sequence_length = 32 if has_memory else 1
         if sequence_length is not None:
-            check_sizes({"sequence_length": sequence_length})
-        if burn_in and not has_memory:
-            raise UsageError(
-                f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or "
-                "choose a memory (network_options.memory)"
-            )
-        if not isinstance(burn_in, int) or burn_in < 0:
-            raise UsageError(f"burn_in={burn_in} must be a whole number of at least 0")
+            check_whole(sequence_length=sequence_length)
+        check_burn_in(burn_in, has_memory)
         parameters, rest = split_parameters((parts["network"], parts["mixer"]))
         target_network, target_mixer = eqx.combine(jax.tree.map(jnp.copy, parameters), rest)
         return cls(
@@ -255,7 +251,7 @@ class OfflineQ(QAgent):
         else:
             loss, batch = self._transition_loss, (experience, self._items(experience))
         parameters, rest = split_parameters((self.network, self.mixer))
-        parameters, optimizer_state, ((statistics, priority), metrics) = descend(
+        parameters, optimizer_state, statistics, metrics = descend(
             loss,
             parameters,
             self.optimizer,
@@ -266,11 +262,9 @@ class OfflineQ(QAgent):
             *batch,
         )
         num_updates = self.num_updates + 1
-        is_due = num_updates % self.target_update_period == 0
         targets, target_rest = split_parameters((self.target_network, self.target_mixer))
-        targets = jax.lax.cond(
-            is_due, lambda new, old: new, lambda new, old: old, parameters, targets
-        )
+        period = self.target_update_period
+        targets: Any = optax.periodic_update(parameters, targets, num_updates, period)
         network, mixer = eqx.combine(parameters, rest)
         target_network, target_mixer = eqx.combine(targets, target_rest)
         agent = dataclasses.replace(
@@ -283,7 +277,7 @@ class OfflineQ(QAgent):
             optimizer_state=optimizer_state,
             num_updates=num_updates,
         )
-        return agent, metrics | {"priority": priority}
+        return agent, metrics
 
     @property
     def target_model(self) -> Model:
@@ -292,11 +286,10 @@ class OfflineQ(QAgent):
 
     def _items(self, batch: Transitions) -> Items:
         """What is learnt from transitions, each a team of one."""
-        obs = jax.tree.map(lambda x: x[None], batch.next_obs)
-        values = self.target_network(Inputs(obs), self.statistics, ()).values[0]
+        values = self.target_model.evaluate(self.statistics, batch.next_obs).values
         mask, chooser = batch.next_action_mask, None
         if self.double:
-            own = self.network(Inputs(obs), self.statistics, ()).values[0]
+            own = self.model.evaluate(self.statistics, batch.next_obs).values
             chooser = self.model.q_values(own, mask)
         samples = self.target_model.samples(values, mask, chooser)
         reward, length, terminated = (
@@ -324,18 +317,9 @@ class OfflineQ(QAgent):
             own = warmed_up(self.model, self.statistics, rollout, self.burn_in)
             chooser = self.model.q_values(unroll(self.model, self.statistics, own).values, mask)
         samples = model.samples(unroll(model, self.statistics, there).values, mask, chooser)
-        reward, terminated, truncated, next_value = outcome(
-            model, samples, there.timesteps, self.reward_scale
-        )
-        target = n_step_sequence(
-            reward, terminated, truncated, next_value, discount=self.discount, n=self.n_step
-        )
-        items = Items(
-            index=self.actions.encode(there.actions),
-            target=target,
-            acting=acting_in(there),
-            global_state=self.model.global_state(jax.tree.map(lambda x: x[:-1], there.timesteps)),
-        )
+        steps = outcome(model, samples, there.timesteps, self.reward_scale)
+        target = n_step_sequence(*steps, discount=self.discount, n=self.n_step)
+        items = items_of(self.model, there, target)
         length = len(target) - (self.n_step - 1)
         if length < 1:
             raise UsageError(
@@ -347,29 +331,24 @@ class OfflineQ(QAgent):
     def _transition_loss(self, parameters, rest, batch: Transitions, items: Items):
         """The loss of transitions."""
         model = self.model.having(*eqx.combine(parameters, rest))
-        inputs = Inputs(
-            jax.tree.map(lambda x: x[None], batch.obs),
-            batch_mask=jnp.ones((1, len(items.acting)), bool),
-        )
-        output = model.network(inputs, self.statistics, ())
-        values = output.values[0][:, None]
-        mask = None if batch.action_mask is None else jnp.asarray(batch.action_mask)[:, None]
-        loss, metrics, priority = self._loss(model, values, items, batch.weight, mask)
+        output = model.evaluate(self.statistics, batch.obs, items.acting)
+        values = output.values[:, None]
+        mask = None if batch.action_mask is None else batch.action_mask[:, None]
+        loss, metrics = self._loss(model, values, items, batch.weight, mask)
         metrics |= self._told(output.features, batch.action)
-        return loss, ((output.statistics, priority), metrics, None)
+        return loss, (output.statistics, metrics, 1.0)
 
     def _sequence_loss(self, parameters, rest, rollout: Rollout, items: Items):
         """The loss of sequences."""
         model = self.model.having(*eqx.combine(parameters, rest))
         there = warmed_up(model, self.statistics, rollout, self.burn_in)
         learnt = part(there, slice(len(items.acting)), there.memory)
-        index = learnt.actions if learnt.memory is None else learnt.actions[:-1]
-        steps = dataclasses.replace(learnt, actions=index)
+        steps = dataclasses.replace(learnt, actions=learnt.actions[:-1])
         unrolled = unroll(model, self.statistics, steps, items.acting)
         mask = learnt.timesteps.action_mask
-        loss, metrics, priority = self._loss(model, unrolled.values, items, rollout.weight, mask)
+        loss, metrics = self._loss(model, unrolled.values, items, rollout.weight, mask)
         metrics |= self._told(unrolled.features, learnt.actions)
-        return loss, ((unrolled.statistics, priority), metrics, None)
+        return loss, (unrolled.statistics, metrics, 1.0)
 
     def _loss(
         self,
@@ -378,7 +357,7 @@ class OfflineQ(QAgent):
         items: Items,
         importance: Float[AnyArray, " B"] | None,
         action_mask: Bool[AnyArray, "*steps B M A"] | None,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, " B"]]:
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
         """The mean loss of a batch, metrics, and the absolute TD error of each of its items."""
         losses, real, metrics = fit(model, values, items)
         scale = 1.0 if importance is None else importance[:, None]
@@ -400,8 +379,8 @@ class OfflineQ(QAgent):
         told = {"loss": loss, **average(weight, metrics), **average(acting, of_agents)}
         error = jnp.where(real, metrics["td_error"], 0.0)
         axes = (*range(real.ndim - 2), real.ndim - 1)  # all but that of items
-        priority = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
-        return loss, told, priority
+        told["priority"] = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
+        return loss, told
 
     def _told(self, features: Float[Array, "T R H"] | None, action: AnyArray) -> dict[str, Array]:
         """What else is to be seen of a batch."""

@@ -30,7 +30,8 @@ def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-# Those need a loss or a key at each step, or take their rate at the start; one is deprecated.
+# They need the loss or a key at each step, or fix their rate when created; `optimistic_adam` is
+# deprecated.
 _OTHERS = {"lbfgs", "noisy_sgd", "rprop", "optimistic_adam"}
 
 

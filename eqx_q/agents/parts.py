@@ -31,8 +31,8 @@ def make_part(
     Options that are `None` keep their default.
 
     **Arguments:** `kind`: what messages call it; `base`: the class of all such parts; `known`: how
-    to make those that have a name; `context`: what the agent knows: each maker is given what it has
-    a parameter for.
+    to make those that have a name; `context`: arguments that the agent supplies; each maker gets
+    those that it has a parameter for.
 
     **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for what
     an option cannot be.
@@ -66,7 +66,9 @@ def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[s
 def check_options(
     kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
 ) -> None:
-    """Raises `UnknownNameError` for an option that is not known, `UsageError` for no switch."""
+    """Raises `UnknownNameError` for an option that is not known, `UsageError` where a switch
+    is neither true nor false.
+    """
     for option, value in options.items():
         if option not in known:
             raise UnknownNameError(f"option of {kind} '{name}':", option, known)
@@ -75,7 +77,7 @@ def check_options(
 
 
 def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults: Any) -> Any:
-    """What was given as a name or a mapping, with options that were not, where there are such."""
+    """The given name or mapping, completed by `defaults` for options that it leaves out."""
     options = {"name": given} if isinstance(given, str) else given
     if not isinstance(options, Mapping) or options.get("name") not in known:
         return given

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
 
+from .. import spaces
 from ..errors import UsageError
 from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Rollout, Scalar, Transitions
@@ -76,11 +77,6 @@ class Population(Agent):
         """How much each member has learnt from."""
         return self.members.learnt
 
-    @property
-    def name(self) -> str:
-        """That of the members' class."""
-        return self.members.name
-
     def member(self, index: int) -> Agent:
         """One of the agents, on its own."""
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.members)
@@ -108,7 +104,14 @@ class Population(Agent):
         key=None,
     ) -> Decision:
         """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
-        self._lanes(jax.tree.leaves(obs)[0].shape[0])
+        space = self.observation_space
+        obs = spaces.cast(space, spaces.select(space, obs))
+        axes = spaces.leading_axes(space, obs)
+        if len(axes) < (1 if self.num_agents is None else 2):
+            raise UsageError(
+                f"obs has no axis of lanes: give the lanes of all {self.num_members} members"
+            )
+        self._lanes(axes[0])
         lanes = self._split((obs, memory, first, action_mask, reward), axis=0)
         if epsilon is not None:
             epsilon = jnp.broadcast_to(epsilon, self.num_members)

@@ -15,25 +15,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt
 
-from ..errors import UsageError
-from ..nets import AbstractQNetwork, Inputs
+from ..errors import UsageError, check_whole
+from ..nets import AbstractQNetwork
 from ..nets.parameters import split_parameters
 from ..returns import q_lambda
-from ..spaces import Leaf, Space, as_rows
+from ..spaces import Leaf, Space
 from ..types import Observation, Rollout, Scalar
 from . import minibatches
 from .acting import QAgent
 from .actions import Bins
 from .agent import Rollouts
-from .assembly import Choice, make_parts
-from .checks import check_sizes
+from .assembly import Choice, check_burn_in, make_parts
 from .exploration import AbstractExploration
 from .gradients import descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
 from .optimizers import Optimizer
-from .regression import Items, acting_in, average, fit, outcome
+from .regression import Items, acting_in, average, fit, items_of, outcome
 from .schedules import linear
 from .sequences import as_team, unroll, warmed_up
 from .values import AbstractValue
@@ -153,7 +152,6 @@ class PQN(QAgent):
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
             "lane_groups": lane_groups,
-            "num_agents": 1 if num_agents is None else num_agents,
         }
         traced: dict[str, Any] = {
             "learning_rate": learning_rate,
@@ -167,9 +165,8 @@ class PQN(QAgent):
             "reward_scale": reward_scale,
             "schedule_steps": jnp.inf if schedule_steps is None else schedule_steps,
         }
-        check_sizes(sizes)
+        check_whole(**sizes)
         check_ranges(traced)
-        del sizes["num_agents"]
         parts = make_parts(
             observation_space,
             action_space,
@@ -192,15 +189,11 @@ class PQN(QAgent):
             **sizes,
             **jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), traced),
         )
-        if burn_in and not agent.has_memory:
+        check_burn_in(burn_in, agent.has_memory)
+        if burn_in > rollout_length:
             raise UsageError(
-                f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or "
-                "choose a memory (network_options.memory)"
-            )
-        if not isinstance(burn_in, int) or not 0 <= burn_in <= rollout_length:
-            raise UsageError(
-                f"burn_in={burn_in} must be a whole number from 0 to rollout_length="
-                f"{rollout_length}: it comes from the rollout before"
+                f"burn_in={burn_in} must not be above rollout_length={rollout_length}: those steps "
+                "come from the rollout before"
             )
         return agent
 
@@ -233,9 +226,11 @@ class PQN(QAgent):
         """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
 
         **Raises:** `UsageError` where `lane_groups` does not divide the lanes, or `num_minibatches`
-        the transitions of a group (with memory: its lanes), or where an agent with memory is given
-        a rollout without.
+        the transitions of a group (with memory: its lanes), or where `experience` is no rollout
+        of this agent.
         """
+        if not isinstance(experience, Rollout):
+            raise UsageError("this agent learns from rollouts: give it a Rollout")
         rollout = as_team(self, jax.tree.map(jnp.asarray, experience), self.burn_in)
         num_steps, num_lanes = rollout.actions.shape[:2]
         size = (num_steps - self.burn_in) * num_lanes
@@ -257,7 +252,7 @@ class PQN(QAgent):
         def gradient_step(carry, step):
             parameters, statistics, optimizer_state = carry
             index, learning_rate = step
-            parameters, optimizer_state, (statistics, metrics) = descend(
+            parameters, optimizer_state, statistics, metrics = descend(
                 loss,
                 parameters,
                 self.optimizer,
@@ -291,11 +286,11 @@ class PQN(QAgent):
     def _check_rollout_memory(self, rollout: Rollout) -> None:
         if rollout.memory is None:
             raise UsageError(
-                "this agent has memory: give the rollout that before its first timestep, "
-                "Rollout(timesteps, actions, memory)"
+                "this agent has memory and the rollout has none: give Rollout(timesteps, actions, "
+                "memory), with the memory before its first timestep"
             )
         num_lanes = rollout.actions.shape[1]
-        self._check_memory(rollout.memory, num_lanes * (self.num_agents or 1))
+        self._checked_memory(rollout.memory, num_lanes * (self.num_agents or 1))
 
     def _minibatches(
         self, num_items: int, num_steps: int, key: PRNGKeyArray
@@ -318,27 +313,17 @@ class PQN(QAgent):
 
     def _transitions(self, rollout: Rollout) -> tuple[Observation, Items]:
         """All steps of all lanes in one row, lane group by lane group, with their targets."""
-        before = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
-        items = Items(
-            index=self.actions.encode(rollout.actions),
-            target=self._targets(rollout),
-            acting=acting_in(rollout),
-            global_state=self.model.global_state(before),
-        )
+        obs = jax.tree.map(lambda x: x[:-1], rollout.timesteps.obs)
+        items = items_of(self.model, rollout, self._targets(rollout))
         row = partial(minibatches.as_row, num_groups=self.lane_groups)
-        return jax.tree.map(row, (before.obs, items))
+        return jax.tree.map(row, (obs, items))
 
     def _transition_loss(self, parameters, rest, statistics, batch: tuple[Observation, Items]):
         """The loss of flat transitions, whose targets are there."""
         model = self.model.having(*eqx.combine(parameters, rest))
         obs, items = batch
-        shape = items.acting.shape
-        inputs = Inputs(
-            obs=as_rows(self.observation_space, obs, 1, -1), batch_mask=items.acting.reshape(1, -1)
-        )
-        output = model.network(inputs, statistics, ())
-        values = output.values.reshape(*shape, *output.values.shape[2:])
-        loss, *told = self._loss(model, values, items)
+        output = model.evaluate(statistics, obs, items.acting)
+        loss, *told = self._loss(model, output.values, items)
         return loss, (output.statistics, *told)
 
     def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
@@ -350,15 +335,10 @@ class PQN(QAgent):
             acting = acting_in(rollout)
             ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
             unrolled = unroll(model, statistics, rollout, jnp.concatenate([acting, ahead]))
-            timesteps = rollout.timesteps
-            samples = model.samples(jax.lax.stop_gradient(unrolled.values), timesteps.action_mask)
-            items = Items(
-                index=self.actions.encode(rollout.actions),
-                target=jax.lax.stop_gradient(self._targets_of(samples, rollout, model)),
-                acting=acting,
-                global_state=model.global_state(jax.tree.map(lambda x: x[:-1], timesteps)),
-            )
-            return (unrolled.values[:-1], items), unrolled.statistics
+            values, action_mask = unrolled.values, rollout.timesteps.action_mask
+            samples = model.samples(jax.lax.stop_gradient(values), action_mask)
+            target = jax.lax.stop_gradient(self._targets_of(samples, rollout, model))
+            return (values[:-1], items_of(model, rollout, target)), unrolled.statistics
 
         if self.lane_groups == 1 or jax.tree.leaves(statistics):
             learnt_from, statistics = learn_from(rollout)
@@ -371,7 +351,7 @@ class PQN(QAgent):
 
     def _loss(
         self, model: Model, values: Float[Array, "*steps M A K"], items: Items
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Float[Array, ""] | None]:
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Scalar]:
         """The mean loss over what happened, metrics, and a factor that both still lack.
 
         Of several lane groups the mean is over all transitions, happened or not, and that is the
@@ -379,7 +359,7 @@ class PQN(QAgent):
         count at once, where a count that is needed first would have them wait twice.
         """
         losses, real, metrics = fit(model, values, items)
-        count, scale = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1), None
+        count, scale = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1), 1.0
         if self.lane_groups > 1:
             count, scale = real.size, real.size / count
         weight = real / count
@@ -389,7 +369,7 @@ class PQN(QAgent):
     def _targets(self, rollout: Rollout) -> Float[Array, "T N P L"]:
         """Targets of transitions, from the values that acting computed, where those suffice."""
         model, timesteps = self.model, rollout.timesteps
-        if rollout.values is None or not model.predicts_means:
+        if rollout.values is None or self.value.num_samples > 1:
             samples = model.samples(
                 unroll(model, self.statistics, rollout).values, timesteps.action_mask
             )
@@ -404,14 +384,5 @@ class PQN(QAgent):
         self, samples: Float[Array, "steps N M L"], rollout: Rollout, model: Model
     ) -> Float[Array, "T N P L"]:
         """Targets, given samples at all timesteps."""
-        reward, terminated, truncated, next_value = outcome(
-            model, samples, rollout.timesteps, self.reward_scale
-        )
-        return q_lambda(
-            reward,
-            terminated,
-            truncated,
-            next_value,
-            discount=self.discount,
-            lambda_=self.lambda_,
-        )
+        steps = outcome(model, samples, rollout.timesteps, self.reward_scale)
+        return q_lambda(*steps, discount=self.discount, lambda_=self.lambda_)

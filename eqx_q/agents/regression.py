@@ -26,6 +26,13 @@ class Items(eqx.Module):
     global_state: Float[Array, "*steps S"] | None
 
 
+def items_of(model: Model, rollout: Rollout, target: Float[Array, "T N P L"]) -> Items:
+    """What is learnt from a team's rollout, given its targets."""
+    before = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
+    index = model.actions.encode(rollout.actions)
+    return Items(index, target, acting_in(rollout), model.global_state(before))
+
+
 class Fit(NamedTuple):
     """How well values fit their targets.
 
@@ -41,13 +48,13 @@ def fit(model: Model, values: Float[Array, "*steps M A K"], items: Items) -> Fit
     """Compares values of what was done with its targets."""
     raw = model.of_action(values, items.index)
     raw, value = model.predict(raw, items.acting, items.global_state)
-    real = model.mixer.acts(items.acting)
-    # What never happened may have any target, NaN included.
+    real = model.acts(items.acting)
+    # Targets of masked transitions may be anything, NaN included.
     target = jnp.where(real[..., None], items.target, 0.0)
     predicted, mean = value.expected(raw), jnp.mean(target, axis=-1)
     metrics = {"td_error": jnp.abs(mean - predicted), "q_value": predicted, "target": mean}
-    metrics |= value.metrics(raw, target)
-    return Fit(jnp.where(real, value.loss(raw, target), 0.0), real, metrics)
+    loss, further = value.loss(raw, target)
+    return Fit(jnp.where(real, loss, 0.0), real, metrics | further)
 
 
 def average(
@@ -83,20 +90,16 @@ def outcome(
 ) -> Outcome:
     """What `T` steps led to, given samples at all `T + 1` timesteps.
 
-    To the dead nothing more is to happen.
+    A dead agent's episode counts as terminated.
     """
-    later = _later(timesteps)
+    later = jax.tree.map(lambda x: jnp.asarray(x)[1:], timesteps)
     samples, terminated = samples[1:], later.terminated[..., None]
     if later.agent_mask is not None:
         samples = jnp.where(later.agent_mask[..., None], samples, 0.0)
-        terminated = terminated | ~model.mixer.acts(jnp.asarray(later.agent_mask))
+        terminated = terminated | ~model.acts(jnp.asarray(later.agent_mask))
     next_value = model.mixed_samples(samples, later)
-    others = (model.mixer.reward(later) * reward_scale, terminated, later.truncated[..., None])
+    others = (model.reward(later) * reward_scale, terminated, later.truncated[..., None])
     reward, terminated, truncated = (
         jnp.broadcast_to(x[..., None], next_value.shape) for x in others
     )
     return Outcome(reward, terminated, truncated, next_value)
-
-
-def _later(timesteps: TimeStep) -> TimeStep:
-    return jax.tree.map(lambda x: jnp.asarray(x)[1:], timesteps)

@@ -83,16 +83,12 @@ def warmed_up(model: Model, statistics: PyTree[Array], rollout: Rollout, burn_in
     """
     if not burn_in:
         return rollout
-    before, start = part(rollout, slice(burn_in), None), rollout.memory
-    assert isinstance(start, AgentMemory)
+    timesteps, actions = jax.tree.map(lambda x: x[:burn_in], (rollout.timesteps, rollout.actions))
     # Without a batch mask: only what is learnt from counts for normalisation.
-    index = model.actions.encode(before.actions)
-    last_action = start.last_action.reshape(1, *index.shape[1:])
-    last_action = jnp.concatenate([last_action, index[:-1]])
-    unrolled = model.unroll(statistics, before.timesteps, start.network, last_action)
-    memory = jax.lax.stop_gradient(unrolled.memory)
-    rows = index[-1].reshape(-1, index.shape[-1])
-    return part(rollout, slice(burn_in, None), AgentMemory(memory, rows))
+    unrolled = unroll(model, statistics, Rollout(timesteps, actions[:-1], rollout.memory))
+    last = model.actions.encode(actions[-1])
+    memory = AgentMemory(jax.lax.stop_gradient(unrolled.memory), last.reshape(-1, last.shape[-1]))
+    return part(rollout, slice(burn_in, None), memory)
 
 
 def part(rollout: Rollout, steps: slice, memory: Memory) -> Rollout:

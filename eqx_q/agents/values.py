@@ -7,20 +7,23 @@ samples that targets bootstrap from, and a loss against such targets.
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from equinox import AbstractVar
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError, check_whole
 from ..returns import quantile_huber
 from ..types import Scalar as Number
 from .hyperparameters import check_ranges
 from .parts import Part, make_part
+
+Metrics = dict[str, Float[Array, "*batch"]]
 
 
 class AbstractValue(Part):
@@ -28,17 +31,13 @@ class AbstractValue(Part):
 
     Shapes: any leading axes, then `K` raw numbers, `L` samples of a target, `F` factors of an
     action.
+
+    **Attributes:** `num_outputs`: `K`; `num_samples`: `L`, 1 where targets are formed of expected
+    returns.
     """
 
-    @property
-    @abc.abstractmethod
-    def num_outputs(self) -> int:
-        """`K`."""
-
-    @property
-    @abc.abstractmethod
-    def num_samples(self) -> int:
-        """`L`: 1 where targets are formed of expected returns."""
+    num_outputs: AbstractVar[int]
+    num_samples: AbstractVar[int]
 
     @abc.abstractmethod
     def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
@@ -55,9 +54,9 @@ class AbstractValue(Part):
     def of_means(
         self, means: Float[Array, "*batch"]
     ) -> tuple[Float[Array, "*batch J"], "AbstractValue"]:
-        """Raw numbers that expect the given returns, and the value that gives them that meaning.
+        """Raw numbers whose expected return is `means`, and the value that interprets them.
 
-        That is what learns the means of a mixer, of whose distribution nothing is known.
+        A joint mixer predicts a mean only, no distribution.
         """
 
     @abc.abstractmethod
@@ -67,14 +66,8 @@ class AbstractValue(Part):
     @abc.abstractmethod
     def loss(
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> Float[Array, "*batch"]:
-        """The loss against samples of the target; its mean over them."""
-
-    @abc.abstractmethod
-    def metrics(
-        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> dict[str, Float[Array, "*batch"]]:
-        """What there is to tell besides the loss, by name."""
+    ) -> tuple[Float[Array, "*batch"], Metrics]:
+        """The loss against samples of the target, its mean over them; and metrics by name."""
 
 
 class Scalar(AbstractValue):
@@ -84,20 +77,15 @@ class Scalar(AbstractValue):
     δ = 1).
     """
 
+    num_outputs: ClassVar[int] = 1
+    num_samples: ClassVar[int] = 1
+
     td_loss: str = eqx.field(static=True)
 
     def __init__(self, td_loss: str = "half_squared"):
         if td_loss not in _TD_LOSSES:
             raise UnknownNameError("td_loss", td_loss, _TD_LOSSES)
         self.td_loss = td_loss
-
-    @property
-    def num_outputs(self) -> int:
-        return 1
-
-    @property
-    def num_samples(self) -> int:
-        return 1
 
     def expected(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch"]:
         return raw[..., 0]
@@ -115,13 +103,8 @@ class Scalar(AbstractValue):
 
     def loss(
         self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
-    ) -> Float[Array, "*batch"]:
-        return jnp.mean(_TD_LOSSES[self.td_loss](targets - raw), axis=-1)
-
-    def metrics(
-        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
-    ) -> dict[str, Float[Array, "*batch"]]:
-        return {}
+    ) -> tuple[Float[Array, "*batch"], Metrics]:
+        return jnp.mean(_TD_LOSSES[self.td_loss](targets - raw), axis=-1), {}
 
 
 class HLGauss(AbstractValue):
@@ -156,6 +139,8 @@ class HLGauss(AbstractValue):
     - `symlog`: whether bins are of equal width under symlog.
     """
 
+    num_samples: ClassVar[int] = 1
+
     v_min: Float[Array, ""]
     v_max: Float[Array, ""]
     sigma: Float[Array, ""]
@@ -171,7 +156,7 @@ class HLGauss(AbstractValue):
         symlog: bool = False,
     ):
         """The defaults are the paper's for Atari, whose rewards are clipped."""
-        _check_whole("num_bins", num_bins, 2)
+        check_whole(num_bins=num_bins, least=2)
         check_ranges({"value.v_min": v_min, "value.v_max": v_max, "value.sigma": sigma})
         is_known = not isinstance(v_min, Tracer) and not isinstance(v_max, Tracer)
         if is_known and not float(v_min) < float(v_max):
@@ -198,10 +183,6 @@ class HLGauss(AbstractValue):
         centres = (edges[:-1] + edges[1:]) / 2
         return symexp(centres) if self.symlog else centres
 
-    @property
-    def num_samples(self) -> int:
-        return 1
-
     def expected(self, raw: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
         return jnp.sum(jax.nn.softmax(raw) * self.centres, axis=-1)
 
@@ -220,17 +201,14 @@ class HLGauss(AbstractValue):
 
     def loss(
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> Float[Array, "*batch"]:
-        """See `AbstractValue`. No gradient goes to the targets."""
-        mass = jnp.mean(self.project(jax.lax.stop_gradient(targets)), axis=-2)
-        return -jnp.sum(mass * jax.nn.log_softmax(raw), axis=-1)
+    ) -> tuple[Float[Array, "*batch"], Metrics]:
+        """See `AbstractValue`. No gradient goes to the targets.
 
-    def metrics(
-        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> dict[str, Float[Array, "*batch"]]:
-        """`out_of_range`: the share of targets that had to be clipped."""
-        outside = (targets < self.v_min) | (targets > self.v_max)
-        return {"out_of_range": jnp.mean(outside, axis=-1, dtype=jnp.float32)}
+        The metric `out_of_range` is the share of targets that had to be clipped.
+        """
+        mass = jnp.mean(self.project(jax.lax.stop_gradient(targets)), axis=-2)
+        outside = jnp.mean((targets < self.v_min) | (targets > self.v_max), axis=-1)
+        return -jnp.sum(mass * jax.nn.log_softmax(raw), axis=-1), {"out_of_range": outside}
 
     def project(self, targets: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
         """The probability of each bin, for targets."""
@@ -266,13 +244,8 @@ class Rescaled(AbstractValue):
     Kapturowski et al. 2019, R2D2, §2.3).
     """
 
-    @property
-    def num_outputs(self) -> int:
-        return 1
-
-    @property
-    def num_samples(self) -> int:
-        return 1
+    num_outputs: ClassVar[int] = 1
+    num_samples: ClassVar[int] = 1
 
     def expected(self, raw: Float[Array, "*batch 1"]) -> Float[Array, "*batch"]:
         return self.expand(raw[..., 0])
@@ -290,13 +263,8 @@ class Rescaled(AbstractValue):
 
     def loss(
         self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
-    ) -> Float[Array, "*batch"]:
-        return jnp.mean(0.5 * (self.squash(targets) - raw) ** 2, axis=-1)
-
-    def metrics(
-        self, raw: Float[Array, "*batch 1"], targets: Float[Array, "*batch L"]
-    ) -> dict[str, Float[Array, "*batch"]]:
-        return {}
+    ) -> tuple[Float[Array, "*batch"], Metrics]:
+        return jnp.mean(0.5 * (self.squash(targets) - raw) ** 2, axis=-1), {}
 
     def squash(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """h(x), as x times an even function: sign(x) and |x| have no slope at 0, and h has."""
@@ -322,7 +290,7 @@ class Quantile(AbstractValue):
     num_quantiles: int = eqx.field(static=True)
 
     def __init__(self, num_quantiles: int = 200):
-        _check_whole("num_quantiles", num_quantiles, 1)
+        check_whole(num_quantiles=num_quantiles)
         self.num_quantiles = num_quantiles
 
     @property
@@ -350,13 +318,8 @@ class Quantile(AbstractValue):
 
     def loss(
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> Float[Array, "*batch"]:
-        return quantile_huber(raw, targets)
-
-    def metrics(
-        self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
-    ) -> dict[str, Float[Array, "*batch"]]:
-        return {}
+    ) -> tuple[Float[Array, "*batch"], Metrics]:
+        return quantile_huber(raw, targets), {}
 
 
 _EPSILON = 1e-3  # of `Rescaled`
@@ -395,8 +358,3 @@ _TD_LOSSES = {
     "squared": lambda error: error**2,
     "huber": optax.huber_loss,
 }
-
-
-def _check_whole(name: str, number: Any, least: int) -> None:
-    if not isinstance(number, int) or number < least:
-        raise UsageError(f"{name} must be a whole number of at least {least}, got {number!r}")

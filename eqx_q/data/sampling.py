@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
-from ..errors import UnknownNameError, UsageError
+from ..errors import UnknownNameError, UsageError, check_whole
 from ..spaces import of_actions, of_observations
 from .dataset import Dataset
 from .replay import Replay
@@ -60,8 +60,8 @@ class Sampling:
             raise UsageError("runs is empty: name at least one, or leave it out")
         for name, least in (("shards_per_block", 1), ("updates_per_block", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"{name}={value}: give a whole number of at least {least}")
+            if value is not None:
+                check_whole(**{name: value}, least=least)
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise UsageError(f"memory_gb={self.memory_gb}: give more than 0")
         if not 0 <= self.priority_exponent < np.inf:

@@ -138,12 +138,13 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
     _batches(agent)
     of_data = dataset.description
     seen, there = agent.observation_space, of_data.observation_space
+    actions = agent.action_space
     for name, ours, theirs, fits in (
-        ("agents", agent.num_agents, of_data.num_agents, None),
-        ("actions", agent.action_space, of_data.action_space, None),
+        ("agents", agent.num_agents, of_data.num_agents, agent.num_agents == of_data.num_agents),
+        ("actions", actions, of_data.action_space, actions == of_data.action_space),
         ("observations", seen, there, _kind(seen) == _kind(there)),
     ):
-        if not (ours == theirs if fits is None else fits):
+        if not fits:
             raise UsageError(
                 f"'{dataset.path}' has {name} {theirs}, the agent {ours}: choose the environment "
                 f"that the data are of ({of_data.env}, {dict(of_data.preprocessing)})"
@@ -162,7 +163,7 @@ def _batches(agent: Agent) -> Batches:
     """What the agent learns from. Raises `UsageError` where that is no data."""
     if not isinstance(agent.learns_from, Batches):
         raise UsageError(
-            f"{agent.name} learns from environments, not from data: use eqx_q.train, or "
+            "this agent learns from environments, not from data: use eqx_q.train, or "
             "an agent that learns offline (eqx_q.DQN, eqx_q.CQL, eqx_q.BC)"
         )
     return agent.learns_from

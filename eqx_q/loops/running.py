@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..clock import clock
-from ..errors import DivergedError, UsageError
+from ..errors import DivergedError, check_whole
 from ..sharding import Placement
 from .source import AbstractSource, State, advance_chunk
 
@@ -180,8 +180,8 @@ class Boundaries:
     """
 
     def __init__(self, *, done, end, steps_per_update, callbacks, log_every, period=None):
-        if log_every is not None and (not isinstance(log_every, int) or log_every < 1):
-            raise UsageError(f"log_every must be a whole number of at least 1, got {log_every!r}")
+        if log_every is not None:
+            check_whole(log_every=log_every)
         self.done, self.end = done, end
         self.steps_per_update = steps_per_update
         self.callbacks: list[Callback] = list(callbacks)

@@ -53,7 +53,7 @@ class Told(NamedTuple):
 
     @classmethod
     def of(cls, agent: Agent, metrics: ByName, sums: ByName, samples: ByName) -> "Told":
-        """Of one update. What `metrics` has beyond a number (a member) is a distribution."""
+        """Metrics of one update. Entries with more than one number per agent are distributions."""
         axes = 0 if agent.num_members is None else 1
         means = {name: x for name, x in metrics.items() if x.ndim <= axes}
         wide = {name: x for name, x in metrics.items() if x.ndim > axes}
@@ -79,7 +79,7 @@ class AbstractSource(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def draw(self, state: State, key: PRNGKeyArray) -> tuple[Rollout | Transitions, Any]:
-        """What is learnt from next, and what `follow` is to know of it."""
+        """The experience to learn from next, and what `follow` needs afterwards."""
 
     @abc.abstractmethod
     def follow(self, state: State, drawn: Any, metrics: ByName) -> tuple[State, Told]:

@@ -72,14 +72,9 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
                 f"the agent's {name} is {ours}, the environment's {theirs}: "
                 f"create the agent with env.{name}"
             )
-    if env.num_envs % (agent.num_members or 1):
-        raise UsageError(
-            f"{env.num_envs} lanes do not divide over {agent.num_members} members: "
-            "make the environment with members x lanes"
-        )
+    memory = agent.initial_memory(env.num_envs)
     reset_key, key = jax.random.split(key)
     env_state, timestep = env.reset(reset_key)
-    memory = agent.initial_memory(env.num_envs)
     return RunState(
         agent=agent,
         env_state=env_state,
@@ -96,7 +91,7 @@ def _rollouts(agent: Agent) -> Rollouts:
     """What the agent learns from. Raises `UsageError` where those are data."""
     if not isinstance(agent.learns_from, Rollouts):
         raise UsageError(
-            f"{agent.name} learns from data, not from environments: use eqx_q.train_offline, or "
+            "this agent learns from data, not from environments: use eqx_q.train_offline, or "
             "an agent that learns online (eqx_q.PQN)"
         )
     return agent.learns_from

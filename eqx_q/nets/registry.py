@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .. import spaces
-from ..errors import UnknownNameError, UsageError, explained, in_words
+from ..errors import UnknownNameError, UsageError, check_whole, explained, in_words
 from .encoders import ENCODERS, STEMS, mlp
 from .heads import HEADS
 from .layers import (
@@ -114,11 +114,8 @@ def make_network(
             raise UnknownNameError(kind, given, known)
     if normalize_input and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
-    sizes = {"memory_size": memory_size, "num_memory_layers": num_memory_layers}
-    sizes |= {"num_values": num_values, "num_agents": 1 if num_agents is None else num_agents}
-    for option, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"{option} must be a whole number of at least 1, got {size!r}")
+    check_whole(memory_size=memory_size, num_memory_layers=num_memory_layers)
+    check_whole(num_values=num_values, num_agents=1 if num_agents is None else num_agents)
     switches = {"normalize_input": normalize_input, "channels_first": channels_first}
     switches |= {"last_action": last_action, "last_reward": last_reward, "agent_id": agent_id}
     for option, switch in switches.items():

@@ -276,6 +276,9 @@ def _reference(node: Any, where: str) -> str:
                 return reference
         except (ImportError, AttributeError, ValueError):
             continue
+    for alias, value in vars(sys.modules.get(module, object)).items():
+        if value is node:  # such as a lambda with a name of its own
+            return f"{module}:{alias}"
     raise UsageError(
         f"{_place(where)} is '{name or node!r}' of module '{module}', which cannot be imported by "
         "that name: define it at module level with `def` or `class` (no lambda, nothing local)"

@@ -12,7 +12,6 @@ from eqx_q.agents.exploration import (
     EpsilonGreedy,
     EpsilonZGreedy,
     LaneEpsilons,
-    legal,
     make_exploration,
 )
 from eqx_q.errors import UsageError
@@ -30,6 +29,13 @@ def draw(exploration, values, epsilon, *, key=0, memory=None, first=None, is_leg
     is_legal = values != -jnp.inf if is_legal == "of values" else None
     index, memory = exploration(values, epsilon, jax.random.key(key), memory, first, is_legal)
     return np.asarray(index), memory
+
+
+def legal(values, mask):
+    """Values of illegal actions are -inf, unless nothing is legal."""
+    return (
+        values if mask is None else jnp.where(mask | ~mask.any(-1, keepdims=True), values, -jnp.inf)
+    )
 
 
 def rows(values, count=R):
@@ -61,19 +67,6 @@ def test_one_factor_draws_bit_by_bit_what_actions_without_factors_drew(lanes, ma
     is_legal = "of values" if masked else None
     index, _ = draw(EpsilonGreedy(), q_values.reshape(-1, 1, 4), epsilon, key=3, is_legal=is_legal)
     np.testing.assert_array_equal(index.reshape(lanes), expected)
-
-
-def test_illegal_and_missing_choices_are_minus_infinity_unless_nothing_is_legal():
-    values = rows(VALUES, 3)
-    mask = np.array([LEGAL, LEGAL & [[False], [True]], np.zeros_like(LEGAL)])
-    masked = legal(jnp.asarray(values), jnp.asarray(mask))
-    expected = [
-        [[0.3, -np.inf, -2.0], [0.5, -0.5, -np.inf]],
-        [[0.3, 1.0, -2.0], [0.5, -0.5, -np.inf]],
-        [[0.3, 1.0, -2.0], [0.5, -0.5, -np.inf]],
-    ]
-    np.testing.assert_array_equal(masked, np.float32(expected))
-    assert legal(jnp.asarray(values), None).shape == values.shape
 
 
 @pytest.mark.parametrize("exploration", [EpsilonGreedy(), LaneEpsilons(0.0)])

@@ -137,10 +137,10 @@ def test_works_inside_of_compiled_functions():
     @eqx.filter_jit
     def loss(agent, sigma):
         agent = replace(agent, {"value.sigma": sigma})
-        return agent.value.loss(jnp.arange(51.0), jnp.array([3.0]))
+        return agent.value.loss(jnp.arange(51.0), jnp.array([3.0]))[0]
 
     agent = make_agent()
-    expected = HLGauss(sigma=2.0).loss(jnp.arange(51.0), jnp.array([3.0]))
+    expected = HLGauss(sigma=2.0).loss(jnp.arange(51.0), jnp.array([3.0]))[0]
     np.testing.assert_allclose(loss(agent, jnp.float32(2)), expected, rtol=1e-5)
 
 

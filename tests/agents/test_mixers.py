@@ -1,6 +1,9 @@
 """Mixers against sums by hand, and what QMIX must hold: it is monotone, and more than a sum."""
 
+from typing import ClassVar
+
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +11,21 @@ import optax
 import pytest
 from environments import TwoStep
 
-from eqx_q.agents.mixers import QMIX, VDN, AbstractJointMixer, Independent, make_mixer
+from eqx_q import PQN
+from eqx_q.agents.mixers import QMIX, VDN, AbstractMixer, Independent, make_mixer
 from eqx_q.errors import UsageError
 from eqx_q.types import Episode, TimeStep
 
 M, S = 3, 5
 CONTEXT = {"num_agents": M, "state_size": S, "key": jax.random.key(0)}
+
+
+def make_model(mixer):
+    box, discrete = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(2)
+    agent = PQN.create(
+        box, discrete, mixer=mixer, num_agents=M, state_size=S, key=jax.random.key(0)
+    )
+    return agent.model
 
 
 def make_timestep(agent_reward):
@@ -31,10 +43,11 @@ def random(*shape, scale=1.0, seed=0):
 def test_a_joint_mixer_makes_one_value_of_the_teams_reward(name):
     mixer = make_mixer(name, **CONTEXT)
     assert mixer.is_joint and mixer.mix(random(4, 2, M), random(4, 2, S)).shape == (4, 2, 1)
+    model = make_model(mixer)
     for own in (None, np.ones((2, M), np.float32)):
-        np.testing.assert_array_equal(mixer.reward(make_timestep(own)), [[1.0], [2.0]])
+        np.testing.assert_array_equal(model.reward(make_timestep(own)), [[1.0], [2.0]])
     acting = jnp.array([[True, False, False], [False, False, False]])
-    np.testing.assert_array_equal(mixer.acts(acting), [[True], [False]])
+    np.testing.assert_array_equal(model.acts(acting), [[True], [False]])
 
 
 def test_vdn_is_the_sum():
@@ -48,11 +61,12 @@ def test_independent_agents_keep_what_is_their_own():
     mixer, values = make_mixer("independent", **CONTEXT), random(2, M)
     assert not mixer.is_joint
     np.testing.assert_array_equal(mixer.mix(values, None), values)
-    np.testing.assert_array_equal(mixer.reward(make_timestep(None)), [[1.0], [2.0]])
+    model = make_model(mixer)
+    np.testing.assert_array_equal(model.reward(make_timestep(None)), [[1.0], [2.0]])
     own = np.arange(6, dtype=np.float32).reshape(2, M)
-    np.testing.assert_array_equal(mixer.reward(make_timestep(own)), own)
+    np.testing.assert_array_equal(model.reward(make_timestep(own)), own)
     acting = jnp.array([[True, False, True], [False, False, True]])
-    np.testing.assert_array_equal(mixer.acts(acting), acting)
+    np.testing.assert_array_equal(model.acts(acting), acting)
 
 
 def dense(layer, x):
@@ -153,7 +167,8 @@ def test_a_name_a_mapping_or_an_object():
     shapes = [layer.weight.shape for layer in made.first_weight.layers[::2]]
     assert shapes == [(S, 8), (8, 18)]
 
-    class Weighted(AbstractJointMixer):
+    class Weighted(AbstractMixer):
+        is_joint: ClassVar[bool] = True
         weight: jax.Array
 
         def mix(self, values, global_state=None):

@@ -1,5 +1,7 @@
 """PQN in teams: targets and losses against sums by hand, with masks and dead agents."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import gymnasium
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import eqx_q
-from eqx_q.agents.mixers import QMIX, VDN, AbstractJointMixer, Independent
+from eqx_q.agents.mixers import QMIX, VDN, AbstractMixer, Independent
 from eqx_q.errors import UsageError
 from eqx_q.types import Episode, Rollout, TimeStep
 
@@ -199,7 +201,8 @@ def test_what_does_not_fit_is_refused():
 def test_a_mixer_of_ones_own():
     """Targets and loss are of the weighted sum; its weights are trained like the network's."""
 
-    class Weighted(AbstractJointMixer):
+    class Weighted(AbstractMixer):
+        is_joint: ClassVar[bool] = True
         weight: jax.Array
 
         def mix(self, values, global_state=None):

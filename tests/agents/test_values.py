@@ -35,13 +35,13 @@ EVERY = [
 # Compiled: in eager mode every operation is compiled for itself.
 project = eqx.filter_jit(lambda value, targets: value.project(jnp.asarray(targets)))
 loss_of = eqx.filter_jit(
-    lambda value, raw, targets: value.loss(jnp.asarray(raw), jnp.asarray(targets))
+    lambda value, raw, targets: value.loss(jnp.asarray(raw), jnp.asarray(targets))[0]
 )
 expected_of = eqx.filter_jit(lambda value, raw: value.expected(jnp.asarray(raw)))
 samples_of = eqx.filter_jit(lambda value, raw: value.samples(jnp.asarray(raw)))
 join = eqx.filter_jit(lambda value, raw: value.join(jnp.asarray(raw)))
 slope_of = eqx.filter_jit(
-    lambda value, raw, targets: jax.grad(lambda *x: value.loss(*x).sum(), (0, 1))(
+    lambda value, raw, targets: jax.grad(lambda *x: value.loss(*x)[0].sum(), (0, 1))(
         jnp.asarray(raw), jnp.asarray(targets)
     )
 )
@@ -201,7 +201,7 @@ def test_a_histogram_learns_its_target():
     """Descent of the loss leads to the expected return: also where a plain Gaussian's is off."""
     value = HLGauss(51, -1e3, 1e3, symlog=True)
     targets = jnp.array([-500.0, -3.0, 0.0, 0.2, 70.0, 600.0])
-    slope = jax.grad(lambda raw: value.loss(raw, targets[:, None]).sum())
+    slope = jax.grad(lambda raw: value.loss(raw, targets[:, None])[0].sum())
     raw = jax.lax.fori_loop(0, 3000, lambda _, raw: raw - slope(raw), jnp.zeros((6, 51)))
     np.testing.assert_allclose(value.expected(raw), targets, rtol=0.01, atol=0.01)
     plain = np.array([gaussian(value, np_symlog(x)) @ bins(value)[1] for x in (70.0, 600.0)])
@@ -217,7 +217,7 @@ def test_symlog_and_back():
 def test_targets_out_of_range_are_counted_and_clipped():
     value = HLGauss(11, -1.0, 2.0)
     targets = jnp.array([[-1.0, 2.0], [-1.1, 0.0], [5.0, -jnp.inf]])
-    metrics = value.metrics(jnp.zeros((3, 11)), targets)
+    _, metrics = value.loss(jnp.zeros((3, 11)), targets)
     np.testing.assert_array_equal(metrics["out_of_range"], [0, 0.5, 1])
     clipped = project(value, jnp.array([-1.0, 2.0]))
     np.testing.assert_array_equal(project(value, jnp.array([-jnp.inf, 7.0])), clipped)
@@ -263,7 +263,7 @@ def test_scalar_losses(name, loss, slope):
         np.testing.assert_allclose(gradient[i, 0], slope(error), rtol=1e-5)
     np.testing.assert_array_equal(expected_of(value, raw), raw[:, 0])
     np.testing.assert_array_equal(value.samples(jnp.asarray(raw)), raw)
-    assert value.metrics(jnp.asarray(raw), jnp.asarray(targets)) == {}
+    assert value.loss(jnp.asarray(raw), jnp.asarray(targets))[1] == {}
 
 
 def test_rescaled_returns():
@@ -359,7 +359,7 @@ def test_another_range_or_width_compiles_nothing():
     @eqx.filter_jit
     def loss(value, raw, targets):
         traces.append(1)
-        return value.loss(raw, targets)
+        return value.loss(raw, targets)[0]
 
     raw, targets = jnp.asarray(random(3, 11)), jnp.asarray(random(3, 1))
     first = loss(HLGauss(11), raw, targets)
