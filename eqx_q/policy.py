@@ -64,7 +64,8 @@ class Policy:
         **Arguments:**
 
         - `obs`: with or without a lane axis: an array, or dicts and tuples of arrays, as in
-            `inputs`. A population's lanes are member by member.
+            `inputs`. Further entries of dicts are left out. A population's lanes are member by
+            member.
         - `memory`: from the decision before; by default that of an episode's start.
         - `first`: where an episode starts, so that memory is reset; by default in no lane. Without
             `memory` it starts in all of them.
@@ -77,7 +78,7 @@ class Policy:
         **Raises:** `ValueError` where shapes are not those of `inputs`.
         """
         kinds, structure = jax.tree.flatten(self.inputs["obs"])
-        arrays = structure.flatten_up_to(obs)
+        arrays = structure.flatten_up_to(_select(self.inputs["obs"], obs))
         alone = jnp.ndim(arrays[0]) == len(kinds[0].shape) - 1
         arrays = [jnp.asarray(x, kind.dtype) for x, kind in zip(arrays, kinds, strict=True)]
         obs = jax.tree.unflatten(structure, [x[None] for x in arrays] if alone else arrays)
@@ -115,3 +116,12 @@ class Policy:
         if alone:
             return Decision(told["action"][0], told["value"][0], told["memory"])
         return Decision(**told)
+
+
+def _select(kinds: Any, obs: Any) -> Any:
+    """Of an observation what an agent takes that takes `kinds`."""
+    if isinstance(kinds, dict) and isinstance(obs, dict):
+        return {name: _select(kinds[name], x) for name, x in obs.items() if name in kinds}
+    if isinstance(kinds, tuple) and isinstance(obs, tuple | list) and len(kinds) == len(obs):
+        return tuple(_select(kind, x) for kind, x in zip(kinds, obs, strict=True))
+    return obs

@@ -9,7 +9,7 @@ leaf of a plain space is `""`.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -85,6 +85,8 @@ class Tuple(gymnasium.spaces.Tuple):
         return hash(self.spaces)
 
 
+_MOST_CHOICES = 2**16  # of a whole number among actions
+
 Leaf: TypeAlias = Box | Discrete | MultiDiscrete | MultiBinary
 Space: TypeAlias = gymnasium.Space  # of these kinds; runtime checkers cannot read what `Dict` is
 
@@ -118,17 +120,31 @@ def hashable(space: gymnasium.Space, path: str = "") -> Space:
 
 
 def of_observations(space: gymnasium.Space) -> Space:
-    """A space of observations. Raises `UsageError` as `hashable` does, and for an empty one."""
-    space = hashable(space)
-    if not any(math.prod(leaf.shape or ()) for _, leaf in leaves(space)):
+    """A space of observations, with the types that arrays have in JAX.
+
+    A `Box` has `uint8`, `int32` or `float32`.
+
+    **Raises:** `UsageError` as `hashable` does, and for an empty one.
+    """
+    space = map_leaves(lambda path, leaf: _cast(leaf), hashable(space))
+    empty = [path for path, leaf in leaves(space) if not math.prod(leaf.shape or ())]
+    if "" in empty or len(empty) == len(list(leaves(space))):
         raise UsageError(f"there is nothing to see in observations of {space}")
+    if empty:
+        raise UsageError(
+            f"there is nothing to see in '{empty[0]}' of an observation: leave it out by its name "
+            f"(leave_out={empty})"
+        )
     return space
 
 
 def of_actions(space: gymnasium.Space) -> Leaf:
     """A space of actions: `Discrete`, `MultiDiscrete`, `MultiBinary`, or a bounded `Box`.
 
-    **Raises:** `UsageError` for any other.
+    A `Box` of whole numbers is `MultiDiscrete`; any other has `float32`, and bounds that are inside
+    those of `space`.
+
+    **Raises:** `UsageError` for what Q-learning cannot choose from.
     """
     kinds = (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)
     if isinstance(space, kinds) or not isinstance(space, tuple(KINDS)):
@@ -152,7 +168,62 @@ def of_actions(space: gymnasium.Space) -> Leaf:
     assert isinstance(space, Leaf)
     if not math.prod(space.shape or ()):
         raise UsageError(f"there is nothing to choose in actions of {space}")
-    return space
+    if not isinstance(space, Box):
+        return space
+    return _inside(space) if space.dtype.kind == "f" else _whole(space)
+
+
+def _inside(space: Box) -> Box:
+    """The same in `float32`, without what rounding would add."""
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    return Box(gymnasium.spaces.Box(low, high, space.shape, np.float32))
+
+
+def _whole(space: Box) -> MultiDiscrete:
+    low = space.low.astype(np.int64)
+    choices = space.high.astype(np.int64) - low + 1
+    if (choices > _MOST_CHOICES).any():
+        raise UsageError(
+            f"actions of {space} have more than {_MOST_CHOICES} choices: wrap the environment in "
+            "gymnasium.wrappers.TransformAction"
+        )
+    return MultiDiscrete(gymnasium.spaces.MultiDiscrete(choices, start=low))
+
+
+def factors(actions: Leaf) -> tuple[int, ...]:
+    """How many choices each factor of an action has. A `Box` has none."""
+    if isinstance(actions, Discrete):
+        return (int(actions.n),)
+    if isinstance(actions, MultiDiscrete):
+        return tuple(int(n) for n in actions.nvec.ravel())
+    return (2,) * math.prod(actions.shape) if isinstance(actions, MultiBinary) else ()
+
+
+def map_leaves(function: Callable[[str, Leaf], Leaf], space: Space, path: str = "") -> Space:
+    """`space` with `function(path, leaf)` in place of each leaf."""
+    if isinstance(space, Dict):
+        return Dict({x: map_leaves(function, space[x], f"{path}.{x}".lstrip(".")) for x in space})
+    if isinstance(space, Tuple):
+        children = enumerate(space.spaces)
+        mapped = [map_leaves(function, one, f"{path}.{i}".lstrip(".")) for i, one in children]
+        return Tuple(gymnasium.spaces.Tuple(mapped))
+    assert isinstance(space, Leaf)
+    return function(path, space)
+
+
+def _cast(leaf: Leaf) -> Leaf:
+    if not isinstance(leaf, Box) or leaf.dtype in (np.uint8, np.int32, np.float32):
+        return leaf
+    if leaf.dtype.kind == "f":
+        dtype = np.float32
+        with np.errstate(over="ignore"):  # the largest float64 becomes infinite
+            low, high = leaf.low.astype(dtype), leaf.high.astype(dtype)
+    else:
+        dtype, whole = np.int32, np.iinfo(np.int32)
+        low, high = (np.clip(x, whole.min, whole.max).astype(dtype) for x in (leaf.low, leaf.high))
+    return Box(gymnasium.spaces.Box(low, high, leaf.shape, dtype))
 
 
 def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, Leaf]]:

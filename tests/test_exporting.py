@@ -169,6 +169,15 @@ def test_one_file_takes_any_number_of_lanes_on_several_platforms(tmp_path):
         policy.act(np.zeros((5, 7)))
 
 
+def test_what_an_exported_agent_does_not_take_is_left_out(tmp_path):
+    inner = gymnasium.spaces.Tuple([box(2), gymnasium.spaces.Discrete(3)])
+    space = gymnasium.spaces.Dict(x=box(3), more=inner)
+    agent = eqx_q.PQN.create(space, gymnasium.spaces.Discrete(4), key=jax.random.key(0))
+    policy = Policy(eqx_q.export(tmp_path, agent, platforms=("cpu",)))
+    obs = {"x": np.float32([1, 2, 3]), "more": [np.float32([4, 5]), 2], "mission": "go"}
+    np.testing.assert_allclose(policy.act(obs).value, agent.act(obs).value, rtol=1e-5)
+
+
 class Fixed(AbstractQNetwork):
     """Counts its lanes in Python."""
 

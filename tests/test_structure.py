@@ -248,6 +248,7 @@ def test_functions_and_classes(tmp_path):
     tree = [jax.nn.relu, jax.nn.gelu, jnp.tanh, jax.lax.tanh, jnp.float32, scaled, Network, jnp.add]
     tree += [functools.partial(scaled, scale=2.0), jax.lax.Precision.HIGHEST, optax.huber_loss]
     tree += [jax.tree_util.Partial(scaled, jnp.ones(2))]
+    tree += [eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))]  # with a lambda that has a name
     round_trip(tree, tmp_path / "a")
     text = json.dumps(read_header(tmp_path / "a"))
     # By public names, which outlive a library's private layout.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..errors import UsageError
-from ..spaces import Box, Discrete, Leaf, MultiBinary, MultiDiscrete
+from ..spaces import Box, Leaf, factors
 from ..types import AnyArray
 
 Bins = int | tuple[int, ...]
@@ -50,14 +50,9 @@ class Actions(eqx.Module):
     @property
     def choices(self) -> tuple[int, ...]:
         """How many choices each factor has."""
-        space = self.space
-        if isinstance(space, Discrete):
-            return (int(space.n),)
-        if isinstance(space, MultiDiscrete):
-            return tuple(int(n) for n in space.nvec.reshape(-1))
-        size = math.prod(space.shape or ())
-        if isinstance(space, MultiBinary):
-            return (2,) * size
+        if not isinstance(self.space, Box):
+            return factors(self.space)
+        size = math.prod(self.space.shape)
         return (self.bins,) * size if isinstance(self.bins, int) else self.bins
 
     @property

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import spaces
+from ..errors import explained
 from ..nets import AbstractQNetwork, Inputs, NetworkOutput
 from ..types import AnyArray, Observation, TimeStep
 from .actions import Actions
@@ -160,7 +161,7 @@ class Model(eqx.Module):
         """Samples of what is predicted, from those of agents (0 of agents that are dead)."""
         if not self.mixer.is_joint:
             return samples
-        return self.mixer.mix(samples[..., 0], self.global_state(timesteps))[..., None]
+        return self._mix(samples[..., 0], self.global_state(timesteps))[..., None]
 
     def predict(
         self,
@@ -175,7 +176,17 @@ class Model(eqx.Module):
         if not self.mixer.is_joint:
             return Predictions(raw, self.value)
         chosen = jnp.where(acting, self.value.expected(raw), 0.0)
-        return Predictions(*self.value.of_means(self.mixer.mix(chosen, global_state)))
+        return Predictions(*self.value.of_means(self._mix(chosen, global_state)))
+
+    def _mix(
+        self, values: Float[Array, "*lanes M"], global_state: Float[Array, "*lanes S"] | None
+    ) -> Float[Array, "*lanes P"]:
+        size = None if global_state is None else global_state.shape[-1]
+        with explained(
+            f"{type(self.mixer).__name__} does not mix by a global state of {size} numbers: create "
+            f"the agent with state_size={size}"
+        ):
+            return self.mixer.mix(values, global_state)
 
     def reward(self, timesteps: TimeStep) -> Float[Array, "*lanes P"]:
         """The reward of each prediction: the team's, or each agent's own (one for all alike)."""

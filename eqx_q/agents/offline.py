@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from equinox import AbstractClassVar
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
 
 from ..errors import UsageError, check_whole
 from ..nets import AbstractQNetwork
@@ -335,7 +335,7 @@ class OfflineQ(QAgent):
         values = output.values[:, None]
         mask = None if batch.action_mask is None else batch.action_mask[:, None]
         loss, metrics = self._loss(model, values, items, batch.weight, mask)
-        metrics |= self._told(output.features, batch.action)
+        metrics |= self._told(output.features, batch.action[:, None], items.acting)
         return loss, (output.statistics, metrics, 1.0)
 
     def _sequence_loss(self, parameters, rest, rollout: Rollout, items: Items):
@@ -347,7 +347,7 @@ class OfflineQ(QAgent):
         unrolled = unroll(model, self.statistics, steps, items.acting)
         mask = learnt.timesteps.action_mask
         loss, metrics = self._loss(model, unrolled.values, items, rollout.weight, mask)
-        metrics |= self._told(unrolled.features, learnt.actions)
+        metrics |= self._told(unrolled.features, learnt.actions, items.acting)
         return loss, (unrolled.statistics, metrics, 1.0)
 
     def _loss(
@@ -382,13 +382,19 @@ class OfflineQ(QAgent):
         told["priority"] = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
         return loss, told
 
-    def _told(self, features: Float[Array, "T R H"] | None, action: AnyArray) -> dict[str, Array]:
-        """What else is to be seen of a batch."""
+    def _told(
+        self,
+        features: Float[Array, "T R H"] | None,
+        action: Shaped[AnyArray, "*steps_and_action"],
+        acting: Bool[Array, "*steps M"],
+    ) -> dict[str, Float[Array, ""]]:
+        """Further metrics of a batch."""
         told = {}
         if features is not None:  # Sokar et al. 2023 (arXiv 2302.12902), with tau = 0
             told["dead_units"] = jnp.mean(jnp.all(features == 0, axis=(0, 1)))
         if self.actions.is_rounded:
-            told["action_rounding"] = jnp.mean(self.actions.rounding(action))
+            rounding = self.actions.rounding(action)
+            told |= average(_shares(acting), {"action_rounding": rounding})
         return told
 
 

@@ -20,7 +20,7 @@ from ..nets import AbstractQNetwork
 from ..nets.parameters import split_parameters
 from ..returns import q_lambda
 from ..spaces import Leaf, Space
-from ..types import Observation, Rollout, Scalar
+from ..types import Observation, Rollout, Scalar, Transitions
 from . import minibatches
 from .acting import QAgent
 from .actions import Bins
@@ -221,7 +221,7 @@ class PQN(QAgent):
         return dataclasses.replace(self, schedule_steps=steps)
 
     def update(
-        self, experience: Rollout, *, key: PRNGKeyArray
+        self, experience: Rollout | Transitions, *, key: PRNGKeyArray
     ) -> tuple["PQN", dict[str, Float[Array, ""]]]:
         """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..errors import CorruptFileError, MissingExtraError, UnknownNameError, UsageError
-from ..spaces import leaves, of_actions, of_observations, select, without
+from ..spaces import Leaf, factors, leaves, of_actions, of_observations, select, without
 from .conversion import Part, Source
 from .dataset import Dataset, Description, Rows
 
@@ -47,6 +47,8 @@ def from_minari(
     data = minari.load_dataset(dataset_id)
     if not data.total_episodes:
         raise UsageError(f"there is no episode in the Minari data set '{dataset_id}'")
+    indices = np.asarray(data.episode_indices)
+    (first,) = data.storage.get_episodes(indices[:1])
     metadata, source = data.storage.metadata, {"format": "minari", "id": dataset_id}
     if data.storage.jpeg_encoding and _is_image(data.observation_space):
         source["jpeg"] = "yes"  # it had lost something before it came here
@@ -57,13 +59,14 @@ def from_minari(
         description = description._replace(observation_space=space, source=source)
     else:
         spec = data.env_spec
+        actions = of_actions(data.action_space)
         description = Description(
             env=f"minari/{dataset_id}" if spec is None else f"gymnasium/{spec.id}",
             observation_space=of_observations(without(data.observation_space, leave_out)),
-            action_space=of_actions(data.action_space),
+            action_space=actions,
             source=source,
+            extras=_masks(first, actions),
         )
-    indices = np.asarray(data.episode_indices)
     parts = [
         Part(
             f"episodes {chunk[0]} to {chunk[-1]}",
@@ -72,7 +75,6 @@ def from_minari(
         )
         for chunk in np.split(indices, range(_EPISODES, len(indices), _EPISODES))
     ]
-    (first,) = data.storage.get_episodes(indices[:1])
     return Source(
         description if env is None else description._replace(env=env),
         parts,
@@ -80,6 +82,13 @@ def from_minari(
             lambda x: x.dtype, select(description.observation_space, first["observations"])
         ),
     )
+
+
+def _masks(episode: dict[str, Any], actions: Leaf) -> dict[str, tuple[int, ...]]:
+    """The extra that masks of actions are, where an episode has them for each observation."""
+    masks = np.asarray((episode["infos"] or {}).get("action_mask"))
+    shape = (sum(factors(actions)),)
+    return {"action_mask": shape} if masks.shape == (len(episode["rewards"]) + 1, *shape) else {}
 
 
 def to_minari(
@@ -198,7 +207,10 @@ def _rows(episode: dict[str, Any], description: Description) -> Rows:
         obs = frames
     rows = Rows.of_episode(obs, action, episode["rewards"], terminated=bool(terminated[-1]))
     infos = episode["infos"] or {}
-    return rows._replace(**{name: infos[name] for name in description.extras if name in infos})
+    extras = {name: infos[name] for name in description.extras if name in infos}
+    if "action_mask" in extras:
+        extras["action_mask"] = np.asarray(extras["action_mask"]).astype(bool)
+    return rows._replace(**extras)
 
 
 def _buffer(minari: Any, rows: Rows, description: Description) -> Any:

@@ -277,7 +277,7 @@ def _reference(node: Any, where: str) -> str:
         except (ImportError, AttributeError, ValueError):
             continue
     for alias, value in vars(sys.modules.get(module, object)).items():
-        if value is node:  # such as a lambda with a name of its own
+        if value is node and not _is_standard_library(module):  # a lambda with a name, for example
             return f"{module}:{alias}"
     raise UsageError(
         f"{_place(where)} is '{name or node!r}' of module '{module}', which cannot be imported by "

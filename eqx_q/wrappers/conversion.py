@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -13,60 +13,8 @@ from jaxtyping import Bool, PyTree, Shaped
 
 from .. import spaces
 from ..errors import UsageError
-from ..spaces import Box, Dict, Discrete, Leaf, MultiBinary, MultiDiscrete, Space, Tuple
+from ..spaces import Box, Leaf, MultiBinary, MultiDiscrete, Space, factors
 from ..types import AnyArray
-
-_MOST_CHOICES = 2**16  # of a whole number among an environment's actions
-
-
-def map_leaves(function: Callable[[str, Leaf], Leaf], space: Space, path: str = "") -> Space:
-    """`space` with `function(path, leaf)` in place of each leaf."""
-    if isinstance(space, Dict):
-        return Dict({x: map_leaves(function, space[x], f"{path}.{x}".lstrip(".")) for x in space})
-    if isinstance(space, Tuple):
-        children = enumerate(space.spaces)
-        mapped = [map_leaves(function, one, f"{path}.{i}".lstrip(".")) for i, one in children]
-        return Tuple(gymnasium.spaces.Tuple(mapped))
-    assert isinstance(space, Leaf)
-    return function(path, space)
-
-
-def cast_space(space: Space) -> Space:
-    """`space` with the types that arrays have in JAX: `uint8`, `int32` or `float32`."""
-    return map_leaves(lambda path, leaf: _cast(leaf), space)
-
-
-def _cast(leaf: Leaf) -> Leaf:
-    if not isinstance(leaf, Box) or leaf.dtype == np.uint8:
-        return leaf
-    if leaf.dtype.kind == "f":
-        dtype = np.float32
-        with np.errstate(over="ignore"):  # the largest float64 becomes infinite
-            low, high = leaf.low.astype(dtype), leaf.high.astype(dtype)
-    else:
-        dtype, whole = np.int32, np.iinfo(np.int32)
-        low, high = (np.clip(x, whole.min, whole.max).astype(dtype) for x in (leaf.low, leaf.high))
-    return Box(gymnasium.spaces.Box(low, high, leaf.shape, dtype))
-
-
-def actions_of(space: gymnasium.Space) -> Leaf:
-    """The space of the actions that an environment is given: those that it takes.
-
-    A `Box` of whole numbers is `MultiDiscrete`; any other has `float32`.
-
-    **Raises:** `UsageError` for what Q-learning cannot choose from.
-    """
-    leaf = spaces.of_actions(space)
-    if not isinstance(leaf, Box) or leaf.dtype.kind == "f":
-        return _cast(leaf)
-    low = leaf.low.astype(np.int64)
-    choices = leaf.high.astype(np.int64) - low + 1
-    if (choices > _MOST_CHOICES).any():
-        raise UsageError(
-            f"actions of {space} have more than {_MOST_CHOICES} choices: wrap the environment in "
-            "gymnasium.wrappers.TransformAction"
-        )
-    return MultiDiscrete(gymnasium.spaces.MultiDiscrete(choices, start=low))
 
 
 def as_taken(space: gymnasium.Space, action: AnyArray) -> Shaped[np.ndarray, "..."]:
@@ -75,15 +23,6 @@ def as_taken(space: gymnasium.Space, action: AnyArray) -> Shaped[np.ndarray, "..
     if isinstance(space, gymnasium.spaces.Box):  # rounding may have led out of it
         action = np.clip(action, space.low, space.high)
     return action
-
-
-def factors(actions: Leaf) -> tuple[int, ...]:
-    """How many choices each factor of an action has. A `Box` has none."""
-    if isinstance(actions, Discrete):
-        return (int(actions.n),)
-    if isinstance(actions, MultiDiscrete):
-        return tuple(int(n) for n in actions.nvec.ravel())
-    return (2,) * int(np.prod(actions.shape)) if isinstance(actions, MultiBinary) else ()
 
 
 def read_mask(actions: Leaf, given: Any) -> Bool[np.ndarray, " A"]:
@@ -194,7 +133,7 @@ class Senses:
             assert isinstance(space, gymnasium.spaces.Dict)
             sees_one = list(space) == ["observation"]
             space = space["observation"] if sees_one else space
-        return cls(cast_space(spaces.of_observations(space)), actions, tells_mask, sees_one)
+        return cls(spaces.of_observations(space), actions, tells_mask, sees_one)
 
     def seen(self, obs: Any) -> Any:
         """What is seen of an observation, and perhaps more."""

@@ -23,7 +23,7 @@ from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Leaf, Space
 from ..types import AnyArray, Episode, Observation, TimeStep
-from .conversion import Senses, actions_of, complete, factors, map_leaves
+from .conversion import Senses, complete, factors
 from .env import Env, Recording
 from .envpool_rules import AtariRules, PlainRules, Rules
 from .host import Host, HostEnv, Reported
@@ -90,7 +90,7 @@ class Pool:
         with warnings.catch_warnings(action="ignore"):  # of bounds that float32 cannot hold
             self.takes: gymnasium.Space = self.envpool.action_space
             sees = self.envpool.observation_space
-        self.senses = Senses.of(_repaired(sees), actions_of(self.takes), leave_out)
+        self.senses = Senses.of(_repaired(sees), spaces.of_actions(self.takes), leave_out)
         kind, shape, *_ = spec._action_spec[-1]
         self._action = np.dtype(kind), tuple(size for size in shape if size != -1)
         limit = self.envpool.config["max_episode_steps"]
@@ -362,7 +362,7 @@ def _repaired(space: gymnasium.Space) -> Space:
         high = np.where(leaf.high == limits.max, np.inf, leaf.high)
         return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
 
-    return map_leaves(repaired, spaces.of_observations(space))
+    return spaces.map_leaves(repaired, spaces.of_observations(space))
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from gymnasium.envs.registration import EnvSpec, VectorizeMode, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from jaxtyping import Bool, Shaped
 
+from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..types import AnyArray
-from .conversion import Senses, actions_of, as_taken, factors, read_mask
+from .conversion import Senses, as_taken, factors, read_mask
 from .host import Host, HostEnv, Reported, shapes_of
 
 VECTORIZATIONS = ("auto", "sync", "async")
@@ -45,7 +46,7 @@ class GymnasiumHost(Host):
         self.max_episode_steps = max_episode_steps
         self.num_envs = vector.num_envs
         self.leave_out = leave_out
-        self.action_space = actions_of(vector.single_action_space)
+        self.action_space = spaces.of_actions(vector.single_action_space)
         self._senses = Senses.of(vector.single_observation_space, self.action_space, leave_out)
         self.observation_space = self._senses.space
         self._recipe = recipe

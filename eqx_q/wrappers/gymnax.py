@@ -22,7 +22,6 @@ from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Leaf, Space
 from .autoreset import Report
-from .conversion import actions_of
 from .drawing import draw_grid, quiet_pygame
 from .lanes import Lanes
 
@@ -95,11 +94,13 @@ def _actions(env: Environment, params: Any) -> Leaf:
     """The actions it takes, a `Box` with its bounds in every dimension."""
     space = env.action_space(params)
     if isinstance(space, gymnax_spaces.Discrete):
-        return actions_of(gymnasium.spaces.Discrete(int(space.n)))
+        return spaces.of_actions(gymnasium.spaces.Discrete(int(space.n)))
     if isinstance(space, gymnax_spaces.Box):
         low, high = (np.broadcast_to(x, space.shape) for x in (space.low, space.high))
         dtype = np.dtype(space.dtype).type
-        return actions_of(gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype))
+        return spaces.of_actions(
+            gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype)
+        )
     raise UsageError(f"actions of {env.name} must be Discrete or a Box, not {space}")
 
 

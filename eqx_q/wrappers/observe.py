@@ -15,7 +15,6 @@ from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Leaf, Space
 from ..types import TimeStep
-from .conversion import map_leaves
 from .env import Env, Recording
 
 
@@ -50,7 +49,7 @@ class Observe(Env):
         self.whole_space = spaces.of_observations(left)
         self.observe = _checked(observe, self.whole_space)
         entries = dict(self.observe)
-        self.observation_space = map_leaves(
+        self.observation_space = spaces.map_leaves(
             lambda path, leaf: _part(leaf, entries.get(path)), self.whole_space
         )
         self.action_space = env.action_space

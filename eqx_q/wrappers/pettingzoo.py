@@ -20,7 +20,7 @@ from .. import spaces
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..spaces import Box, Discrete, Leaf, Space
 from ..types import AnyArray
-from .conversion import Senses, actions_of, as_taken, cast_space, factors, map_leaves
+from .conversion import Senses, as_taken, factors
 from .drawing import quiet_pygame
 from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
@@ -35,7 +35,7 @@ class _Player:
     def __init__(self, agent: Any, index: int, env: ParallelEnv, leave_out: tuple[str, ...]):
         self.agent, self.index = agent, index
         self._takes: Any = env.action_space(agent)
-        self.actions = actions_of(self._takes)
+        self.actions = spaces.of_actions(self._takes)
         self.senses = Senses.of(env.observation_space(agent), self.actions, leave_out)
         self.num_choices = sum(factors(self.actions))
 
@@ -111,7 +111,7 @@ class PettingZooHost(Host):
         numbers = tuple(kinds.index(one) for one in zip(seen, done, strict=True))
         self.agent_kinds = numbers if len(kinds) > 1 else None
         self.action_space = _common_actions(done, pad)
-        self.observation_space = map_leaves(_with_zeros, _common_observations(seen, pad))
+        self.observation_space = spaces.map_leaves(_with_zeros, _common_observations(seen, pad))
         self._unseen = _unseen(self.observation_space, self.num_agents)
         self._seeds: list[int | None] = [seed + lane for lane in range(self.num_envs)]
         self._ended = [False] * self.num_envs
@@ -279,7 +279,7 @@ def _common_observations(of_agents: list[Space], pad: bool) -> Space:
         own = tuple(map(slice, box.shape))
         low[own] = np.minimum(low[own], box.low)
         high[own] = np.maximum(high[own], box.high)
-    return cast_space(Box(gymnasium.spaces.Box(low, high, shape, dtype.type)))
+    return spaces.of_observations(gymnasium.spaces.Box(low, high, shape, dtype.type))
 
 
 def _with_zeros(path: str, leaf: Leaf) -> Leaf:

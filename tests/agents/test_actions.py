@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eqx_q import PQN
 from eqx_q.agents.actions import Actions, as_bins
 from eqx_q.agents.mixers import Independent
 from eqx_q.agents.model import Model
@@ -234,10 +235,25 @@ def test_the_best_choices_of_factors_make_the_best_joint_action(space, value, ma
     np.testing.assert_allclose(samples.mean(-1), worth, rtol=1e-4, atol=1e-5)
 
 
+def test_actions_of_an_agent_lie_in_the_space_that_it_was_given():
+    see, key = spaces.Box(-1, 1, (3,)), jax.random.key(0)
+    for given in (
+        spaces.Box(0, 10, (2,), np.int64),
+        spaces.Box(np.array([0.1, -1e-9]), np.array([0.3, 1 / 3]), dtype=np.float64),
+    ):
+        agent = PQN.create(see, given, key=key, bins=3)
+        obs = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+        actions = np.asarray(agent.act(obs, epsilon=1.0, key=key).action)
+        assert len(np.unique(actions)) > 2
+        for action in actions:
+            assert given.contains(action.astype(given.dtype))
+
+
 @pytest.mark.parametrize(
     ("space", "bins", "message"),
     [
         (box(), 1, r"bins=1: give a whole number of at least 2"),
+        (spaces.Box(-3e38, 3e38, (1,)), 2, "further apart than float32 can tell"),
         (box(), [2, 0, 2], r"bins=\[2, 0, 2\]: give a whole number of at least 2, or a list"),
         (box(), 2.5, r"bins=2.5: give a whole number"),
         (box(), "abc", r"bins=abc: give a whole number"),

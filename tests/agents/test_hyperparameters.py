@@ -152,6 +152,13 @@ def test_unknown_paths():
             replace(make_agent(), {path: 1.0})
 
 
+@pytest.mark.parametrize("value", [2.5, float("nan"), np.float32([0.5, 1.5])])
+def test_a_replacement_outside_its_range_is_refused(value):
+    agent = eqx.filter_vmap(lambda _: make_agent())(jnp.arange(2))
+    with pytest.raises(UsageError, match=r"optimizer\.b1=.* makes no sense: choose it from 0 to"):
+        replace(agent, {"optimizer.b1": value})
+
+
 def test_ranges():
     assert range_of("discount") == (0.0, 1.0)
     assert range_of("reward_scale") == (-jnp.inf, jnp.inf)

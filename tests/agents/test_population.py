@@ -113,6 +113,8 @@ def test_bad_input():
     population = eqx_q.Population(eqx.filter_vmap(lambda key: make_member(key, 1e-3))(keys))
     with pytest.raises(UsageError, match="4 lanes do not divide over 3 members"):
         population.act(np.zeros((4, 4), np.float32))
+    with pytest.raises(UsageError, match=r"obs has no axis of lanes: .* all 3 members"):
+        population.act(np.zeros(4, np.float32))
 
 
 @pytest.mark.parametrize(("memory", "num_agents"), [("gru", 2), ("lstm", None), ("mingru", None)])

@@ -11,7 +11,7 @@ import eqx_q
 from eqx_q.agents.sequences import as_team
 from eqx_q.errors import UsageError
 from eqx_q.returns import q_lambda
-from eqx_q.types import Episode, Rollout, TimeStep
+from eqx_q.types import Episode, Rollout, TimeStep, Transitions
 
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACT = gymnasium.spaces.Discrete(2)
@@ -294,6 +294,17 @@ def test_bad_input_of_update_and_act():
         UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .* one timestep more"
     ):
         agent.update(eqx_q.Rollout(short, rollout.actions), key=jax.random.key(0))
+    step = jax.tree.map(lambda x: x[0], rollout.timesteps)
+    one = Transitions(
+        obs=step.obs,
+        action=rollout.actions[0],
+        reward=step.reward[:, None],
+        length=jnp.ones(2, jnp.int32),
+        terminated=step.terminated,
+        next_obs=step.obs,
+    )
+    with pytest.raises(UsageError, match="learns from rollouts: give it a Rollout"):
+        agent.update(one, key=jax.random.key(0))
     with pytest.raises(UsageError, match="action_mask has shape"):
         agent.act(rollout.timesteps.obs[0], action_mask=np.ones(5, bool))
 

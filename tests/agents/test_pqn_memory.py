@@ -277,6 +277,22 @@ def test_networks_that_break_the_contract_are_refused(output, message):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network=network)
 
 
+def test_memory_of_another_agent_is_refused():
+    def make(**options):
+        return eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network="mlp", **options)
+
+    gru = {"network_options": {"memory": "gru"}}
+    agents = [make(), make(**gru), make(**gru, exploration="ez_greedy")]
+    for agent in agents:
+        for other in agents:
+            memory = other.initial_memory(N)
+            if other is agent:
+                agent.act(np.zeros((N, 3), np.float32), memory)
+            elif memory is not None:
+                with pytest.raises(UsageError, match=f"memory does not match {N} lanes of this"):
+                    agent.act(np.zeros((N, 3), np.float32), memory)
+
+
 def test_acting_from_nothing_is_acting_at_an_episodes_start():
     agent = make_agent()
     obs = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)

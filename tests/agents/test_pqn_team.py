@@ -29,6 +29,7 @@ def make_agent(mixer, **options):
         "lambda_": 0.7,
         "discount": 0.9,
         "reward_scale": 0.5,
+        "state_size": 4,
     }
     network = eqx.nn.Linear(3, 4, key=jax.random.key(1))
     return eqx_q.PQN.create(
@@ -60,6 +61,7 @@ def make_rollout(own_rewards=True, seed=0):
         action_mask=action_mask,
         agent_mask=alive,
         agent_reward=rng.normal(size=(*shape, M)).astype(np.float32) if own_rewards else None,
+        global_state=rng.normal(size=(*shape, 4)).astype(np.float32),
     )
     actions = np.argmax(rng.random((T, N, M, 4)) * action_mask[:-1], -1).astype(np.int32)
     return jax.tree.map(jnp.asarray, Rollout(timesteps, actions))
@@ -97,9 +99,13 @@ def case(mixer, agent, rollout):
     chosen = np.take_along_axis(q_values[:-1], actions[..., None], -1)[..., 0]
     chosen = np.where(steps.agent_mask[:-1], chosen, 0.0)
     happened = ~steps.first[1:]
-    if mixer == "vdn":
-        rewards, values = steps.reward[..., None], values.sum(-1, keepdims=True)
-        chosen, happened = chosen.sum(-1, keepdims=True), happened[..., None]
+    if mixer != "independent":
+
+        def mix(values, state):
+            return np.asarray(agent.mixer.mix(jnp.asarray(values), jnp.asarray(state)))
+
+        rewards, values = steps.reward[..., None], mix(values, steps.global_state)
+        chosen, happened = mix(chosen, steps.global_state[:-1]), happened[..., None]
     else:
         rewards = steps.agent_reward if steps.agent_reward is not None else steps.reward[..., None]
         rewards = np.broadcast_to(rewards, values.shape)
@@ -108,7 +114,7 @@ def case(mixer, agent, rollout):
 
 
 @pytest.mark.parametrize("own_rewards", [True, False])
-@pytest.mark.parametrize("mixer", ["vdn", "independent"])
+@pytest.mark.parametrize("mixer", ["vdn", "qmix", "independent"])
 def test_targets_and_loss_are_those_by_hand(mixer, own_rewards):
     agent, rollout = make_agent(mixer), make_rollout(own_rewards)
     targets, chosen, happened = case(mixer, agent, rollout)
@@ -190,7 +196,9 @@ def test_what_does_not_fit_is_refused():
         make_agent("vnd")
     for sizes in ((M + 1, 3 * M), (M, 3 * M + 1)):
         with pytest.raises(UsageError, match=f"QMIX does not mix the values of {M} agents by a "):
-            make_agent(QMIX(*sizes, key=jax.random.key(0)))
+            make_agent(QMIX(*sizes, key=jax.random.key(0)), state_size=3 * M)
+    with pytest.raises(UsageError, match=r"does not mix by a global state of 4 .*state_size=4"):
+        make_agent("qmix", state_size=9).update(alone, key=jax.random.key(0))
     one_each = type("OneEach", (VDN,), {"mix": Independent.mix})()
     with pytest.raises(UsageError, match=rf"OneEach .* into \({M},\): .* must have shape \(1,\)"):
         make_agent(one_each)

@@ -1,5 +1,6 @@
 """Minari's data sets and ours, in both directions."""
 
+import functools
 import warnings
 
 import gymnasium
@@ -11,6 +12,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from minari.data_collector import EpisodeBuffer
 from recorded import Transition, raw_episodes, stored_transitions, transitions
 
+import eqx_q
 import eqx_q.data.minari as ours
 from eqx_q.data import (
     Description,
@@ -263,6 +265,60 @@ def test_any_space_goes_both_ways(tmp_path, name):
         np.testing.assert_array_equal(one.actions, taken)
         assert one.actions.dtype == actions.dtype
     check_same(dataset, convert(from_minari("back-v0"), tmp_path / "back"))
+
+
+LEARNABLE = {
+    "float64 observations": (Box(-1, 1, (3,), np.float64), Discrete(6)),
+    "whole observations": (Box(-9, 9, (3,), np.int64), Discrete(6)),
+    "float64 actions": (VECTOR, Box(-0.1, 1 / 3, (2,), np.float64)),
+    "whole actions": (VECTOR, Box(0, 5, (2,), np.int64)),
+}
+
+
+class Theirs(gymnasium.Env):
+    """Has spaces."""
+
+    def __init__(self, name):
+        self.observation_space, self.action_space = LEARNABLE[name]
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, self.observation_space.dtype), {}
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_an_agent_of_their_environment_learns_from_their_data(tmp_path, name):
+    space, actions = LEARNABLE[name]
+    buffers = [
+        EpisodeBuffer(
+            observations=obs,
+            actions=taken,
+            rewards=reward,
+            terminations=np.zeros(len(taken), bool),
+            truncations=np.arange(len(taken)) == len(taken) - 1,
+        )
+        for obs, taken, reward in sampled_episodes(space, actions, [9, 9])
+    ]
+    create("theirs-v0", buffers, space, actions)
+    dataset = convert(from_minari("theirs-v0"), tmp_path / "ours")
+    env = eqx_q.make(functools.partial(Theirs, name), num_envs=1)
+    agent = eqx_q.CQL.create(env.observation_space, env.action_space, key=jax.random.key(0))
+    learnt, _ = eqx_q.train_offline(agent, dataset, num_updates=2, key=jax.random.key(0))
+    assert int(learnt.num_updates) == 2
+
+
+def test_masks_of_their_data_are_kept(tmp_path):
+    masks = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1]])
+    buffer = EpisodeBuffer(
+        observations=np.zeros((3, 3), np.float32),
+        actions=np.array([0, 1]),
+        rewards=np.ones(2),
+        terminations=np.array([False, True]),
+        truncations=np.zeros(2, bool),
+        infos={"action_mask": masks},
+    )
+    create("masked-v0", [buffer], VECTOR, Discrete(3))
+    dataset = convert(from_minari("masked-v0"), tmp_path / "ours")
+    np.testing.assert_array_equal(dataset.rows.action_mask, masks.astype(bool))
 
 
 def write_masked(path, **options):
