@@ -79,8 +79,8 @@ class Policy:
         """
         kinds, structure = jax.tree.flatten(self.inputs["obs"])
         arrays = structure.flatten_up_to(_select(self.inputs["obs"], obs))
-        alone = jnp.ndim(arrays[0]) == len(kinds[0].shape) - 1
         arrays = [jnp.asarray(x, kind.dtype) for x, kind in zip(arrays, kinds, strict=True)]
+        alone = arrays[0].ndim == len(kinds[0].shape) - 1
         obs = jax.tree.unflatten(structure, [x[None] for x in arrays] if alone else arrays)
         lanes = 1 if alone else len(arrays[0])
 

@@ -174,8 +174,9 @@ def test_what_an_exported_agent_does_not_take_is_left_out(tmp_path):
     space = gymnasium.spaces.Dict(x=box(3), more=inner)
     agent = eqx_q.PQN.create(space, gymnasium.spaces.Discrete(4), key=jax.random.key(0))
     policy = Policy(eqx_q.export(tmp_path, agent, platforms=("cpu",)))
-    obs = {"x": np.float32([1, 2, 3]), "more": [np.float32([4, 5]), 2], "mission": "go"}
-    np.testing.assert_allclose(policy.act(obs).value, agent.act(obs).value, rtol=1e-5)
+    obs = {"x": np.float32([1, 2, 3]), "more": (np.float32([4, 5]), np.asarray(2))}
+    raw = {"x": [1, 2, 3], "mission": "go", "more": [[4, 5], 2]}
+    np.testing.assert_allclose(policy.act(raw).value, agent.act(obs).value, rtol=1e-5)
 
 
 class Fixed(AbstractQNetwork):

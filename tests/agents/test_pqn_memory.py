@@ -230,14 +230,17 @@ def test_memory_goes_on_without_a_lane_axis():
 def test_what_cannot_work_is_refused():
     agent = make_agent()
     rollout = make_rollout(agent)
-    with pytest.raises(UsageError, match="give the rollout that before its first timestep"):
+    with pytest.raises(UsageError, match="with the memory before its first timestep"):
         agent.update(Rollout(rollout.timesteps, rollout.actions), key=jax.random.key(0))
     with pytest.raises(UsageError, match="num_minibatches=3 does not divide the 4 lanes"):
         make_agent(num_minibatches=3).update(rollout, key=jax.random.key(0))
     with pytest.raises(UsageError, match="burn_in=2 warms up memory, and this network has none"):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), burn_in=2)
-    for burn_in in (6, -1):
-        with pytest.raises(UsageError, match=f"burn_in={burn_in} must be a whole number from 0"):
+    for burn_in, message in (
+        (6, "burn_in=6 must not be above rollout_length=5"),
+        (-1, "at least 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
             make_agent(burn_in=burn_in)
     with pytest.raises(UsageError, match="5 steps leaves nothing after burn_in=5"):
         make_agent(burn_in=5).update(rollout, key=jax.random.key(0))
