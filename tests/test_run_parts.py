@@ -7,7 +7,8 @@ from environments import Guess
 
 from eqx_q.errors import UsageError
 from eqx_q.run import changeable, make_agent
-from eqx_q.run.parts import check_of_chosen, chosen_options, full_overrides, with_values
+from eqx_q.run.parts import check_of_chosen, chosen_options, full_overrides
+from eqx_q.run.settings import with_values
 
 
 @pytest.mark.parametrize(

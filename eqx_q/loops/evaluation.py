@@ -54,9 +54,15 @@ def evaluate(
 
     The `returns` of `play_episodes`, which takes the same arguments.
     """
-    options = {"num_episodes": num_episodes, "key": key, "epsilon": epsilon}
-    options |= {"max_episode_steps": max_episode_steps, "min_steps": min_steps}
-    played = play_episodes(agent, env, **options)
+    played = play_episodes(
+        agent,
+        env,
+        num_episodes=num_episodes,
+        key=key,
+        epsilon=epsilon,
+        max_episode_steps=max_episode_steps,
+        min_steps=min_steps,
+    )
     return np.asarray(played.returns)
 
 

@@ -600,18 +600,16 @@ def _moving_average(
 class BatchNorm(AbstractLayer):
     """Batch normalisation (Ioffe & Szegedy 2015) of each feature of the last axis."""
 
-    scale: Float[Array, "features"] | None
-    bias: Float[Array, "features"] | None
+    scale: Float[Array, "features"]
+    bias: Float[Array, "features"]
     size: int = eqx.field(static=True)
     momentum: float = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
 
-    def __init__(
-        self, size: int, momentum: float = 0.99, epsilon: float = 1e-5, affine: bool = True
-    ):
+    def __init__(self, size: int, momentum: float = 0.99, epsilon: float = 1e-5):
         """`momentum` is the weight of what the running statistics were before a batch."""
-        self.scale = jnp.ones(size) if affine else None
-        self.bias = jnp.zeros(size) if affine else None
+        self.scale = jnp.ones(size)
+        self.bias = jnp.zeros(size)
         self.size = size
         self.momentum = momentum
         self.epsilon = epsilon
@@ -629,10 +627,7 @@ class BatchNorm(AbstractLayer):
             mean, variance, any_row = _batch_moments(x, batch_mask, statistics)
             statistics = _moving_average(statistics, mean, variance, any_row, self.momentum)
         x = (x - mean) * lax.rsqrt(variance + self.epsilon)
-        return (
-            x if self.scale is None or self.bias is None else x * self.scale + self.bias,
-            statistics,
-        )
+        return x * self.scale + self.bias, statistics
 
 
 class BatchRenorm(AbstractLayer):

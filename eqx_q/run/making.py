@@ -19,8 +19,17 @@ from ..agents.parts import Part
 from ..errors import UnknownNameError, UsageError
 from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
-from .parts import chosen_options, with_values
-from .settings import Config, Settings, env_name, flat, given, number, whole
+from .parts import chosen_options
+from .settings import (
+    Config,
+    Settings,
+    env_name,
+    flat,
+    given,
+    number,
+    whole,
+    with_values,
+)
 
 LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
 MOST_LANES = 2**24

@@ -76,15 +76,6 @@ def check_of_chosen(options: Options, path: str, names: Iterable[str] = ()) -> N
         )
 
 
-def with_values(options: Options, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with others in their place, by paths: `"learning_rate"`, `"value.sigma"`."""
-    options = dict(options)
-    for path, value in values.items():
-        head, dot, rest = path.partition(".")
-        options[head] = with_values(options.get(head) or {}, {rest: value}) if dot else value
-    return options
-
-
 def _of_today(options: Options) -> dict[str, Any]:
     """Options of any version; an old run keeps its own configuration."""
     options = dict(options)

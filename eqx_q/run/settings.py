@@ -246,10 +246,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def replaced(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Nested mappings with another value at a path."""
-    key, _, rest = path.partition(".")
-    return {**tree, key: replaced(tree[key], rest, value) if rest else value}
+def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with others of their values, by paths: `"learning_rate"`, `"value.sigma"`."""
+    tree = dict(tree)
+    for path, value in values.items():
+        head, dot, rest = path.partition(".")
+        tree[head] = with_values(tree.get(head) or {}, {rest: value}) if dot else value
+    return tree
 
 
 def env_name(config: Config) -> str:

@@ -11,7 +11,7 @@ from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..wrappers import Env
 from .making import make_agent, traced
 from .parts import check_of_chosen
-from .settings import Config, flat, replaced
+from .settings import Config, flat, with_values
 
 VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
 
@@ -44,7 +44,7 @@ class Space:
         """The configuration with a trial's parameters."""
         for name, value in params.items():
             value = json.loads(value) if name in self.structured else value
-            config = replaced(config, name, value)
+            config = with_values(config, {name: value})
         return dict(config)
 
 

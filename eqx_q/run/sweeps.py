@@ -13,7 +13,7 @@ import numpy as np
 from ..clock import clock
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..saving.files import write_whole
-from .settings import Config, env_name
+from .settings import Config, env_name, flat
 from .statistics import human_normalised, interval, iqm
 from .summary import finished, write_json
 
@@ -112,9 +112,9 @@ def as_markdown(told: Mapping[str, Any]) -> str:
 
 def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, str]]:
     """Each run with what tells it from others in the same environment, but for its seeds."""
-    flat = [dict(_leaves(config)) for config, _ in runs]
+    every = [flat(config) for config, _ in runs]
     of_env = defaultdict(list)
-    for (config, _), values in zip(runs, flat, strict=True):
+    for (config, _), values in zip(runs, every, strict=True):
         of_env[env_name(config)].append(values)
     differing = {
         name
@@ -122,7 +122,7 @@ def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, 
         for name in {name for values in alike for name in values}
         if any(values.get(name) != alike[0].get(name) for values in alike)
     }
-    for (config, directory), values in zip(runs, flat, strict=True):
+    for (config, directory), values in zip(runs, every, strict=True):
         names = sorted(differing & values.keys() - {"seed", "num_seeds"})
         yield config, directory, " ".join(f"{name}={values[name]}" for name in names)
 
@@ -213,14 +213,6 @@ def _estimate(middle: float, around: Sequence[float] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _csv(results: Iterable[Result]) -> str:

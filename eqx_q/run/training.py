@@ -280,7 +280,6 @@ class _Crew(NamedTuple):
     """The callbacks of a run; those that are asked something afterwards, by name."""
 
     callbacks: list[Any]
-    interrupt: Interrupt
     evaluation: Evaluation | None
     keeper: "_Keeper"
     checkpoint: Checkpoint
@@ -296,7 +295,6 @@ def _crew(
     begin = 0 if run_state is None else _done(run_state)
     tracker = close_later(stack, _tracker(settings, directory, begin))
     lines = (directory / "metrics.jsonl").read_text().splitlines()  # of before a resume
-    interrupt = stack.enter_context(Interrupt())
     evaluation = make_evaluation(settings, env, budget, stack)
     recorder = _Recorder(begin)
     for line in lines:
@@ -304,7 +302,7 @@ def _crew(
     keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(settings, env, directory)
     callbacks = [
-        interrupt,
+        stack.enter_context(Interrupt()),
         evaluation,
         evolution,
         recorder,
@@ -315,7 +313,7 @@ def _crew(
         _video(settings, env, directory, tracker, budget, stack),
     ]
     present = [callback for callback in callbacks if callback is not None]
-    return _Crew(present, interrupt, evaluation, keeper, checkpoint, recorder)
+    return _Crew(present, evaluation, keeper, checkpoint, recorder)
 
 
 class _Keeper:
