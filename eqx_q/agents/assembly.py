@@ -17,7 +17,7 @@ from ..types import Observation
 from .actions import Actions, as_bins
 from .exploration import AbstractExploration, make_exploration
 from .mixers import AbstractMixer, make_mixer
-from .model import state_size as size_of_observations
+from .model import size_of_observations
 from .optimizers import Optimizer, make_optimizer
 from .values import AbstractValue, make_value
 

@@ -209,7 +209,7 @@ class Model(eqx.Module):
         return jnp.concatenate([x.reshape(*axes, -1) for x in leaves], axis=-1)
 
 
-def state_size(space: spaces.Space, num_agents: int | None) -> int:
+def size_of_observations(space: spaces.Space, num_agents: int | None) -> int:
     """How many numbers all observations of a team are, side by side."""
     sizes = [x.size for x in jax.tree.leaves(spaces.shapes(space))]
     return sum(sizes) * (num_agents or 1)

@@ -311,15 +311,15 @@ class OfflineQ(QAgent):
                 rollout, memory=self.initial_memory(rollout.actions.shape[1])
             )
         model = self.target_model
-        there = warmed_up(model, self.statistics, rollout, self.burn_in)
-        mask, chooser = there.timesteps.action_mask, None
+        warmed = warmed_up(model, self.statistics, rollout, self.burn_in)
+        mask, chooser = warmed.timesteps.action_mask, None
         if self.double:
             own = warmed_up(self.model, self.statistics, rollout, self.burn_in)
             chooser = self.model.q_values(unroll(self.model, self.statistics, own).values, mask)
-        samples = model.samples(unroll(model, self.statistics, there).values, mask, chooser)
-        steps = outcome(model, samples, there.timesteps, self.reward_scale)
+        samples = model.samples(unroll(model, self.statistics, warmed).values, mask, chooser)
+        steps = outcome(model, samples, warmed.timesteps, self.reward_scale)
         target = n_step_sequence(*steps, discount=self.discount, n=self.n_step)
-        items = items_of(self.model, there, target)
+        items = items_of(self.model, warmed, target)
         length = len(target) - (self.n_step - 1)
         if length < 1:
             raise UsageError(
@@ -335,19 +335,19 @@ class OfflineQ(QAgent):
         values = output.values[:, None]
         mask = None if batch.action_mask is None else batch.action_mask[:, None]
         loss, metrics = self._loss(model, values, items, batch.weight, mask)
-        metrics |= self._told(output.features, batch.action[:, None], items.acting)
+        metrics |= self._further_metrics(output.features, batch.action[:, None], items.acting)
         return loss, (output.statistics, metrics, 1.0)
 
     def _sequence_loss(self, parameters, rest, rollout: Rollout, items: Items):
         """The loss of sequences."""
         model = self.model.having(*eqx.combine(parameters, rest))
-        there = warmed_up(model, self.statistics, rollout, self.burn_in)
-        learnt = part(there, slice(len(items.acting)), there.memory)
+        warmed = warmed_up(model, self.statistics, rollout, self.burn_in)
+        learnt = part(warmed, slice(len(items.acting)), warmed.memory)
         steps = dataclasses.replace(learnt, actions=learnt.actions[:-1])
         unrolled = unroll(model, self.statistics, steps, items.acting)
         mask = learnt.timesteps.action_mask
         loss, metrics = self._loss(model, unrolled.values, items, rollout.weight, mask)
-        metrics |= self._told(unrolled.features, learnt.actions, items.acting)
+        metrics |= self._further_metrics(unrolled.features, learnt.actions, items.acting)
         return loss, (unrolled.statistics, metrics, 1.0)
 
     def _loss(
@@ -359,7 +359,7 @@ class OfflineQ(QAgent):
         action_mask: Bool[AnyArray, "*steps B M A"] | None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
         """The mean loss of a batch, metrics, and the absolute TD error of each of its items."""
-        losses, real, metrics = fit(model, values, items)
+        losses, real, of_predictions = fit(model, values, items)
         scale = 1.0 if importance is None else importance[:, None]
         weight, acting = _shares(real), _shares(items.acting)
         q_values = model.q_values(values, None)
@@ -376,26 +376,26 @@ class OfflineQ(QAgent):
             "conservative_gap": gap,
             "agreement": agreement,
         }
-        told = {"loss": loss, **average(weight, metrics), **average(acting, of_agents)}
-        error = jnp.where(real, metrics["td_error"], 0.0)
+        metrics = {"loss": loss, **average(weight, of_predictions), **average(acting, of_agents)}
+        error = jnp.where(real, of_predictions["td_error"], 0.0)
         axes = (*range(real.ndim - 2), real.ndim - 1)  # all but that of items
-        told["priority"] = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
-        return loss, told
+        metrics["priority"] = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
+        return loss, metrics
 
-    def _told(
+    def _further_metrics(
         self,
         features: Float[Array, "T R H"] | None,
         action: Shaped[AnyArray, "*steps_and_action"],
         acting: Bool[Array, "*steps M"],
     ) -> dict[str, Float[Array, ""]]:
         """Further metrics of a batch."""
-        told = {}
+        metrics = {}
         if features is not None:  # Sokar et al. 2023 (arXiv 2302.12902), with tau = 0
-            told["dead_units"] = jnp.mean(jnp.all(features == 0, axis=(0, 1)))
+            metrics["dead_units"] = jnp.mean(jnp.all(features == 0, axis=(0, 1)))
         if self.actions.is_rounded:
             rounding = self.actions.rounding(action)
-            told |= average(_shares(acting), {"action_rounding": rounding})
-        return told
+            metrics |= average(_shares(acting), {"action_rounding": rounding})
+        return metrics
 
 
 def _shares(counts: Bool[Array, "*steps P"]) -> Float[Array, "*steps P"]:

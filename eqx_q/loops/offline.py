@@ -20,7 +20,14 @@ from ..sharding import Lay, OneDevice, Placement, place_on
 from ..spaces import leaves
 from ..types import Rollout, Transitions
 from .running import Boundaries, Callback, Metrics, run
-from .source import AbstractRunState, AbstractSource, ByName, Told, advance_from, check_shares
+from .source import (
+    AbstractRunState,
+    AbstractSource,
+    ByName,
+    UpdateMetrics,
+    advance_from,
+    check_shares,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +91,7 @@ class Recorded(AbstractSource[OfflineState]):
 
     def follow(
         self, state: OfflineState, drawn: Int[Array, "*S B"], metrics: ByName
-    ) -> tuple[OfflineState, Told]:
+    ) -> tuple[OfflineState, UpdateMetrics]:
         """See `AbstractSource`."""
         metrics = dict(metrics)
         priority = metrics.pop("priority")
@@ -93,7 +100,7 @@ class Recorded(AbstractSource[OfflineState]):
             updated = updated if state.agent.num_members is None else jax.vmap(updated)
             priorities = updated(state.priorities, drawn, priority)
             state = dataclasses.replace(state, priorities=priorities)
-        return state, Told.of(state.agent, metrics, {}, {})
+        return state, UpdateMetrics.of(state.agent, metrics, {}, {})
 
 
 def advance_offline(

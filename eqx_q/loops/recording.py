@@ -19,6 +19,7 @@ from ..spaces import Box, shapes
 from ..types import AnyArray, Memory, Observation, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.host import closing
+from .source import check_fits
 
 _CHUNK_SECONDS = 0.5  # between looks at the progress and at Ctrl-C
 _CHUNK_BYTES = 16 << 20
@@ -191,13 +192,7 @@ def _stack(env: Env) -> int | None:
 def _check_fits(agent: Agent, env: Env) -> None:
     if agent.num_members is not None:
         raise UsageError("record the members of a population one by one: population.member(i)")
-    for name in ("observation_space", "action_space", "num_agents"):
-        ours, theirs = getattr(agent, name), getattr(env, name)
-        if ours != theirs:
-            raise UsageError(
-                f"the agent's {name} is {ours}, the environment's {theirs}: "
-                "record in the environment that it was trained in"
-            )
+    check_fits(agent, env, "record in the environment that it was trained in")
 
 
 def _capacity(env: Env) -> int:

@@ -14,8 +14,10 @@ from equinox import AbstractVar
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ..agents import Agent
+from ..errors import UsageError
 from ..sharding import Lay, Placement
 from ..types import Rollout, Transitions
+from ..wrappers import Env
 
 ByName = dict[str, Array]
 
@@ -38,10 +40,23 @@ class AbstractRunState(eqx.Module):
         """
 
 
+def check_fits(agent: Agent, env: Env, mend: str) -> None:
+    """Raises `UsageError` where an agent's spaces or team are not the environment's.
+
+    **Arguments:** `mend`: what to do then; `{}` stands for what differs.
+    """
+    for name in ("observation_space", "action_space", "num_agents"):
+        ours, theirs = getattr(agent, name), getattr(env, name)
+        if ours != theirs:
+            raise UsageError(
+                f"the agent's {name} is {ours}, the environment's {theirs}: {mend.format(name)}"
+            )
+
+
 State = TypeVar("State", bound=AbstractRunState)
 
 
-class Told(NamedTuple):
+class UpdateMetrics(NamedTuple):
     """Metrics of updates: `means` over them, `sums`, and of `samples` the last.
 
     A sum named `episode_...` is one over episodes, and in the end their mean.
@@ -52,17 +67,17 @@ class Told(NamedTuple):
     samples: ByName
 
     @classmethod
-    def of(cls, agent: Agent, metrics: ByName, sums: ByName, samples: ByName) -> "Told":
+    def of(cls, agent: Agent, metrics: ByName, sums: ByName, samples: ByName) -> "UpdateMetrics":
         """Metrics of one update. Entries with more than one number per agent are distributions."""
         axes = 0 if agent.num_members is None else 1
         means = {name: x for name, x in metrics.items() if x.ndim <= axes}
         wide = {name: x for name, x in metrics.items() if x.ndim > axes}
         return cls(means, sums, wide | samples)
 
-    def then(self, new: "Told") -> "Told":
+    def then(self, new: "UpdateMetrics") -> "UpdateMetrics":
         """Of these updates and the next one."""
         means, sums = jax.tree.map(jnp.add, (self.means, self.sums), (new.means, new.sums))
-        return Told(means, sums, new.samples)
+        return UpdateMetrics(means, sums, new.samples)
 
     def averaged(self, num_updates: int | Int[Array, ""]) -> ByName:
         """The metrics after so many updates."""
@@ -82,7 +97,7 @@ class AbstractSource(eqx.Module, Generic[State]):
         """The experience to learn from next, and what `follow` needs afterwards."""
 
     @abc.abstractmethod
-    def follow(self, state: State, drawn: Any, metrics: ByName) -> tuple[State, Told]:
+    def follow(self, state: State, drawn: Any, metrics: ByName) -> tuple[State, UpdateMetrics]:
         """The state after what was drawn, whose agent has learnt from it and told `metrics`."""
 
 
@@ -109,7 +124,7 @@ def advance_from(
     return eqx.combine(arrays, rest), totals.averaged(num_updates)
 
 
-def _update(source: AbstractSource[State], state: State) -> tuple[State, Told]:
+def _update(source: AbstractSource[State], state: State) -> tuple[State, UpdateMetrics]:
     key, draw_key, update_key = jax.random.split(state.key, 3)
     experience, drawn = source.draw(state, draw_key)
     agent, metrics = state.agent.update(experience, key=update_key)

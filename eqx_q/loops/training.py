@@ -16,7 +16,14 @@ from ..sharding import Lay, Placement, place_on
 from ..types import Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
 from .running import Boundaries, Callback, Metrics, number, run
-from .source import AbstractRunState, AbstractSource, ByName, Told, advance_from, check_shares
+from .source import (
+    AbstractRunState,
+    AbstractSource,
+    ByName,
+    UpdateMetrics,
+    advance_from,
+    check_shares,
+)
 
 _MAX_STEPS = 2**32  # counted in uint32
 
@@ -65,13 +72,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
     environment differ.
     """
     rollouts = _rollouts(agent)
-    for name in ("observation_space", "action_space", "num_agents"):
-        ours, theirs = getattr(agent, name), getattr(env, name)
-        if ours != theirs:
-            raise UsageError(
-                f"the agent's {name} is {ours}, the environment's {theirs}: "
-                f"create the agent with env.{name}"
-            )
+    check_fits(agent, env, "create the agent with env.{}")
     memory = agent.initial_memory(env.num_envs)
     reset_key, key = jax.random.split(key)
     env_state, timestep = env.reset(reset_key)
@@ -130,7 +131,9 @@ class Lanes(AbstractSource[RunState]):
         before = state.burn_in
         return _joined(before, rollout) if before else rollout, (after, rollout, burn_in)
 
-    def follow(self, state: RunState, drawn: PyTree, metrics: ByName) -> tuple[RunState, Told]:
+    def follow(
+        self, state: RunState, drawn: PyTree, metrics: ByName
+    ) -> tuple[RunState, UpdateMetrics]:
         """See `AbstractSource`."""
         (env_state, timestep, memory), rollout, burn_in = drawn
         seen = state.agent.measure(_measure, rollout)
@@ -143,7 +146,7 @@ class Lanes(AbstractSource[RunState]):
             transitions=state.transitions + transitions,
             burn_in=burn_in,
         )
-        return state, Told.of(state.agent, metrics, **seen)
+        return state, UpdateMetrics.of(state.agent, metrics, **seen)
 
 
 def advance(
