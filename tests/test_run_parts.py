@@ -1,9 +1,11 @@
 """Parts in a configuration: short forms, options of what was not chosen, earlier versions' keys."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environments import Guess
+from environments import Guess, Relay
 
 from eqx_q.errors import UsageError
 from eqx_q.run import changeable, make_agent
@@ -86,6 +88,13 @@ def test_members_leave_out_the_values_that_their_part_lacks():
     values = [{"value.sigma": 0.5, "discount": 0.8}, {"value.sigma": 0.7, "discount": 0.9}]
     members = make_agent(told, Guess(2), values).members
     np.testing.assert_array_equal(members.discount, np.float32([0.8, 0.9]))
+
+
+def test_agents_that_are_alike_are_of_one_kind():
+    network = {"hidden_sizes": [4], "share_parameters": "kind"}
+    agent = make_agent(config(_target_="eqx_q.PQN", network_options=network), Relay(2))
+    assert agent.network.kinds == (0, 0)
+    assert {len(x) for x in jax.tree.leaves(eqx.filter(agent.network.members, eqx.is_array))} == {1}
 
 
 def test_what_an_old_run_may_change_is_told_by_todays_names():

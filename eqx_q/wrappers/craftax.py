@@ -71,6 +71,7 @@ class Game:
     action_space: Discrete
     num_agents: None = None
     state_size: None = None
+    agent_kinds: None = None
 
     def reset(self, key: PRNGKeyArray) -> tuple[Play, Report]:
         """Generates a world."""

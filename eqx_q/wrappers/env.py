@@ -1,7 +1,7 @@
 """The environment contract."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -72,8 +72,11 @@ class Env(eqx.Module):
 
     @property
     def agent_kinds(self) -> tuple[int, ...] | None:
-        """Of a team whose agents differ, the kind of each: those alike have the same number."""
-        return None
+        """Of a team, the kind of each agent, from 0: those of a kind see and act in one way.
+
+        A suite whose agents may differ overrides this.
+        """
+        return None if self.num_agents is None else (0,) * self.num_agents
 
     @abc.abstractmethod
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
@@ -109,3 +112,10 @@ class Env(eqx.Module):
     @abc.abstractmethod
     def close(self) -> None:
         """Frees what the environment holds outside JAX."""
+
+
+def kinds_of(agents: Iterable[Hashable]) -> tuple[int, ...]:
+    """The kinds of agents, for `Env.agent_kinds`: those of which the same is said are of one."""
+    agents = list(agents)
+    first = list(dict.fromkeys(agents))
+    return tuple(first.index(agent) for agent in agents)

@@ -48,6 +48,7 @@ class Game:
     action_space: Leaf
     num_agents: None = None
     state_size: None = None
+    agent_kinds: None = None
     lanes_per_reset: None = None
 
     @property

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Discrete
 from .autoreset import Lasting, Report
+from .env import kinds_of
 from .jaxmarl_rules import RULES, Rules
 from .lanes import Lanes
 from .options import TeamReward, TimeLimit, require_choice, require_count
@@ -63,6 +64,7 @@ class Game:
     num_agents: int
     max_episode_steps: int | None
     state_size: int | None
+    agent_kinds: tuple[int, ...]
     action_mask: Bool[np.ndarray, "M A"] | None
     lanes_per_reset: None = None
 
@@ -269,6 +271,7 @@ def _described(env: MultiAgentEnv, rules: Rules, pad: bool) -> dict[str, Any]:
         "num_agents": len(env.agents),
         "max_episode_steps": rules.longest(env),
         "state_size": None if seen is None else seen.shape[0],
+        "agent_kinds": kinds_of(zip(shapes, counts, strict=True)),
     }
 
 

@@ -22,8 +22,8 @@ class Game(Protocol):
 
     **Attributes:**
 
-    - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`, `state_size`: as in
-        [`eqx_q.wrappers.Env`][].
+    - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`, `state_size`,
+        `agent_kinds`: as in [`eqx_q.wrappers.Env`][].
     - `lanes_per_reset`: `None`: a reset is cheap, and computed in every lane and step. A number:
         it is dear, and computed for one in so many lanes at once; see `autoreset.step`.
     """
@@ -38,6 +38,8 @@ class Game(Protocol):
     def max_episode_steps(self) -> int | None: ...
     @property
     def state_size(self) -> int | None: ...
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None: ...
     @property
     def lanes_per_reset(self) -> int | None: ...
 
@@ -83,6 +85,10 @@ class Lanes(Env):
     @property
     def state_size(self) -> int | None:
         return self.game.state_size
+
+    @property
+    def agent_kinds(self) -> tuple[int, ...] | None:
+        return self.game.agent_kinds
 
     def reset(self, key: PRNGKeyArray) -> tuple[LaneState, TimeStep]:
         return autoreset.reset(self.game.reset, key, self.num_envs)

@@ -22,6 +22,7 @@ from ..spaces import Box, Discrete, Leaf, Space
 from ..types import AnyArray
 from .conversion import Senses, as_taken, factors
 from .drawing import quiet_pygame
+from .env import kinds_of
 from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
 
@@ -107,9 +108,7 @@ class PettingZooHost(Host):
         self._players = {x: _Player(x, m, envs[0], leave_out) for m, x in enumerate(agents)}
         players = self._players.values()
         seen, done = [x.senses.space for x in players], [x.actions for x in players]
-        kinds = list(dict.fromkeys(zip(seen, done, strict=True)))
-        numbers = tuple(kinds.index(one) for one in zip(seen, done, strict=True))
-        self.agent_kinds = numbers if len(kinds) > 1 else None
+        self.agent_kinds = kinds_of(zip(seen, done, strict=True))
         self.action_space = _common_actions(done, pad)
         self.observation_space = spaces.map_leaves(_with_zeros, _common_observations(seen, pad))
         self._unseen = _unseen(self.observation_space, self.num_agents)

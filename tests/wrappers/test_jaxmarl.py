@@ -368,6 +368,19 @@ def test_every_id_fits_the_contract(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("MPE_simple_spread_v3", (0, 0, 0)),
+        ("MPE_simple_tag_v3", (0, 0, 0, 1)),  # the prey sees less
+        ("MPE_simple_speaker_listener_v4", (0, 1)),
+        ("SMAX", (0, 0, 1, 1, 1)),  # all see alike, and have as many actions as enemies
+    ],
+)
+def test_agents_are_of_a_kind_where_they_see_and_act_alike(name, kinds):
+    assert make(name).agent_kinds == kinds
+
+
 def test_equal_calls_share_what_is_compiled_and_others_do_not():
     def game(**options):
         return wrappers.make("jaxmarl/MPE_simple_spread_v3", 2, **options).game

@@ -331,7 +331,7 @@ class Mixed(Fates):
 @pytest.mark.parametrize("actions", ACTIONS)
 def test_agents_that_are_alike_have_spaces_of_every_kind(actions):
     env = wrappers.make(lambda: KindsTeam(actions), 2, leave_out=["word"])
-    assert env.agent_kinds is None and env.state_size == 3
+    assert env.agent_kinds == (0, 0) and env.state_size == 3
     took, timesteps = play(env, 0, 1)
     raw = KindsTeam(actions)
     for t in range(CHUNK + 1):
