@@ -50,8 +50,9 @@ def to_pettingzoo(env: Env, *, render_mode: str | None = None) -> "PettingZooBri
 
     An agent is terminated in the step that takes it from `agent_mask`, and the rest when the
     episode ends: terminated or truncated as the team is. An agent is paid its own reward, where
-    there are such, else the team's. An environment without agents becomes a team of one. What is in
-    `info`, seeds and `render_mode` are as for `to_gymnasium`.
+    there are such, else the team's. `state()` is the timestep's `global_state`, where there is one.
+    An environment without agents becomes a team of one. What is in `info`, seeds and `render_mode`
+    are as for `to_gymnasium`.
 
     **Raises:** `UsageError` for more lanes; `MissingExtraError` without PettingZoo.
     """

@@ -3,9 +3,10 @@
 import copy
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from pettingzoo import ParallelEnv
 
 from ..types import AnyArray, TimeStep
@@ -22,6 +23,8 @@ class PettingZooBridge(ParallelEnv):
         self._is_team = env.num_agents is not None
         self.metadata = {"name": "eqx_q", "render_modes": ["rgb_array"], "render_fps": 30}
         self.render_mode = render_mode
+        if env.state_size is not None:
+            self.state_space = gymnasium.spaces.Box(-np.inf, np.inf, (env.state_size,), np.float32)
         self.agents: list[str] = []
         self.possible_agents = [f"agent_{m}" for m in range(env.num_agents or 1)]
         # One's own for each agent: samples of one do not move those of another.
@@ -60,6 +63,10 @@ class PettingZooBridge(ParallelEnv):
         )
         self.agents = [x for x in self.agents if alive[x] and not ended]
         return report
+
+    def state(self) -> Float[np.ndarray, " S"]:
+        state = self._timestep.global_state
+        return super().state() if state is None else np.asarray(state[0])
 
     def render(self):
         return self._loop.render(0)

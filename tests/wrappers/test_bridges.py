@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environments import Clock, Relay
+from environments import Clock, Relay, TwoStep
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -229,6 +229,30 @@ def test_it_compiles_once(monkeypatch, bridge):
         env.step(action)
         env.step(action)
     assert len(traced) == 2  # reset and step
+
+
+def test_a_team_tells_its_state_where_it_has_one():
+    env, own = to_pettingzoo(TwoStep(1)), Own(TwoStep(1), 3)
+    assert env.state_space.shape == (3,)
+    back = wrappers.make(lambda: to_pettingzoo(TwoStep(1)), 1, seed=3)
+    assert back.state_size == 3
+    for actions in ([[0, 0], [1, 1]], [[1, 0], [0, 1]]):
+        env.reset(seed=3)
+        timesteps, returned = [own.reset()], [back.host.reset()]
+        np.testing.assert_array_equal(env.state(), timesteps[-1].global_state[0])
+        for action in actions:
+            env.step(dict(zip(env.agents, action, strict=True)))
+            timesteps.append(own.step([action]))
+            returned.append(back.host.step(np.array([action])))
+            np.testing.assert_array_equal(env.state(), timesteps[-1].global_state[0])
+            assert env.state_space.contains(env.state())
+        for timestep, report in zip(timesteps, returned, strict=True):
+            np.testing.assert_array_equal(report["global_state"], timestep.global_state)
+    without = to_pettingzoo(Relay(1))
+    without.reset()
+    assert not hasattr(without, "state_space")
+    with pytest.raises(NotImplementedError):
+        without.state()
 
 
 @pytest.mark.parametrize("limit", [False, True])
