@@ -148,6 +148,14 @@ class Senses:
         given = obs["action_mask"] if self.tells_mask else info.get("action_mask")
         return None if given is None else read_mask(self.actions, given)
 
+    def expect_no_mask(self, info: Any) -> None:
+        """Raises `UsageError` where `info` has a mask, though the first reset gave none."""
+        if info.get("action_mask") is not None and factors(self.actions):
+            raise UsageError(
+                "info['action_mask'] comes only after the first reset, too late to be taken up: "
+                "give it in the info of every reset, too"
+            )
+
 
 def _mask_lengths(actions: Leaf) -> tuple[int, ...]:
     sizes = factors(actions)

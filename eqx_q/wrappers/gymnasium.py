@@ -28,7 +28,7 @@ class GymnasiumHost(Host):
 
     Arrays of observations are `uint8` where they are so, else `int32` or `float32`. An
     `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`), becomes
-    the action mask; where the very first reset gives none, there is none later.
+    the action mask; where the very first reset gives none, none may come later.
     """
 
     num_agents = None
@@ -92,7 +92,10 @@ class GymnasiumHost(Host):
             "terminated": np.asarray(terminated, bool),
             "truncated": np.asarray(truncated, bool),
         }
-        return report | ({"action_mask": self._masks(obs, info)} if self._has_mask else {})
+        if self._has_mask:
+            return report | {"action_mask": self._masks(obs, info)}
+        self._senses.expect_no_mask(info)
+        return report
 
     def _masks(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, "N A"]:
         """Lanes that give no mask now may do anything."""

@@ -80,7 +80,7 @@ class PettingZooHost(Host):
 
     Arrays of observations are `uint8` where they are so, else `int32` or `float32`. Masks are those
     of `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`); where
-    the very first reset gives none, there are none later.
+    the very first reset gives none, none may come later.
     """
 
     max_episode_steps = None
@@ -214,6 +214,8 @@ class PettingZooHost(Host):
             if self._has_mask:
                 legal = player.legal(own, info.get(agent, {}))
                 report["action_mask"][m, : player.num_choices] = legal
+            else:
+                player.senses.expect_no_mask(info.get(agent, {}))
         return report
 
     def _pay(self, reward: dict[Any, float]) -> np.ndarray:

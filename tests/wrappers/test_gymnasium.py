@@ -216,6 +216,30 @@ def test_a_mask_in_the_observation_is_not_seen():
     env.close()
 
 
+class Late(gymnasium.Env):
+    """Says only after `reset` what is legal."""
+
+    def __init__(self, actions):
+        self.action_space, self.observation_space = actions, Box(0, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {"action_mask": np.array([0, 1, 1])}
+
+
+def test_a_mask_that_comes_too_late_is_told():
+    env = wrappers.make(lambda: Late(Discrete(3)), 2)
+    env.host.reset()
+    with pytest.raises(UsageError, match="give it in the info of every reset, too"):
+        env.host.step(np.zeros(2, int))
+    env.close()
+    unmasked = wrappers.make(lambda: Late(Box(0, 1, (3,))), 2)  # which no mask is for
+    assert "action_mask" not in unmasked.host.step(np.zeros((2, 3), np.float32))
+    unmasked.close()
+
+
 def test_the_seed_is_for_the_first_reset_and_later_ones_go_on():
     env = wrappers.make("gymnasium/CartPole-v1", 2, seed=4)
     again = env.replicate(2, seed=4)

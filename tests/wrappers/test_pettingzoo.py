@@ -59,7 +59,8 @@ class Fates(ParallelEnv):
         return {"observation": obs, "action_mask": self.mask(agent)} if self.masks == "obs" else obs
 
     def tell(self, agents):
-        return {x: {"action_mask": self.mask(x)} if self.masks == "info" else {} for x in agents}
+        says = self.masks == "info" or (self.masks == "late" and self.time > 0)
+        return {x: {"action_mask": self.mask(x)} if says else {} for x in agents}
 
     def reset(self, seed=None, options=None):
         self.time, self.agents = 0, list(self.possible_agents)
@@ -247,6 +248,14 @@ def test_masks(masks):
             own[0] = [1, 1, 1]  # nobody asks the dead
         np.testing.assert_array_equal(timesteps.action_mask[t], [own, own])
         np.testing.assert_array_equal(timesteps.obs[t, :, 1, :2], [[1 + time, 2]] * 2)
+    env.close()
+
+
+def test_masks_that_come_too_late_are_told():
+    env = wrappers.make(lambda: Fates({"a": (2, "task"), "b": (4, "limit")}, "late"), 1)
+    env.host.reset()
+    with pytest.raises(UsageError, match="give it in the info of every reset, too"):
+        env.host.step(np.full((1, 2), 4))
     env.close()
 
 
