@@ -98,10 +98,13 @@ KINDS: dict[type, type] = {
     gymnasium.spaces.Dict: Dict,
     gymnasium.spaces.Tuple: Tuple,
 }
+_WRAP = "wrap the environment in gymnasium.wrappers.TransformObservation"
 
 
-def hashable(space: gymnasium.Space, path: str = "") -> Space:
+def hashable(space: gymnasium.Space, path: str = "", in_dict: bool = False) -> Space:
     """`space` as one of those here.
+
+    **Arguments:** `path`, `in_dict`: where it is found, and whether as an entry of a `Dict`.
 
     **Raises:** `UsageError` where there is something in it that cannot be learnt from (`Text`,
     `Sequence`, `Graph`, `OneOf`), by its path.
@@ -110,11 +113,12 @@ def hashable(space: gymnasium.Space, path: str = "") -> Space:
         return space
     for theirs, ours in KINDS.items():
         if isinstance(space, theirs):
+            is_dict = isinstance(space, gymnasium.spaces.Dict)
             for name, child in _children(space):
-                hashable(child, f"{path}.{name}".lstrip("."))  # for its path in the message
+                hashable(child, f"{path}.{name}".lstrip("."), is_dict)  # for what the message says
             return ours(space)
     kind = type(space).__name__
-    mend = f"leave it out by its name (leave_out=['{path}'])" if path else "wrap the environment"
+    mend = f"leave it out by its name (leave_out=['{path}'])" if in_dict else _WRAP
     what = f"'{path}', " if path else ""
     raise UsageError(f"nothing can be learnt from {what}a space of kind {kind}: {mend}")
 
@@ -247,21 +251,28 @@ def shapes(space: gymnasium.Space, *axes: Any) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 def without(space: gymnasium.Space, names: Iterable[str]) -> gymnasium.Space:
-    """A `Dict` (of `Dict`s) without the entries of these paths.
+    """`space` without these entries of its `Dict`s, by path.
 
-    **Raises:** `UnknownNameError` for a path that is not there.
+    **Raises:** `UnknownNameError` for a path that is not there; `UsageError` for an entry of a
+    `Tuple`: the others would move up, and `select` not know from where.
     """
     for name in names:
-        head, _, rest = name.partition(".")
-        known = list(space) if isinstance(space, gymnasium.spaces.Dict) else []
-        if not isinstance(space, gymnasium.spaces.Dict) or head not in known:
-            raise UnknownNameError("entry of observations", name, known)
-        children = dict(space.spaces)
+        children = dict(_children(space))
+        heads = [key for key in children if f"{name}.".startswith(f"{key}.")]
+        if not heads:
+            raise UnknownNameError("entry of observations", name, map(str, children))
+        head = max(heads, key=lambda key: len(str(key)))  # keys may have dots, too
+        rest = name[len(str(head)) + 1 :]
         if rest:
             children[head] = without(children[head], [rest])
-        else:
+        elif isinstance(space, gymnasium.spaces.Dict):
             del children[head]
-        space = gymnasium.spaces.Dict(children)
+        else:
+            raise UsageError(f"'{name}', an entry of a Tuple, cannot be left out: {_WRAP}")
+        if isinstance(space, gymnasium.spaces.Dict):
+            space = gymnasium.spaces.Dict(children)
+        else:
+            space = gymnasium.spaces.Tuple([*children.values()])
     return space
 
 

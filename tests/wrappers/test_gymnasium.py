@@ -1,6 +1,7 @@
 """Gymnasium environments, against themselves stepped by hand."""
 
 import os
+import re
 import signal
 
 import gymnasium
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import SyncVectorEnv
+from gymnasium.wrappers import TransformObservation
 from kinds import ACTIONS, Kinds, multi_mask
 from rollouts import CHUNK, assert_equal, cart_column, play, roll
 
@@ -213,6 +215,59 @@ def test_a_mask_in_the_observation_is_not_seen():
     assert list(env.observation_space) == ["observation"]
     assert env.recording.preprocessing == {"leave_out": ["action_mask"]}
     assert env.replicate(1).observation_space == env.observation_space
+    env.close()
+
+
+class Parts(gymnasium.Env):
+    """Observes what it is made with, some of it nothing to learn from."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, space):
+        self.observation_space = space
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+BOX, WORD = Box(0, 1, (2,)), Text(3)
+
+
+@pytest.mark.parametrize(
+    ("space", "path", "seen"),
+    [
+        (Tuple([Dict({"word": WORD, "x": BOX}), BOX]), "0.word", Tuple([Dict({"x": BOX}), BOX])),
+        (Dict({"a.b": WORD, "x": BOX}), "a.b", Dict({"x": BOX})),
+        (
+            Dict({"a.b": Dict({"c": WORD, "d": BOX}), "a": Dict({"b": BOX})}),
+            "a.b.c",
+            Dict({"a.b": Dict({"d": BOX}), "a": Dict({"b": BOX})}),
+        ),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_left_out_by_the_name_that_is_told(space, path, seen):
+    advice = f"leave it out by its name (leave_out=['{path}'])"
+    with pytest.raises(UsageError, match=re.escape(advice)):
+        wrappers.make(lambda: Parts(space), 2)
+    env = wrappers.make(lambda: Parts(space), 2, leave_out=[path])
+    assert env.observation_space == seen
+    _, timestep = env.reset(jax.random.key(0))
+    assert seen.contains(jax.tree.map(lambda x: np.asarray(x[1]), timestep.obs))
+    env.close()
+
+
+def test_an_entry_of_a_tuple_is_not_left_out():
+    space = Tuple([WORD, BOX])
+    for options in ({}, {"leave_out": ["0"]}):
+        with pytest.raises(UsageError, match=r"'0'.*: wrap the env.*\.TransformObservation"):
+            wrappers.make(lambda: Parts(space), 2, **options)
+    with pytest.raises(UsageError, match="unknown entry of observations '2': known are 0, 1"):
+        wrappers.make(lambda: Parts(space), 2, leave_out=["2"])
+    env = wrappers.make(lambda: TransformObservation(Parts(space), lambda obs: obs[1], BOX), 2)
+    assert env.observation_space == BOX
     env.close()
 
 
