@@ -55,6 +55,8 @@ class _Player:
 
     def do(self, action: Shaped[np.ndarray, "*action"], actions: Leaf) -> Any:
         """The action, one of the team's `actions`, as the environment takes it."""
+        if isinstance(actions, Box) and actions != self.actions:
+            action = self._takes.low + action * (self._takes.high - self._takes.low)
         if not isinstance(actions, Discrete):
             return as_taken(self._takes, action)
         index, choices = int(action - actions.start), self.num_choices
@@ -242,9 +244,12 @@ def _common_actions(of_agents: list[Leaf], pad: bool) -> Leaf:
     first = of_agents[0]
     if all(one == first for one in of_agents):
         return first
+    if all(isinstance(one, Box) and one.shape == first.shape for one in of_agents):
+        return Box(gymnasium.spaces.Box(0, 1, first.shape))  # shares of each agent's own range
     if not all(isinstance(one, Discrete) for one in of_agents):
         raise UsageError(
-            f"agents act in {_listed(of_agents)}: they must act alike, or be Discrete with pad=true"
+            f"agents act in {_listed(of_agents)}: they must act alike, be Boxes of one shape, or "
+            "be Discrete with pad=true"
         )
     sizes = [sum(factors(one)) for one in of_agents]
     if len(set(sizes)) > 1 and not pad:
@@ -262,6 +267,11 @@ def _common_observations(of_agents: list[Space], pad: bool) -> Space:
     first = of_agents[0]
     if all(one == first for one in of_agents):
         return first
+    numbers = [one for one in of_agents if isinstance(one, Discrete)]
+    if len(numbers) == len(of_agents):
+        start = min(int(one.start) for one in numbers)
+        end = max(int(one.start + one.n) for one in numbers)
+        return Discrete(gymnasium.spaces.Discrete(end - start, start=start))
     boxes = [one for one in of_agents if isinstance(one, Box)]
     shapes = [box.shape for box in boxes]
     if len(boxes) < len(of_agents) or len({len(shape) for shape in shapes}) > 1:
@@ -352,7 +362,9 @@ def make(
     - `seed`: of the environments: lane `i` gets `seed + i`.
     - `pad`: for agents that differ: observations, one array each, are filled up with zeros at the
         ends of their axes, and `Discrete` actions up to the most that an agent has; the mask
-        forbids those. Agents that are alike may have spaces of any kind.
+        forbids those. Agents that are alike may have spaces of any kind. Nothing is to be filled
+        up where only ranges differ, of `Discrete` or `Box` observations, or of `Box` actions:
+        these are then from 0 to 1, shares of each agent's own range.
     - `team_reward`: `"sum"` of the agents' rewards; `"mean"`, that sum over `num_agents`;
         `"shared"` where all are paid alike: what each of them is.
     - `global_state`: whether the environment's `state()` becomes the timestep's `global_state`;

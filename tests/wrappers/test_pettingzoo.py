@@ -190,6 +190,49 @@ def test_agents_that_differ_are_padded():
     env.close()
 
 
+class Ranges(ParallelEnv):
+    """Two agents with other ranges of what they see and do; each is paid the sum of what it did."""
+
+    metadata: ClassVar = {"name": "ranges", "render_modes": []}
+    possible_agents: ClassVar = ["a", "b"]
+    render_mode = None
+    observation_spaces: ClassVar = {"a": Discrete(2, start=1), "b": Discrete(4)}
+    action_spaces: ClassVar = {
+        "a": Box(np.array([-1.0, 3.0]), np.array([1.0, 3.0]), dtype=np.float64),
+        "b": Box(np.array([-10.0, 0.1]), np.array([0.0, 0.3]), dtype=np.float64),
+    }
+
+    def observation_space(self, agent):
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent):
+        return self.action_spaces[agent]
+
+    def reset(self, seed=None, options=None):
+        self.agents = ["a", "b"]
+        return {"a": 2, "b": 3}, {"a": {}, "b": {}}
+
+    def step(self, actions):
+        assert all(self.action_spaces[x].contains(action) for x, action in actions.items())
+        rewards = {x: action.sum() for x, action in actions.items()}
+        no = dict.fromkeys("ab", False)
+        return {"a": 1, "b": 0}, rewards, no, no, {"a": {}, "b": {}}
+
+
+def test_agents_whose_ranges_differ():
+    env = wrappers.make(Ranges, 1)
+    assert env.observation_space == Discrete(4) and env.action_space == Box(0, 1, (2,))
+    assert env.agent_kinds == (0, 1)
+    state, timestep = env.reset(jax.random.key(0))
+    np.testing.assert_array_equal(timestep.obs, [[2, 3]])
+    for action, paid in (([0, 0], [2, -9.9]), ([1, 1], [4, 0.3]), ([0.5, 0.25], [3, -4.85])):
+        both = jnp.array([[action, action]], jnp.float32)
+        state, timestep = env.step(state, both, jax.random.key(0))
+        np.testing.assert_allclose(timestep.agent_reward, [paid], rtol=1e-6)
+    np.testing.assert_array_equal(timestep.obs, [[1, 0]])
+    env.close()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_padding_is_no_action(caplog):
     env = wrappers.make("pettingzoo/mpe2.simple_speaker_listener_v4", 1, pad=True)
