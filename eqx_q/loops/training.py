@@ -22,6 +22,7 @@ from .source import (
     ByName,
     UpdateMetrics,
     advance_from,
+    check_fits,
     check_shares,
 )
 
