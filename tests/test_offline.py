@@ -503,7 +503,7 @@ def test_an_online_agent_does_not_learn_offline(dataset):
     agent = online_agent(jax.random.key(0))
     population = eqx.filter_vmap(online_agent)(jax.random.split(jax.random.key(0), 2))
     for wrong in (agent, eqx_q.Population(population)):
-        with pytest.raises(UsageError, match=r"PQN learns from environments.*use eqx_q\.train"):
+        with pytest.raises(UsageError, match=r"learns from environments.*use eqx_q\.train"):
             unchecked(eqx_q.start_offline)(wrong, dataset, key=jax.random.key(0))
 
 
@@ -515,7 +515,7 @@ def test_an_offline_agent_does_not_learn_online():
 
     population = eqx.filter_vmap(create)(jax.random.split(jax.random.key(0), 2))
     for wrong in (create(jax.random.key(0)), eqx_q.Population(population)):
-        with pytest.raises(UsageError, match=r"DQN learns from data.*use eqx_q\.train_offline"):
+        with pytest.raises(UsageError, match=r"learns from data.*use eqx_q\.train_offline"):
             unchecked(start)(wrong, env, key=jax.random.key(0))
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
-from ..spaces import hashable, leaves, of_actions, of_observations, shapes
+from ..spaces import hashable, leaves, shapes
 from ..types import Observation
 
 FORMATS = (2, 3)  # the second has what only later versions know: see `Description.format`
@@ -261,8 +261,8 @@ class Description(NamedTuple):
             raise ValueError(f"unknown extras {sorted(unknown)}")
         return cls(
             env=header["env"],
-            observation_space=of_observations(_space_of_json(header["observation_space"])),
-            action_space=of_actions(action_space),
+            observation_space=hashable(_space_of_json(header["observation_space"])),
+            action_space=hashable(action_space),
             stack=header["stack"],
             stack_start=header["stack_start"],
             preprocessing=header["preprocessing"],

@@ -17,7 +17,7 @@ from ..agents import Agent, Batches
 from ..data import Blocks, Dataset, Priorities, Replay, Sampling
 from ..errors import UsageError
 from ..sharding import Lay, OneDevice, Placement, place_on
-from ..spaces import leaves
+from ..spaces import leaves, of_actions, of_observations
 from ..types import Rollout, Transitions
 from .running import Boundaries, Callback, Metrics, run
 from .source import (
@@ -144,11 +144,11 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
     """Raises `UsageError` where the agent does not learn offline, or not from these data."""
     _batches(agent)
     of_data = dataset.description
-    seen, there = agent.observation_space, of_data.observation_space
-    actions = agent.action_space
+    seen, there = agent.observation_space, of_observations(of_data.observation_space)
+    done, actions = agent.action_space, of_actions(of_data.action_space)
     for name, ours, theirs, fits in (
         ("agents", agent.num_agents, of_data.num_agents, agent.num_agents == of_data.num_agents),
-        ("actions", actions, of_data.action_space, actions == of_data.action_space),
+        ("actions", done, actions, done == actions),
         ("observations", seen, there, _kind(seen) == _kind(there)),
     ):
         if not fits:
