@@ -23,7 +23,7 @@ from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..spaces import Box, Leaf, Space
 from ..types import AnyArray, Episode, Observation, TimeStep
-from .conversion import Senses, complete, factors
+from .conversion import Senses, complete
 from .env import Env, Recording
 from .envpool_rules import AtariRules, PlainRules, Rules
 from .host import Host, HostEnv, Reported
@@ -124,7 +124,7 @@ class Pool:
 
     def mask(self, obs: Any, info: dict[str, Any], numpy: ModuleType) -> AnyArray | None:
         """What it says is legal, if it says so."""
-        choices = sum(factors(self.senses.actions))
+        choices = sum(spaces.factors(self.senses.actions))
         given = next((info[name] for name in _MASKS if name in info), None)
         if self.senses.tells_mask:
             given = obs["action_mask"]

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Shaped
 from .. import spaces
 from ..errors import UnknownNameError, UsageError
 from ..types import AnyArray
-from .conversion import Senses, as_taken, factors, read_mask
+from .conversion import Senses, as_taken, read_mask
 from .host import Host, HostEnv, Reported, shapes_of
 
 VECTORIZATIONS = ("auto", "sync", "async")
@@ -53,7 +53,7 @@ class GymnasiumHost(Host):
         self._seed: int | None = seed
         obs, info = vector.reset(seed=seed)
         gives_mask = self._senses.tells_mask or "action_mask" in info
-        self._has_mask = gives_mask and bool(factors(self.action_space))
+        self._has_mask = gives_mask and bool(spaces.factors(self.action_space))
         self.shapes = shapes_of(self._fresh(obs, info))
 
     def reset(self) -> Reported:
@@ -99,7 +99,7 @@ class GymnasiumHost(Host):
 
     def _masks(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, "N A"]:
         """Lanes that give no mask now may do anything."""
-        masks = np.ones((self.num_envs, sum(factors(self.action_space))), bool)
+        masks = np.ones((self.num_envs, sum(spaces.factors(self.action_space))), bool)
         given = info.get("_action_mask", np.full(self.num_envs, "action_mask" in info))
         for lane in range(self.num_envs):
             if self._senses.tells_mask or given[lane]:

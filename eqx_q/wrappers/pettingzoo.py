@@ -20,7 +20,7 @@ from .. import spaces
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..spaces import Box, Discrete, Leaf, Space
 from ..types import AnyArray
-from .conversion import Senses, as_taken, factors
+from .conversion import Senses, as_taken
 from .drawing import quiet_pygame
 from .env import kinds_of
 from .host import Host, HostEnv, Reported, shapes_of
@@ -38,7 +38,7 @@ class _Player:
         self._takes: Any = env.action_space(agent)
         self.actions = spaces.of_actions(self._takes)
         self.senses = Senses.of(env.observation_space(agent), self.actions, leave_out)
-        self.num_choices = sum(factors(self.actions))
+        self.num_choices = sum(spaces.factors(self.actions))
 
     def see(self, obs: Any) -> PyTree[np.ndarray]:
         """The observation's arrays."""
@@ -118,7 +118,7 @@ class PettingZooHost(Host):
         self._ended = [False] * self.num_envs
         first = [env.reset(seed=seed + lane) for lane, env in enumerate(envs)]
         self.state_size = _state_size(envs[0], global_state)
-        self._has_mask = bool(factors(self.action_space)) and (
+        self._has_mask = bool(spaces.factors(self.action_space)) and (
             len({player.num_choices for player in players}) > 1
             or any(player.senses.tells_mask for player in players)
             or any("action_mask" in info for _, infos in first for info in infos.values())
@@ -204,7 +204,7 @@ class PettingZooHost(Host):
         if self.state_size is not None:
             report["global_state"] = np.asarray(env.state(), np.float32).ravel()
         if self._has_mask:
-            choices = sum(factors(self.action_space))
+            choices = sum(spaces.factors(self.action_space))
             report["action_mask"] = np.zeros((len(agents), choices), bool)
         for agent, player in self._players.items():
             m, own = player.index, obs.get(agent)
@@ -251,7 +251,7 @@ def _common_actions(of_agents: list[Leaf], pad: bool) -> Leaf:
             f"agents act in {_listed(of_agents)}: they must act alike, be Boxes of one shape, or "
             "be Discrete with pad=true"
         )
-    sizes = [sum(factors(one)) for one in of_agents]
+    sizes = [sum(spaces.factors(one)) for one in of_agents]
     if len(set(sizes)) > 1 and not pad:
         raise UsageError(
             f"agents have {_listed(sizes)} actions: pad=true gives all of them the most, "

@@ -17,8 +17,9 @@ from mpe2 import simple_spread_v3
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import MissingExtraError, UsageError
+from eqx_q.spaces import of_actions
 from eqx_q.wrappers import to_gymnasium, to_pettingzoo
-from eqx_q.wrappers.conversion import actions_of, as_taken
+from eqx_q.wrappers.conversion import as_taken
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of its own environments
@@ -168,7 +169,7 @@ def test_masks_of_lanes_have_gymnasiums_marks():
 def test_kinds_of_every_sort_go_there_and_back(actions):
     ours = wrappers.make(lambda: Kinds(actions), 1, seed=3, leave_out=["word"])
     env, raw = to_gymnasium(ours), Kinds(actions)
-    assert env.action_space == actions_of(raw.action_space)
+    assert env.action_space == of_actions(raw.action_space)
     (obs, info), (expected, said) = env.reset(), raw.reset(seed=3)
     over = False
     while not over:

@@ -13,7 +13,7 @@ from rollouts import CHUNK, agents, assert_equal, play, roll, traces
 
 import eqx_q.wrappers as wrappers
 from eqx_q import spaces
-from eqx_q.wrappers.conversion import factors
+from eqx_q.spaces import factors
 
 
 class Walk(gymnasium.Env):

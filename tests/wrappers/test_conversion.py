@@ -7,10 +7,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 from eqx_q import spaces
 from eqx_q.errors import UsageError
+from eqx_q.spaces import factors
 from eqx_q.wrappers.conversion import (
     arrays,
     as_taken,
-    factors,
     legal_action,
     read_mask,
     write_mask,
