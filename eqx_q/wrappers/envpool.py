@@ -362,7 +362,7 @@ def _repaired(space: gymnasium.Space) -> Space:
         high = np.where(leaf.high == limits.max, np.inf, leaf.high)
         return Box(gymnasium.spaces.Box(low, high, leaf.shape, leaf.dtype.type))
 
-    return spaces.map_leaves(repaired, spaces.of_observations(space))
+    return spaces.map_leaves(repaired, spaces.hashable(space))
 
 
 @functools.cache
