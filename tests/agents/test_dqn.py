@@ -472,7 +472,6 @@ def test_the_network_of_an_online_agent_learns_offline():
         ({"network": eqx.nn.Linear(2, 4, key=jax.random.key(0))}, "cannot take observations"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True"),
-        ({"double": "no"}, "double='no': give true or false"),
         ({"n_step": 0}, "n_step must be a whole number"),
         ({"target_update_period": 0}, "target_update_period must be a whole number"),
         ({"discount": 1.1}, "discount=1.1 makes no sense"),
