@@ -137,7 +137,7 @@ def of_observations(space: gymnasium.Space) -> Space:
     if empty:
         raise UsageError(
             f"there is nothing to see in '{empty[0]}' of an observation: leave it out by its name "
-            f"(leave_out={empty})"
+            f"(leave_out={empty}), or, where that is an entry of a Tuple, {_WRAP}"
         )
     return space
 
@@ -164,9 +164,9 @@ def of_actions(space: gymnasium.Space) -> Leaf:
         )
     if isinstance(space, Box):
         low, high = space.low.astype(float), space.high.astype(float)
-        if np.any(high - low > np.finfo(np.float32).max):
+        if np.any(np.maximum(high - low, np.maximum(high, -low)) > np.finfo(np.float32).max):
             raise UsageError(
-                f"the bounds of {space} are further apart than float32 can tell: wrap the "
+                f"the bounds of {space}, or the distance between them, exceed float32: wrap the "
                 "environment in gymnasium.wrappers.RescaleAction"
             )
     assert isinstance(space, Leaf)
@@ -178,10 +178,14 @@ def of_actions(space: gymnasium.Space) -> Leaf:
 
 
 def _inside(space: Box) -> Box:
-    """The same in `float32`, without what rounding would add."""
+    """The same in `float32`, without what rounding would add.
+
+    Where there is no `float32` between the bounds, both are the nearest.
+    """
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    up = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    down = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    low, high = np.where(up > down, (low, high), (up, down))
     return Box(gymnasium.spaces.Box(low, high, space.shape, np.float32))
 
 

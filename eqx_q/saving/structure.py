@@ -276,9 +276,10 @@ def _reference(node: Any, where: str) -> str:
                 return reference
         except (ImportError, AttributeError, ValueError):
             continue
-    for alias, value in vars(sys.modules.get(module, object)).items():
-        if value is node and not _is_standard_library(module):  # a lambda with a name, for example
-            return f"{module}:{alias}"
+    if module in sys.modules and module != "__main__" and not _is_standard_library(module):
+        for alias, value in vars(sys.modules[module]).items():
+            if value is node:  # such as a lambda that a library gave a name
+                return f"{module}:{alias}"
     raise UsageError(
         f"{_place(where)} is '{name or node!r}' of module '{module}', which cannot be imported by "
         "that name: define it at module level with `def` or `class` (no lambda, nothing local)"

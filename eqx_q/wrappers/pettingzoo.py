@@ -315,7 +315,9 @@ def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
         return None
     state = None
     if callable(getattr(env.unwrapped, "state", None)):  # some have an attribute of that name
-        with contextlib.suppress(NotImplementedError):  # so PettingZoo says that there is none
+        # That is how PettingZoo's own `state` says that there is none; its wrappers pass it on, so
+        # that whether a class has a `state` of its own tells nothing.
+        with contextlib.suppress(NotImplementedError):
             state = np.asarray(env.state())
     if state is None:
         if wanted:

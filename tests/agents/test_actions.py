@@ -253,7 +253,8 @@ def test_actions_of_an_agent_lie_in_the_space_that_it_was_given():
     ("space", "bins", "message"),
     [
         (box(), 1, r"bins=1: give a whole number of at least 2"),
-        (spaces.Box(-3e38, 3e38, (1,)), 2, "further apart than float32 can tell"),
+        (spaces.Box(1e39, 1.1e39, (1,), np.float64), 2, "exceed float32"),
+        (spaces.Box(-3e38, 3e38, (1,)), 2, "the distance between them, exceed float32"),
         (box(), [2, 0, 2], r"bins=\[2, 0, 2\]: give a whole number of at least 2, or a list"),
         (box(), 2.5, r"bins=2.5: give a whole number"),
         (box(), "abc", r"bins=abc: give a whole number"),

@@ -60,6 +60,8 @@ def test_actions_stay_what_the_environment_takes():
     assert not third.contains(np.float64([np.float32(1 / 3)]))  # float32 is not as fine
     assert all(third.contains(x) for x in bounds.astype(np.float64))
     assert all(third.contains(x) for x in as_taken(third, bounds))
+    fixed = spaces.of_actions(Box(0.1, 0.1, (1,), np.float64))  # no float32 lies in between
+    assert fixed.low == fixed.high == np.float32(0.1)
     with pytest.raises(UsageError, match="more than 65536 choices"):
         spaces.of_actions(Box(0, 2**31 - 1, (2,), np.int32))
 
