@@ -23,11 +23,12 @@ of agents after that of rows. What else an environment says comes in columns of 
 import dataclasses
 import json
 import os
+import tokenize
 import urllib.parse
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import gymnasium
 import jax
@@ -54,6 +55,8 @@ EXTRAS = {
     "global_state": np.dtype("<f4"),
 }
 BLOCK = 1 << 24  # bytes that a checksum reads at a time
+# What NumPy raises of a damaged `.npy`. Its header is Python, which it tokenises.
+NPY_DAMAGE = (OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError)
 
 
 class Rows(NamedTuple):
@@ -378,7 +381,11 @@ class Dataset:
     def _verify(self, names) -> None:
         for name in names:
             path = self.path / f"{name}.npy"
-            if _checksum(path) != self._checksums[name]:
+            with open(path, "rb") as file:
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                is_whole = checksum(file) == self._checksums[name]
+            if not is_whole:
                 raise CorruptFileError(
                     f"'{path}' is damaged: its checksum is wrong; make the data set anew"
                 )
@@ -417,7 +424,7 @@ def _map(path: Path, expected: dict[str, Any]) -> np.ndarray:
     """Maps an array, and compares it with what the header says."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except NPY_DAMAGE as error:
         raise CorruptFileError(f"'{path}' is damaged: {error}; make the data set anew") from error
     if array.dtype.str != expected["dtype"] or list(array.shape) != expected["shape"]:
         raise CorruptFileError(
@@ -427,15 +434,12 @@ def _map(path: Path, expected: dict[str, Any]) -> np.ndarray:
     return array
 
 
-def _checksum(path: Path) -> int:
-    """Of an array's data."""
-    checksum = 0
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def checksum(file: BinaryIO) -> int:
+    """Of all that follows in a file."""
+    crc = 0
+    while block := file.read(BLOCK):
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _bound(values: np.ndarray) -> Any:

@@ -35,12 +35,13 @@ from jaxtyping import Bool, Float32, Int, UInt8
 from ..errors import CorruptFileError, UsageError
 from . import atari
 from .conversion import Part, Source
-from .dataset import Description, Rows
+from .dataset import NPY_DAMAGE, Description, Rows
 
 _COLUMNS = ("observation", "action", "reward", "terminal")
 _PATTERN = "*/replay_logs/$store$_*_ckpt.*.gz"
 _NAME = re.compile(r"\$store\$_(\w+?)_ckpt\.(\d+)\.gz")
 _BLOCK = 1024  # frames at a time
+_CHUNK = 1 << 20  # bytes at a time
 _PADDING = atari.STACK - 1
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -68,9 +69,9 @@ def from_dqn_replay(
     """The data in a game's folder, to be given to `convert`.
 
     **Arguments:** `source`: the folder; its name is that of the game. `run`, `shards`: numbers,
-    `None` for all that are there. `rows_per_shard`: only the first so many are read, and the rest
-    of the file is not decompressed. `env`: the environment that is expected. `num_actions`: of
-    the game, where EnvPool is not installed.
+    `None` for all that are there. `rows_per_shard`: only the first so many become data; the rest
+    is read all the same, since the checksum of a file stands at its end. `env`: the environment
+    that is expected. `num_actions`: of the game, where EnvPool is not installed.
 
     **Raises:** `UsageError` where these files are not there, or are of another game.
     """
@@ -79,7 +80,7 @@ def from_dqn_replay(
     found: dict[int, dict[int, Path]] = {}
     for path in folder.glob(_PATTERN):
         name, run_name = _NAME.fullmatch(path.name), path.parent.parent.name
-        if name and name[1] == "observation" and run_name.isdecimal():
+        if name and name[1] in _COLUMNS and run_name.isdecimal():
             found.setdefault(int(run_name), {})[int(name[2])] = path.parent
     chosen = atari.choose(found, folder, run, shards)
     for _, shard, logs in chosen:
@@ -125,6 +126,7 @@ def read_columns(logs: str | os.PathLike, shard: int, limit: int | None = None) 
         capacity = array.shape[0]
         rows = min(_cursor(logs, shard, capacity), capacity if limit is None else limit)
         columns = [array.read(rows)]
+        array.check_rest()
     for name in ("reward", "terminal"):
         with _Array(_file(logs, name, shard)) as array:
             if array.shape != (capacity,):
@@ -133,6 +135,7 @@ def read_columns(logs: str | os.PathLike, shard: int, limit: int | None = None) 
                     "actions: fetch the files of this shard again"
                 )
             columns.append(array.read(rows))
+            array.check_rest()
     action, reward, terminal = columns
     return Columns(action.astype(np.int64), reward.astype(np.float32), terminal.astype(bool))
 
@@ -155,6 +158,7 @@ def _blocks(
             block = frames.read(min(_BLOCK, len(columns.action) - start))
             rows = segments.rows(block, start)
             yield lambda rows=rows: rows
+        frames.check_rest()  # what is damaged is not committed
 
 
 class _Segments:
@@ -237,6 +241,7 @@ class _Array:
             self.shape, fortran, self.dtype = _HEADERS[version](self._file)
             if fortran or self.dtype.hasobject:
                 raise ValueError("its rows do not follow each other")
+            self._left = math.prod(self.shape) * self.dtype.itemsize
 
     def __enter__(self) -> "_Array":
         return self
@@ -252,13 +257,22 @@ class _Array:
             data = self._file.read(size)
             if len(data) < size:
                 raise EOFError("it is shorter than it says")
+        self._left -= size
         return np.frombuffer(data, self.dtype).reshape(shape)
+
+    def check_rest(self) -> None:
+        """Reads on to the end, where the checksum of all that was read stands."""
+        with self._damage():
+            while data := self._file.read(_CHUNK):
+                self._left -= len(data)
+            if self._left:
+                raise EOFError("its length is not what it says")
 
     @contextlib.contextmanager
     def _damage(self):
         try:
             yield
-        except (EOFError, ValueError, OSError, zlib.error) as error:
+        except (*NPY_DAMAGE, zlib.error) as error:
             raise CorruptFileError(f"'{self.path}' is damaged ({error}): fetch it again") from error
 
 
@@ -273,4 +287,5 @@ def _cursor(logs: Path, shard: int, capacity: int) -> int:
         return capacity - 1
     with _Array(path) as array:
         count = int(array.read())
+        array.check_rest()
     return count % capacity if count % capacity or not count else capacity

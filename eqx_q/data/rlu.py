@@ -76,9 +76,7 @@ def from_rlu(
             found.setdefault(int(name[1]), {})[int(name[2])] = path
     chosen = atari.choose(found, folder, run, shards)
     first = chosen[0][2]
-    episode = next(read_episodes(first), None)
-    if episode is None:
-        raise UsageError(f"there is no episode in '{first}': leave it out, or fetch it again")
+    episode = next(read_episodes(first))
     description = atari.describe(
         folder,
         decode_frames(episode.frames[:1], first).shape[1:],
@@ -97,9 +95,10 @@ def from_rlu(
 def read_episodes(path: str | os.PathLike) -> Iterator[Episode]:
     """The episodes of a file, in which frames are compressed still.
 
-    **Raises:** `CorruptFileError` where the file is damaged, `MissingExtraError`.
+    **Raises:** `CorruptFileError` where the file is damaged or empty, `MissingExtraError`.
     """
     path = Path(path)
+    number = -1
     for number, record in enumerate(read_records(path)):
         columns = _parse(record, path)
         lengths = {name: len(column) for name, column in columns.items()}
@@ -119,6 +118,8 @@ def read_episodes(path: str | os.PathLike) -> Iterator[Episode]:
             reward=np.array(columns["unclipped_rewards"], np.float32)[:-1],
             terminated=bool(discount[-1] == 0),
         )
+    if number < 0:
+        raise CorruptFileError(f"there is no episode in '{path}': fetch it again, or leave it out")
 
 
 def read_records(path: str | os.PathLike) -> Iterator[bytes]:

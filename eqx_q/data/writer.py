@@ -29,6 +29,7 @@ from .dataset import (
     Description,
     Rows,
     Shard,
+    checksum,
     no_action,
     seal,
     unseal,
@@ -247,6 +248,10 @@ class Writer:
             self._files[name] = file
             file.write(header)
             file.truncate(size)
+            if checksum(file) != self._checksums[name]:
+                raise CorruptFileError(
+                    f"'{path}' is damaged: its checksum is wrong; delete '{self._partial}'"
+                )
             file.seek(0, os.SEEK_END)
 
     def _continue(self, state: dict[str, Any]) -> None:
@@ -301,14 +306,14 @@ class Writer:
         source.seek(file.write(self._array_header(name)))
         checksums = [0]
         for rows in (self._committed, self._rows - self._committed):
-            checksum, left = checksums[-1], rows * row
+            crc, left = checksums[-1], rows * row
             while left:
                 data = np.frombuffer(source.read(min(left, BLOCK)), np.uint8)
                 left -= len(data)
                 data = data.astype(wide).view(np.uint8).data
                 file.write(data)
-                checksum = zlib.crc32(data, checksum)
-            checksums.append(checksum)
+                crc = zlib.crc32(data, crc)
+            checksums.append(crc)
         self._checksums[name] = checksums[-1]
         file.flush()
         os.fsync(file.fileno())

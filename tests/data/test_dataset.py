@@ -1,5 +1,6 @@
 """Data sets on disk: what is written is what is read, and what is damaged is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -453,6 +454,12 @@ def test_a_beginning_of_something_else(tmp_path, other):
     assert files(tmp_path / "data.partial") == before
 
 
+def flip(path, position, bit=0):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
 def change(path, old, new):
     text = path.read_text()
     assert old in text
@@ -464,6 +471,8 @@ def change(path, old, new):
     [
         lambda path: (path / "obs.npy").write_bytes((path / "obs.npy").read_bytes()[:-1]),
         lambda path: (path / "reward.npy").unlink(),
+        lambda path: flip(path / "reward.npy", -1),
+        lambda path: flip(path / "obs.npy", -1),
         lambda path: (path / "progress.json").write_text("{"),
         lambda path: (path / "progress.json").write_text("{}"),
         lambda path: (path / "progress.json").write_text("[]"),
@@ -661,19 +670,23 @@ def test_arrays_that_are_cut_or_gone(path, name):
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_flipped_byte_is_found_on_opening(path, name):
-    file = path / f"{name}.npy"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(path / f"{name}.npy", -1)
     with pytest.raises(CorruptFileError, match=rf"{name}\.npy' is damaged: its checksum"):
         Dataset(path)
 
 
+def test_a_flipped_bit_of_a_header_is_found_or_harmless(path):
+    file, rows = path / "reward.npy", np.array(Dataset(path).rows.reward)
+    for position in range(256):
+        for bit in range(8) if position < 128 else [position % 8]:
+            flip(file, position, bit)
+            with contextlib.suppress(CorruptFileError):
+                np.testing.assert_array_equal(Dataset(path).rows.reward, rows)
+            flip(file, position, bit)
+
+
 def test_a_flipped_byte_of_what_is_large_is_found_by_verify(path):
-    file = path / "obs.npy"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(path / "obs.npy", -1)
     dataset = Dataset(path)
     with pytest.raises(CorruptFileError, match=r"obs\.npy' is damaged: its checksum"):
         dataset.verify()

@@ -1,5 +1,7 @@
 """Dopamine's replay files, against the raw episodes that a ring buffer was filled with."""
 
+import gzip
+
 import numpy as np
 import pytest
 from formats import Raw, Ring, load_gz, save_gz
@@ -154,21 +156,45 @@ def test_runs_and_shards(pong, tmp_path):
     assert stored_transitions(some) == transitions(both)
 
 
-def test_the_first_rows_do_not_inflate_the_rest(pong, tmp_path):
-    """What follows them in the file may even be damaged."""
+def test_the_first_rows_alone(pong, tmp_path):
+    """The rest of a file is read to check it, and must not be damaged either."""
     frames = np.random.default_rng(0).integers(0, 256, (3000, 8, 6), np.uint8)
     record(pong, [1400, 1400], 3000)
     logs = pong / "1" / "replay_logs"
     path = logs / "$store$_observation_ckpt.0.gz"
     save_gz(path, frames)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
     dataset = convert(from_dqn_replay(pong, rows_per_shard=50), tmp_path / "out")
     np.testing.assert_array_equal(dataset.rows.obs, frames[:50])
     assert dataset.rows.truncated[-2] and dataset.rows.action[-1] == -1
-    with pytest.raises(CorruptFileError, match=r"observation_ckpt.0.gz' is damaged \(Compressed"):
-        convert(from_dqn_replay(pong), tmp_path / "all")
     assert len(read_columns(logs, 0, 50).action) == 50
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for rows in (None, 50):
+        source = from_dqn_replay(pong, rows_per_shard=rows)
+        with pytest.raises(CorruptFileError, match=r"observation_ckpt.0.gz' is damaged \(Compr"):
+            convert(source, tmp_path / f"damaged{rows}")
+        assert not (tmp_path / f"damaged{rows}").exists()
+
+
+@pytest.mark.parametrize("name", ["observation", "action", "reward", "terminal", "add_count"])
+def test_a_flipped_bit_is_found_or_harmless(pong, tmp_path, name):
+    """`gzip` tells it at the end of the file only, behind the rows that the cursor makes ours."""
+    record(pong, [9, 14, 6], 24)
+    whole = stored_transitions(convert(from_dqn_replay(pong), tmp_path / "whole"))
+    stem = name if name == "add_count" else f"$store$_{name}"
+    path = pong / "1" / "replay_logs" / f"{stem}_ckpt.1.gz"
+    data, found = path.read_bytes(), 0
+    for bit in np.random.default_rng(0).permutation(8 * len(data))[:60].tolist():
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        out = tmp_path / f"out{bit}"
+        try:
+            assert stored_transitions(convert(from_dqn_replay(pong), out)) == whole
+        except UsageError:
+            found += 1
+            assert not out.exists()
+    assert found > 40
 
 
 def test_interrupted_and_run_again_it_writes_the_same_bytes(pong, tmp_path, monkeypatch):
@@ -211,6 +237,13 @@ def cut(path):
         (lambda pong: file(pong, "reward").unlink(), "reward_ckpt.1.gz' is missing: fetch it, or"),
         (lambda pong: cut(file(pong, "reward")), "reward_ckpt.1.gz' is damaged .*: fetch it again"),
         (lambda pong: cut(file(pong, "observation", 0)), "observation_ckpt.0.gz' is damaged"),
+        (lambda pong: file(pong, "observation").unlink(), "observation_ckpt.1.gz' is missing"),
+        (
+            lambda pong: file(pong, "reward").write_bytes(
+                gzip.compress(gzip.decompress(file(pong, "reward").read_bytes()) + b"more")
+            ),
+            r"reward_ckpt.1.gz' is damaged \(its length is not what it says\)",
+        ),
         (lambda pong: file(pong, "action").write_bytes(b"x"), "action_ckpt.1.gz' is damaged"),
         (
             lambda pong: save_gz(file(pong, "terminal"), np.zeros(7)),

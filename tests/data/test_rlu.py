@@ -200,13 +200,15 @@ def test_damaged_files_are_named(pong, tmp_path, harm, why):
             r"frames of \[9, 6\], but those before are of \[8, 6\]: data with different prepro",
         ),
         ({"observations": [png(np.zeros((8, i), np.uint8)) for i in (6, 6, 6, 5)]}, "not all of"),
+        (None, "there is no episode in"),
     ],
 )
 def test_what_is_not_as_it_should_be(pong, tmp_path, change, message):
     write_rlu(pong, 1, 0, raw_episodes([3]))
-    features = rlu_features(raw_episodes([3])[0]) | change
-    path = pong / "run_1-00001-of-00050"
-    path.write_bytes(gzip.compress(tfrecord(example(features))))
+    path, content = pong / "run_1-00001-of-00050", b""
+    if change is not None:
+        content = tfrecord(example(rlu_features(raw_episodes([3])[0]) | change))
+    path.write_bytes(gzip.compress(content))
     with pytest.raises(UsageError, match=message) as error:
         convert(from_rlu(pong), tmp_path / "out")
     assert str(path) in str(error.value)
