@@ -677,12 +677,11 @@ def test_a_flipped_byte_is_found_on_opening(path, name):
 
 def test_a_flipped_bit_of_a_header_is_found_or_harmless(path):
     file, rows = path / "reward.npy", np.array(Dataset(path).rows.reward)
-    for position in range(256):
-        for bit in range(8) if position < 128 else [position % 8]:
-            flip(file, position, bit)
-            with contextlib.suppress(CorruptFileError):
-                np.testing.assert_array_equal(Dataset(path).rows.reward, rows)
-            flip(file, position, bit)
+    for position in range(0, 256, 3):
+        flip(file, position, position % 8)
+        with contextlib.suppress(CorruptFileError):
+            np.testing.assert_array_equal(Dataset(path).rows.reward, rows)
+        flip(file, position, position % 8)
 
 
 def test_a_flipped_byte_of_what_is_large_is_found_by_verify(path):
