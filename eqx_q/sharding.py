@@ -5,7 +5,7 @@ is drawn at random belongs to a lane or a member, wherever that lives. So hardly
 of devices. Members of a population never meet. Devices that share the lanes of one agent exchange
 gradients, once a minibatch, where their number divides the agent's `lane_groups`.
 
-Of several processes (`jax.distributed`) each runs the same program on devices of its own. Where
+Of several processes (`eqx_q.processes`) each runs the same program on devices of its own. Where
 they must not differ, in what the clock says for example, the first one decides.
 """
 
@@ -25,8 +25,6 @@ from jaxtyping import Array, PyTree
 from .errors import UsageError
 
 AXIS = "devices"
-
-_PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last evaluation
 
 Lay = Callable[[Any, int | None], Any]
 
@@ -155,42 +153,6 @@ class ManyDevices(Placement):
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def join_processes(
-    coordinator: str | None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Makes this process one of several. To be called before JAX touches a device.
-
-    **Arguments:**
-
-    - `coordinator`: `"host:port"` of the first process; `"auto"`: what started the processes
-        (Slurm, MPI, Kubernetes) has told JAX; `None`: this process is alone.
-    - `num_processes`, `process_id`: of the first kind: how many, and which one from 0 this is.
-
-    **Raises:** `UsageError` where the processes do not find each other, or without a coordinator
-    cannot.
-    """
-    if coordinator is None:
-        if num_processes is not None or process_id is not None:
-            raise UsageError(
-                "without distributed.coordinator=HOST:PORT a process is alone: give it, or leave "
-                "out distributed.num_processes and distributed.process_id"
-            )
-        return
-    try:
-        if coordinator == "auto":
-            jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)
-        else:
-            jax.distributed.initialize(
-                coordinator, num_processes, process_id, shutdown_timeout_seconds=_PATIENCE
-            )
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # the last: of no port
-        raise UsageError(
-            f"the processes do not find each other ({error}): give every one the same "
-            "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
-            "distributed.process_id of its own"
-        ) from error
-
-
 def place_on(devices: int | None) -> Placement:
     """So many devices, over all processes; `None`: all there are.
 
@@ -212,11 +174,6 @@ def place_on(devices: int | None) -> Placement:
             "give devices=null, which takes all"
         )
     return OneDevice() if number == 1 else ManyDevices(Mesh(np.asarray(there[:number]), (AXIS,)))
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes what is to be written once."""
-    return jax.process_index() == 0
 
 
 @eqx.filter_jit

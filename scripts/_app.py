@@ -26,9 +26,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
+from eqx_q.processes import abandon, is_first_process, join_processes
 from eqx_q.run import changeable, whole_or_none
 from eqx_q.run.parts import check_of_chosen, full_overrides
-from eqx_q.sharding import is_first_process
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -154,6 +154,8 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
     if resume and is_sweep():
         raise UsageError("resume goes on with one run, in its own directory: leave out -m")
     directory = Path(HydraConfig.get().runtime.output_dir)
+    if not is_first_process():
+        return directory
     try:
         probe = directory / ".probe"
         probe.touch()
@@ -164,8 +166,7 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
         _check_same(config, directory)
         return directory
     file = directory / record
-    begun_here = is_first_process() and not resume
-    if begun_here and file.exists() and file.stat().st_size:
+    if not resume and file.exists() and file.stat().st_size:
         begun = record != "metrics.jsonl" or any((directory / "checkpoints").glob("*.ckpt"))
         mend = f"continue it with resume={directory}" if begun else "delete it"
         raise UsageError(
@@ -176,9 +177,9 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
 
 
 def prepare_jax(config: DictConfig) -> None:
-    """What can be said only before JAX touches a device.
+    """What can be said only before JAX touches a device; then other processes are met.
 
-    **Raises:** `UsageError` where the CPU cannot be divided so.
+    **Raises:** `UsageError` where the CPU cannot be divided so, or a process is not found.
     """
     flags = [os.environ.get("XLA_FLAGS", "")]
     asked = {"cpu_devices": config.get("cpu_devices", 1)}  # older runs do not know it
@@ -188,6 +189,8 @@ def prepare_jax(config: DictConfig) -> None:
     if config.deterministic and _DETERMINISTIC not in flags[0]:
         flags.append(_DETERMINISTIC)
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    if config.get("distributed"):
+        join_processes(**config.distributed)
 
 
 def stored_config(directory: Path) -> DictConfig:
@@ -227,6 +230,7 @@ def resumed(config: DictConfig) -> DictConfig:
         elif group in _FIXED and key not in _FREE:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+    OmegaConf.update(stored, "distributed", config.distributed, force_add=True)
     prepare_jax(stored)
     free = changeable(before)
     for override in (override for name, override in changed.items() if name not in free):
@@ -302,6 +306,7 @@ def _say(message: str) -> None:
 
 def _fail(message: str) -> NoReturn:
     _say(message)
+    abandon()
     sys.exit(1)
 
 

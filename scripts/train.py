@@ -17,10 +17,10 @@ from _app import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from eqx_q.processes import is_first_process
 from eqx_q.run import finished, train_run
 from eqx_q.saving.checkpoint import newest_checkpoint
 from eqx_q.saving.files import write_whole
-from eqx_q.sharding import is_first_process, join_processes
 
 logger = logging.getLogger("eqx_q")
 
@@ -29,15 +29,14 @@ logger = logging.getLogger("eqx_q")
 @task
 def main(config: DictConfig) -> float | None:
     """Trains; returns the mean return of the last evaluation, for sweepers."""
-    join_processes(**config.distributed)
     resume = bool(config.resume)
     if resume:
         config = resumed(config)
     else:
+        prepare_jax(config)
         begin(config)
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
-    prepare_jax(config)
     directory = run_directory(config, resume=resume)
     if is_sweep() and (directory / "config.yaml").exists():
         summary = finished(directory)

@@ -24,7 +24,8 @@ import eqx_q  # noqa: E402
 from eqx_q.data import Sampling  # noqa: E402
 from eqx_q.loops import running  # noqa: E402
 from eqx_q.loops.callbacks import Checkpoint, restore  # noqa: E402
-from eqx_q.sharding import join_processes, place_on  # noqa: E402
+from eqx_q.processes import join_processes  # noqa: E402
+from eqx_q.sharding import place_on  # noqa: E402
 from eqx_q.wrappers import make_for  # noqa: E402
 
 COLLECTIVE = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"

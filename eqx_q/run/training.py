@@ -32,9 +32,10 @@ from ..loops.offline import blocks_of, start_offline, train_offline
 from ..loops.running import Metrics
 from ..loops.source import check_shares
 from ..loops.training import check_env, train
+from ..processes import is_first_process
 from ..saving.checkpoint import save
 from ..saving.files import alone_in
-from ..sharding import OneDevice, is_first_process, place_on
+from ..sharding import OneDevice, place_on
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
@@ -68,7 +69,7 @@ def train_run(
     **Arguments:** `on_start`: called when all that `config` asks for has been made.
 
     **Returns:** the summary, which is in `summary.json` too. Of several processes (see
-    `eqx_q.sharding`) the first one writes it and all else, and the others return `None`.
+    `eqx_q.processes`) the first one writes it and all else, and the others return `None`.
     **Raises:** `UsageError` for what the configuration gets wrong.
     """
     started = time.perf_counter()
