@@ -218,7 +218,9 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
 def test_a_run_is_exported_with_its_card(script, tmp_path, monkeypatch, capsys):
     config = {"agent": {"_target_": "eqx_q.PQN", "network_options": SMALL, "learning_rate": 1e-4}}
     config |= {"env": {"suite": "gymnax", "name": "CartPole-v1"}, "seed": 5, "num_seeds": 2}
-    config |= {"eval": {"epsilon": 0.25}}
+    config |= {"eval": {"epsilon": 0.25}, "total_steps": 64}
+    config["agent"] |= {"value": {"name": "scalar", "sigma": 0.7}, "max_grad_norm": np.inf}
+    config |= {"num_updates": 7, "sampling": {"by": "shard"}, "pbt": {"every": None, "spread": 2}}
     run = tmp_path / "run"
     with closing(make_env(config, 2)) as env:
         eqx_q.save(run / "agent.eqx", make_agent(config, env))
@@ -257,6 +259,9 @@ def test_a_run_is_exported_with_its_card(script, tmp_path, monkeypatch, capsys):
     ):
         assert told in card
     assert "before: " not in card and "None" not in card
+    used = json.loads(card.split("```json\n")[1].split("```")[0], parse_constant=pytest.fail)
+    assert used["agent"]["max_grad_norm"] == "inf" and used["total_steps"] == 64
+    assert not used.keys() & {"num_updates", "sampling", "pbt"} and "sigma" not in used["agent"]
     example = card.split("```python\n")[1].split("```")[0]
     with monkeypatch.context() as here:
         here.chdir(tmp_path / "run" / "export")

@@ -43,6 +43,9 @@ def test_the_circle_from_play_to_an_agent_that_was_never_in_the_environment(
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["num_updates"]) == ("done", 100)
+    of_data = summary["data"]
+    assert (of_data["transitions"], of_data["env"]) == (400, "gymnax/CartPole-v1")
+    assert (of_data["path"], of_data["checksum"]) == (str(data.path), data.checksum)
     assert summary["updates_per_second"] == pytest.approx(100 / summary["train_seconds"])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = np.array([row["eval/return"] for row in rows if "eval/return" in row])
@@ -54,6 +57,11 @@ def test_the_circle_from_play_to_an_agent_that_was_never_in_the_environment(
     assert type(learner) is getattr(eqx_q, agent.upper()) and learner.num_updates == 100
     expected = {"dqn": (0, 1), "cql": (0.1, 1), "bc": (1, 0)}[agent]
     np.testing.assert_allclose((learner.alpha, learner.td_weight), expected)
+
+    assert script("export", "run=run", "member=0", "platforms=[cpu]")[0] == 0
+    card = (run / "export" / "README.md").read_text()
+    assert f"| agent | `eqx_q.{agent.upper()}`" in card
+    assert "400 transitions in" in card and data.checksum in card
 
     assert script("evaluate", "run=run", "episodes=2")[0] == 0
     result = json.loads((run / "evaluation_as_trained.json").read_text())

@@ -368,6 +368,11 @@ class Dataset:
         """Rows."""
         return len(self.rows.action)
 
+    @property
+    def checksum(self) -> str:
+        """Of all its arrays: two data sets of the same rows have the same."""
+        return f"{zlib.crc32(_dump(self._checksums)):08x}"
+
     def episodes(self) -> Iterator[Rows]:
         """One after the other, each with the row of its final observation."""
         starts = np.flatnonzero(self.rows.first).tolist()

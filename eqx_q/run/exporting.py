@@ -1,6 +1,7 @@
 """Exporting what a run left behind, with a card that says what it is."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ..saving.files import write_whole
 from ..wrappers.registry import SUITES
 from .evaluation import trained_agent
 from .making import learnt
-from .settings import Config, env_name, given
+from .parts import chosen_options
+from .settings import Config, env_name, given, in_use
 
 
 def export_run(
@@ -58,8 +60,9 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
     facts = {
         "agent": f"`{config['agent']['_target_']}`{of_all}",
         "environment": f"`{env_name(config)}`",
-        "options of the environment": f"`{json.dumps(given(config['env']))}`",
+        "options of the environment": f"`{_json(given(config['env']))}`",
         "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
+        "data": _of_data(summary.get("data")),
         "seed": ", ".join(str(first + i) for i in range(agent.num_members or 1)),
         "trained on": summary.get("device"),
         "trained with": _versions(config, summary),
@@ -68,6 +71,7 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
     }
     inputs = {name: kind for name, kind in policy.inputs.items() if name != "memory"}
     inputs |= {f"memory[{i}]": kind for i, kind in enumerate(policy.inputs["memory"])}
+    used = in_use(config) | {"agent": chosen_options(given(config["agent"]))}
     return f"""# {config["agent"]["_target_"].split(".")[-1]} in {env_name(config)}
 
 An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.
@@ -89,9 +93,34 @@ In this directory, or with it in `sys.path`:
 ## Configuration
 
 ```json
-{json.dumps(given(config), indent=1)}
+{_json(used, indent=1)}
 ```
 """
+
+
+def _of_data(data: Any) -> str | None:
+    """What a summary says of a data set; one of earlier versions knows its path only."""
+    if not isinstance(data, Mapping):
+        return data and f"`{data}`"
+    source = f", from `{_json(data['source'])}`" if data["source"] else ""
+    return (
+        f"{data['transitions']:,} transitions in {data['episodes']:,} episodes of "
+        f"`{data['env']}`{source}, checksum `{data['checksum']}`"
+    )
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no number for what is infinite: a word says so."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(part) for part in value]
+        is_number = isinstance(value, float)
+        return str(value) if is_number and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _example(agent: Agent, policy: Policy) -> str:

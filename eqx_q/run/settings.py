@@ -237,6 +237,15 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_use(config: Config) -> dict[str, Any]:
+    """The entries that have a part in a run: those of data only where there are any, and so on."""
+    idle = {"resume", "distributed"}
+    idle |= {"total_steps", "num_envs"} if config.get("data") else {"num_updates", "sampling"}
+    if not given(config.get("pbt") or {}).get("every"):
+        idle.add("pbt")
+    return {name: value for name, value in given(config).items() if name not in idle}
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What is in nested mappings, by paths with dots between levels."""
     found = {}

@@ -132,7 +132,7 @@ def train_run(
                     f"the device is out of memory: lower {settings.kind.sizes}, num_seeds or "
                     f"eval.num_envs; {crew.checkpoint.last_in_words()}"
                 ) from error
-    summary = _summary(settings, crew) | {"wall_seconds": time.perf_counter() - started}
+    summary = _summary(settings, crew, dataset) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
 
@@ -443,19 +443,31 @@ def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
     return tracker
 
 
-def _summary(settings: Settings, crew: _Crew) -> dict[str, Any]:
+def _of_data(dataset: Dataset) -> dict[str, Any]:
+    """What a data set is, wherever it lies."""
+    return {
+        "path": str(dataset.path),
+        "env": dataset.description.env,
+        "transitions": dataset.num_transitions,
+        "episodes": dataset.num_episodes,
+        "source": dict(dataset.description.source),
+        "checksum": dataset.checksum,
+    }
+
+
+def _summary(settings: Settings, crew: _Crew, dataset: Dataset | None) -> dict[str, Any]:
     last, played = crew.recorder.last, crew.evaluation and crew.evaluation.last
     eval_returns = None if played is None else np.atleast_2d(played.returns).mean(1)
     best, kind, config = crew.recorder.best, settings.kind, settings.config
     done, total, _ = clock(last)
-    if kind is ONLINE:
+    if dataset is None:
         told = {
             "transitions": last["transitions"],
             "train_return_per_seed": crew.recorder.returns,
             "steps_per_second": crew.recorder.rate * settings.num_seeds,
         }
     else:
-        told = {"data": settings.data, "updates_per_second": crew.recorder.rate}
+        told = {"data": _of_data(dataset), "updates_per_second": crew.recorder.rate}
     return {
         "status": "done" if done >= total else "stopped",
         "agent": config["agent"]["_target_"],
