@@ -1,5 +1,6 @@
 """What the scripts share: Hydra's edges, and one line on stderr for what a user can mend."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -29,6 +30,7 @@ from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.processes import abandon, is_first_process, join_processes
 from eqx_q.run import changeable, whole_or_none
 from eqx_q.run.parts import check_of_chosen, full_overrides
+from eqx_q.saving.files import alone_in
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -98,6 +100,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             return function(config)
         except UsageError as error:
             if not is_sweep():
+                _forget(Path(HydraConfig.get().runtime.output_dir))
                 _fail(str(error))
             _say(f"run {HydraConfig.get().job.num}: {error}")
             raise _RunFailed from None
@@ -300,6 +303,20 @@ def _check_same(config: DictConfig, directory: Path) -> None:
         )
 
 
+def _forget(directory: Path) -> None:
+    """Removes the directory of a run that was refused before it left anything there."""
+    here, unused = Path.cwd(), {"log.txt", ".lock"}
+    if directory in (here, *here.parents) or {x.name for x in directory.glob("*")} - unused:
+        return
+    with contextlib.suppress(UsageError, OSError), alone_in(directory):
+        for name in unused:
+            (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
+        for parent in directory.parents:
+            if here in parent.parents:
+                parent.rmdir()
+
+
 def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
@@ -373,7 +390,9 @@ def _known_keys(of_hydra: bool) -> set[str]:
             _choices(sys.argv[1:]),
             return_hydra_config=True,
         )
-    keys = dict(_leaves(OmegaConf.to_container(config), ""))
+    keys = {key for key, _ in _leaves(OmegaConf.to_container(config), "")}
+    keys |= {key.rpartition(".")[0] for key in keys} - {""}
+    keys |= {path.name for path in CONF.iterdir() if path.is_dir()}
     return {key for key in keys if key.startswith("hydra.") == of_hydra}
 
 

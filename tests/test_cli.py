@@ -186,11 +186,11 @@ BAD_INPUT = {
     "agent=pqm": "unknown agent 'pqm': the nearest are pqn",
     "env=cartpol": "unknown env 'cartpol': the nearest are cartpole",
     "tuned=cleanrl_atar": "unknown tuned 'cleanrl_atar': the nearest are cleanrl_atari",
-    "agnt=pqn": "unknown option 'agnt': the nearest are agent",
+    "agnet=pqn": "unknown option 'agnet': the nearest are agent, ",
     "agent.lambda=1": "unknown option 'agent.lambda': the nearest are agent.lambda_",
     "env=minatar env.name=Breakot-MinAtar": "unknown gymnax environment 'Breakot-MinAtar'",
     "env=atari env.name=Pnog-v5": "Pong-v5",
-    "num_envs=0": "num_envs=0: give a whole number of at least 1",
+    "num_envs=-3": "num_envs=-3: give a whole number of at least 1",
     "agent.num_minibatches=7": "num_minibatches=7 does not divide the 64 transitions",
     "agent.network=mpl": "unknown network 'mpl': the nearest are mlp",
     "agent.network_options.norm=layer": "unknown norm 'layer': the nearest are layer_norm",
@@ -222,6 +222,7 @@ BAD_INPUT = {
     "resume=nowhere": "error: 'nowhere' is not a run directory: there is no config.yaml in it",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
+    "agent.network_options.hidden_sizes=[0]": "hidden_sizes must be a whole number of at least 1",
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
     "agent.value.sigma=0.5": "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen",
     "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
@@ -250,6 +251,7 @@ def test_bad_input_gets_one_line(script, tmp_path, arguments):
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert BAD_INPUT[arguments] in err
     assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "runs").exists()  # a run that was refused leaves nothing
 
 
 @pytest.mark.parametrize(

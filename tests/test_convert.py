@@ -115,6 +115,7 @@ def test_interrupted(script, pong, tmp_path, monkeypatch):
         (["source=rlu/Pong", "out=out"], "there is no format: give format="),
         (["format=rlu", "source=rlu/Pong"], "there is no out: give out="),
         (["format=rul", "source=rlu/Pong", "out=out"], "unknown format 'rul': the nearest are rlu"),
+        ([*RUN, "source=/nosuch"], "there is no folder '/nosuch'\n"),
         ([*RUN, "source=rlu/Pnog"], "there is no folder 'rlu/Pnog': is it 'rlu/Pong'?"),
         ([*RUN, "source=rlu"], "a game's folder is 'rlu/Pong'"),
         ([*RUN, "source=rlu/Pong", "run=5"], "has no run 5: there is 1 to 2"),

@@ -10,6 +10,7 @@ import gymnasium
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
 
+from ..errors import UsageError
 from ..spaces import Leaf
 from ..types import (
     AnyArray,
@@ -32,11 +33,14 @@ class Rollouts:
     - `length`: `T`, the steps per lane that are learnt from.
     - `burn_in`: steps before those, which a rollout must have too, to warm up memory.
     - `lane_groups`: groups of lanes that minibatches are drawn within; devices can share them.
+    - `num_minibatches`: into which a group is divided, and whether they have `whole_lanes`.
     """
 
     length: int
     burn_in: int = 0
     lane_groups: int = 1
+    num_minibatches: int = 1
+    whole_lanes: bool = False
 
     unit: ClassVar[str] = "env_steps"
 
@@ -48,6 +52,28 @@ class Rollouts:
     def shared(self) -> tuple[int, str]:
         """What devices that share one agent divide equally: how many, and the option's name."""
         return self.lane_groups, "lane_groups"
+
+    def num_items(self, num_lanes: int) -> int:
+        """What minibatches are made of, over so many lanes: lanes or transitions.
+
+        **Raises:** `UsageError` where those do not divide into groups, or minibatches.
+        """
+        if num_lanes % self.lane_groups:
+            raise UsageError(
+                f"lane_groups={self.lane_groups} does not divide the {num_lanes} lanes of a "
+                "rollout: change lane_groups or num_envs"
+            )
+        items = num_lanes if self.whole_lanes else self.units(num_lanes)
+        if items // self.lane_groups % self.num_minibatches:
+            what = "lanes" if self.whole_lanes else "transitions"
+            or_length = "" if self.whole_lanes else " or rollout_length"
+            group = "rollout" if self.lane_groups == 1 else "lane group"
+            raise UsageError(
+                f"num_minibatches={self.num_minibatches} does not divide the "
+                f"{items // self.lane_groups} {what} of a {group}: change num_minibatches, "
+                f"num_envs{or_length}"
+            )
+        return items
 
 
 @dataclasses.dataclass(frozen=True)

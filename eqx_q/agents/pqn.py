@@ -200,7 +200,13 @@ class PQN(QAgent):
     @property
     def learns_from(self) -> Rollouts:
         """See `Agent`."""
-        return Rollouts(self.rollout_length, self.burn_in, self.lane_groups)
+        return Rollouts(
+            self.rollout_length,
+            self.burn_in,
+            self.lane_groups,
+            self.num_minibatches,
+            whole_lanes=self.has_memory,
+        )
 
     @property
     def learnt(self) -> UInt[Array, "*S"]:
@@ -233,19 +239,15 @@ class PQN(QAgent):
             raise UsageError("this agent learns from rollouts: give it a Rollout")
         rollout = as_team(self, jax.tree.map(jnp.asarray, experience), self.burn_in)
         num_steps, num_lanes = rollout.actions.shape[:2]
-        size = (num_steps - self.burn_in) * num_lanes
-        if num_lanes % self.lane_groups:
-            raise UsageError(
-                f"lane_groups={self.lane_groups} does not divide the {num_lanes} lanes of a "
-                "rollout: change lane_groups or num_envs"
-            )
+        length = num_steps - self.burn_in
+        num_items = dataclasses.replace(self.learns_from, length=length).num_items(num_lanes)
         if self.has_memory:
             self._check_rollout_memory(rollout)
-            num_items, loss = num_lanes, self._sequence_loss
-            batch_of = partial(minibatches.take_lanes, rollout)
+            loss, batch_of = self._sequence_loss, partial(minibatches.take_lanes, rollout)
         else:
-            num_items, loss = size, self._transition_loss
+            loss = self._transition_loss
             batch_of = partial(minibatches.take, self._transitions(rollout))
+        size = length * num_lanes
         indices, learning_rates = self._minibatches(num_items, size, key)
         parameters, rest = split_parameters((self.network, self.mixer))
 
@@ -296,17 +298,13 @@ class PQN(QAgent):
         self, num_items: int, num_steps: int, key: PRNGKeyArray
     ) -> tuple[Int[Array, "steps G B"], Float[Array, " steps"]]:
         """For each gradient step: which items to take of each lane group, and the learning rate."""
-        num_items //= self.lane_groups
-        if num_items % self.num_minibatches:
-            items = "lanes" if self.has_memory else "transitions"
-            or_length = "" if self.has_memory else " or rollout_length"
-            group = "rollout" if self.lane_groups == 1 else "lane group"
-            raise UsageError(
-                f"num_minibatches={self.num_minibatches} does not divide the {num_items} {items} "
-                f"of a {group}: change num_minibatches, num_envs{or_length}"
-            )
-        sizes = num_items, self.num_epochs, self.num_minibatches, self.lane_groups
-        indices = minibatches.shuffled(key, *sizes)
+        indices = minibatches.shuffled(
+            key,
+            num_items // self.lane_groups,
+            self.num_epochs,
+            self.num_minibatches,
+            self.lane_groups,
+        )
         steps = self.env_steps + jnp.linspace(0, num_steps, len(indices), endpoint=False)
         progress = steps / self.schedule_steps
         return indices, linear(self.learning_rate, self.learning_rate_end, progress)

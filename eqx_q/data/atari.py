@@ -38,7 +38,7 @@ def game_folder(source: Path, pattern: str) -> Path:
     **Raises:** `UsageError` where it is not; it names the folders that are near.
     """
     if not source.is_dir():
-        near = _near(source.name, source.parent)
+        near = _near(source.name, source.parent, pattern)
         raise UsageError(f"there is no folder '{source}'" + (near and f": is it {near}?"))
     if not any(source.glob(pattern)):
         games = sorted({path for path in source.glob("*") if any(path.glob(pattern))})
@@ -146,8 +146,9 @@ def _known_actions(game: str) -> int | None:
     return int(envpool.make_spec(f"{game}-v5").gymnasium_action_space.n)
 
 
-def _near(name: str, parent: Path) -> str:
-    folders = [path.name for path in parent.glob("*") if path.is_dir()] if parent.is_dir() else []
+def _near(name: str, parent: Path, pattern: str) -> str:
+    """The folders of games there, the nearest names first."""
+    folders = [path.name for path in parent.glob("*") if any(path.glob(pattern))]
     near = difflib.get_close_matches(name, folders, n=3, cutoff=0.5) or sorted(folders)[:5]
     return " or ".join(f"'{parent / folder}'" for folder in near)
 

@@ -99,8 +99,9 @@ def _rollouts(agent: Agent) -> Rollouts:
     return agent.learns_from
 
 
-def check_env(place: Placement, env: Env) -> None:
-    """Raises `UsageError` where the devices cannot share an environment that is outside JAX."""
+def check_lanes(place: Placement, agent: Agent, env: Env) -> None:
+    """Raises `UsageError` where lanes do not divide into what devices or the agent learn from."""
+    _rollouts(agent).num_items(env.num_envs // (agent.num_members or 1))
     if env.on_host and env.num_devices != place.num_devices:
         raise UsageError(
             "this environment lives outside JAX, where every device needs its own, and was made "
@@ -265,7 +266,7 @@ def train(
     state = start(agent, env, key=key) if run_state is None else run_state
     agent = state.agent
     check_shares(place, agent)
-    check_env(place, env)
+    check_lanes(place, agent, env)
     members = agent.num_members or 1
     steps_per_update = agent.learns_from.units(env.num_envs // members)
     boundaries = Boundaries(

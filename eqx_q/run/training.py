@@ -31,7 +31,7 @@ from ..loops.evolution import PopulationBasedTraining, spread, with_followers
 from ..loops.offline import blocks_of, start_offline, train_offline
 from ..loops.running import Metrics
 from ..loops.source import check_shares
-from ..loops.training import check_env, train
+from ..loops.training import check_lanes, train
 from ..processes import is_first_process
 from ..saving.checkpoint import save
 from ..saving.files import alone_in
@@ -81,6 +81,7 @@ def train_run(
         dataset = None if settings.data is None else Dataset(settings.data)
         shared = OneDevice() if dataset else place
         lanes = lanes_of_all(settings, settings.num_envs)
+        logger.info("making %s lanes of %s", f"{lanes:,}", env_name(config))
         env = stack.enter_context(closing(make_env(config, lanes, shared)))
         agent = make_agent(config, env)
         check_kind(settings, agent)
@@ -99,14 +100,15 @@ def train_run(
         }
         check_shares(place, agent)
         if dataset is None:
-            check_env(place, env)
+            check_lanes(place, agent, env)
             learn = functools.partial(train, agent, env, total_steps=settings.total, **how)
         else:
             how["sampling"] = make_sampling(settings)
             check_data(config, env, dataset)
             start_offline(agent, dataset, key=key)  # all refuse what does not fit
             blocks_of(run_state, dataset, how["sampling"])
-            dataset.verify()  # reads it all
+            logger.info("reading the data, to compare checksums")
+            dataset.verify()
             learn = functools.partial(
                 train_offline, agent, dataset, num_updates=settings.total, **how
             )
@@ -121,6 +123,7 @@ def train_run(
         if has_learnt:
             _end_again(settings, directory, crew, run_state)
         else:
+            logger.info("compiling, and making the first steps")
             try:
                 learn(callbacks=crew.callbacks)
             except DivergedError as error:

@@ -3,10 +3,12 @@
 import contextlib
 import importlib
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from .env import Env
@@ -160,6 +162,9 @@ def _load(name: str) -> ModuleType:
     suite = SUITES[name]
     if suite.extra is not None and importlib.util.find_spec(suite.package) is None:
         raise MissingExtraError(suite.package, suite.extra)
-    # JaxMARL's import puts Python's own streams in the place of whatever catches the output.
-    with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+    # JaxMARL's import tells which of its parts are not installed, and puts Python's own streams in
+    # the place of whatever catches the output.
+    unseen = io.StringIO()
+    silently = mock.patch.multiple(sys, stdout=unseen, __stdout__=unseen)
+    with silently, contextlib.redirect_stderr(sys.stderr):
         return importlib.import_module(suite.module, __package__)
