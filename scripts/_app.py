@@ -293,7 +293,12 @@ def is_sweep() -> bool:
 
 def _check_same(config: DictConfig, directory: Path) -> None:
     """Raises `UsageError` where the run in a directory was made with another configuration."""
-    now, then = (dict(_leaves(settings(each), "")) for each in (config, stored_config(directory)))
+    default = _composed(HydraConfig.get().overrides.task)
+    of_default, now, then = (
+        dict(_leaves(settings(each), "")) for each in (default, config, stored_config(directory))
+    )
+    # What came into the configuration since then had its default.
+    then = {key: of_default[key] for key in now.keys() & of_default.keys() - then.keys()} | then
     other = sorted(key for key in now | then if now.get(key) != then.get(key))
     if other:
         key = other[0]
@@ -371,7 +376,7 @@ def _check_kinds(config: DictConfig) -> None:
     """Raises `UsageError` where an override is of another kind than what it replaces."""
     overrides = HydraConfig.get().overrides.task
     values = [o for o in overrides if "=" in o and not _is_choice(o)]
-    default = hydra.compose(str(HydraConfig.get().job.config_name), _choices(overrides))
+    default = _composed(overrides)
     for key in {override.split("=")[0] for override in values} - _OF_MANY_KINDS:
         before, after = OmegaConf.select(default, key), OmegaConf.select(config, key)
         for types, kind in _KINDS:
@@ -394,6 +399,11 @@ def _known_keys(of_hydra: bool) -> set[str]:
     keys |= {key.rpartition(".")[0] for key in keys} - {""}
     keys |= {path.name for path in CONF.iterdir() if path.is_dir()}
     return {key for key in keys if key.startswith("hydra.") == of_hydra}
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    """The configuration that the group choices among the overrides make."""
+    return hydra.compose(str(HydraConfig.get().job.config_name), _choices(overrides))
 
 
 def _choices(overrides: Iterable[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Searches for hyperparameters: `python scripts/tune.py --help`."""
 
 import logging
-import shutil
+import re
 import sys
 from pathlib import Path
 
+import yaml
 from _app import (
     CONF,
     begin,
@@ -58,9 +59,20 @@ def main(config: DictConfig) -> float | None:
         logger.info("stopped: go on with `python scripts/tune.py resume=%s`", directory)
     elif config.install and best is not None:
         path = CONF / "tuned" / f"{config.chosen.agent}_{config.chosen.env}.yaml"
-        shutil.copyfile(directory / "best.yaml", path)
+        write_whole(path, [_as_long(directory / "best.yaml", path).encode()])
         logger.info("installed: conf/tuned/%s", path.name)
     return best and best["value"]
+
+
+def _as_long(best: Path, before: Path) -> str:
+    """The file `best` with the length of a run that stood `before`: a search's is its own."""
+    text = best.read_text()
+    if before.exists():
+        there = yaml.safe_load(before.read_text()) or {}
+        for key in ("total_steps", "num_updates"):
+            line = f"{key}: {there[key]}\n" if key in there else ""
+            text = re.sub(rf"^{key}: .*\n", line, text, flags=re.MULTILINE)
+    return text
 
 
 def _of(best: dict) -> tuple[float, int]:

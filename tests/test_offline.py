@@ -235,6 +235,23 @@ def test_priorities_follow_what_was_learnt(dataset):
     np.testing.assert_allclose(values[drawn], expected[drawn], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("members", [None, 2])
+def test_the_next_block_begins_with_the_largest_priority(dataset, members):
+    """Schaul et al. 2016, Algorithm 1, line 6."""
+    states = []
+    sampling = Sampling(priority_exponent=0.7, shards_per_block=1, updates_per_block=400)
+    agent = make_agent(reward_scale=30.0) if members is None else make_population(members)
+    train(
+        agent, dataset, 402, sampling=sampling, log_every=1,
+        callbacks=[lambda state, _: states.append(state.priorities)],
+    )  # fmt: skip
+    before, after = (np.asarray(states[k].values) for k in (399, 401))
+    assert np.all(before.max(-1) != 1)
+    for old, new in zip(np.atleast_2d(before), np.atleast_2d(after), strict=True):
+        untouched = new[new == old.max()]
+        assert len(untouched) > len(new[new > 0]) / 3
+
+
 def test_a_run_goes_on_with_the_priorities_that_it_is_told_to(dataset):
     states = []
     prioritised = Sampling(priority_exponent=0.6)

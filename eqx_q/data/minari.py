@@ -4,6 +4,7 @@ An episode there has one observation more than actions, as here. Images are stor
 Minari's default is JPEG. What it has no place for, as action masks, is among an episode's `infos`.
 """
 
+import contextlib
 import functools
 import json
 import shutil
@@ -11,8 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from jaxtyping import Shaped
 
 from ..errors import CorruptFileError, MissingExtraError, UnknownNameError, UsageError
@@ -59,6 +62,8 @@ def from_minari(
         description = description._replace(observation_space=space, source=source)
     else:
         spec = data.env_spec
+        if spec is not None:
+            source["env_spec"] = spec.to_json()
         actions = of_actions(data.action_space)
         description = Description(
             env=f"minari/{dataset_id}" if spec is None else f"gymnasium/{spec.id}",
@@ -126,6 +131,7 @@ def to_minari(
                     data = minari.create_dataset_from_buffers(
                         dataset_id,
                         buffers,
+                        env=_env_spec(description),
                         observation_space=description.observation_space,
                         action_space=description.action_space,
                         description=f"{description.env}, written by eqx_q",
@@ -146,6 +152,16 @@ def to_minari(
             ) from error
         raise
     return data
+
+
+def _env_spec(description: Description) -> EnvSpec | None:
+    """Of the environment, where Minari told it or it is one of Gymnasium's."""
+    told = description.source.get("env_spec")
+    if told is not None:
+        return EnvSpec.from_json(told)
+    suite, _, name = description.env.partition("/")
+    with contextlib.suppress(gymnasium.error.Error):
+        return gymnasium.spec(name) if suite == "gymnasium" else None
 
 
 def _check_minari_holds(dataset: Dataset) -> None:

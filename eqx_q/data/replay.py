@@ -180,7 +180,8 @@ def _over(rows: Bool[Array, "*rows"], x: Shaped[Array, "..."]) -> Bool[Array, "*
 class Priorities(eqx.Module):
     """How likely each place of a replay is to be drawn (Schaul et al. 2016, arXiv 1511.05952).
 
-    P(i) = p_i / Σ p with p = (|δ| + 1e-6)^exponent, and 1 of what was never drawn. The weight
+    P(i) = p_i / Σ p with p = (|δ| + 1e-6)^exponent; what comes new has the largest p that there is
+    (Algorithm 1, line 6), and 1 at first. The weight
     (N P(i))^-correction, divided by the largest of the batch, undoes the bias.
 
     Sums over spans of places find a draw in two short searches, and never drift: those of spans
@@ -197,10 +198,12 @@ class Priorities(eqx.Module):
     correction: Float[Array, ""]
 
     @classmethod
-    def create(cls, replay: Replay, exponent: Scalar, correction: Scalar) -> "Priorities":
-        """All places alike."""
+    def create(
+        cls, replay: Replay, exponent: Scalar, correction: Scalar, largest: Scalar = 1.0
+    ) -> "Priorities":
+        """All places alike. **Arguments:** `largest`: p of each."""
         padded = -(-len(replay.drawable) // _SPAN) * _SPAN
-        values = (jnp.arange(padded) < replay.num_drawable).astype(jnp.float32)
+        values = jnp.where(jnp.arange(padded) < replay.num_drawable, largest, 0.0)
         return cls(
             values,
             jnp.sum(values.reshape(-1, _SPAN), axis=-1),

@@ -11,7 +11,7 @@ import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..agents import Agent, Batches
 from ..data import Blocks, Dataset, Priorities, Replay, Sampling
@@ -216,12 +216,13 @@ class _Feed:
 
     def _prioritised(self, state: OfflineState, num_updates: int) -> OfflineState:
         """With fresh priorities, unless a run goes on in the middle of the block."""
-        members = state.agent.num_members
-        fresh = _priorities(members, self._replay, self._sampling)
+        members, before = state.agent.num_members, state.priorities
+        largest = jnp.float32(1) if before is None else jnp.max(before.values, axis=-1)
+        fresh = _priorities(members, self._replay, self._sampling, largest)
         fresh = self._place.put(fresh, None if members is None else 0)
         resumed = self._single or num_updates % self._sampling.updates_per_block
-        if resumed and state.priorities is not None:
-            _check_same_places(state.priorities, fresh)
+        if resumed and before is not None:
+            _check_same_places(before, fresh)
             return state
         return dataclasses.replace(state, priorities=fresh)
 
@@ -313,9 +314,15 @@ def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
         )
 
 
-def _priorities(num_members: int | None, replay: Replay, sampling: Sampling) -> Priorities:
+def _priorities(
+    num_members: int | None, replay: Replay, sampling: Sampling, largest: Float[Array, "*S"]
+) -> Priorities:
     """Fresh ones, for each member of a population."""
-    one = Priorities.create(replay, sampling.priority_exponent, sampling.priority_correction)
+
+    def create(largest):
+        exponents = sampling.priority_exponent, sampling.priority_correction
+        return Priorities.create(replay, *exponents, largest)
+
     if num_members is None:
-        return one
-    return jax.tree.map(lambda x: jnp.stack([x] * num_members), one)
+        return create(largest)
+    return jax.vmap(create)(jnp.broadcast_to(largest, num_members))

@@ -473,8 +473,8 @@ def _summary(asked: _Asked, study: SharedStudy) -> dict[str, Any]:
 
 def _draw(directory: Path, study: SharedStudy) -> None:
     """The results in the order they came, and which hyperparameters they depended on."""
-    if len({trial.value for trial in study.complete}) < 2:
-        return  # there is nothing to see
+    if not study.complete:
+        return
     optuna = import_optuna()
     try:
         from matplotlib import pyplot
@@ -482,11 +482,13 @@ def _draw(directory: Path, study: SharedStudy) -> None:
         raise MissingExtraError("matplotlib", "tune") from None
     from optuna.visualization import matplotlib as draw
 
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator
+    importances = optuna.importance.PedAnovaImportanceEvaluator
     with pyplot.rc_context({"backend": "agg"}), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         figures = {"history": draw.plot_optimization_history(study.study)}
-        figures["importances"] = draw.plot_param_importances(study.study, evaluator=evaluator())
+        if len({trial.value for trial in study.complete}) > 1:  # else nothing depends on anything
+            axes = draw.plot_param_importances(study.study, evaluator=importances())
+            figures["importances"] = axes
         for name, axes in figures.items():
             figure = axes.get_figure(root=True)
             assert figure is not None

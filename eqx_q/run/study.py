@@ -94,9 +94,9 @@ class SharedStudy:
             left = num_trials - len(taken)
             if left <= 0:
                 return []
-            size = -(-left // -(-left // at_most))  # batches of equal size compile once
             if self._grid is not None:
-                return self._ask_grid(list(taken.values()), size)
+                return self._ask_grid(list(taken.values()), left, at_most)
+            size = _even(left, at_most)
             # Seeded anew, so that a search that goes on does not repeat what it proposed before.
             number = len(self.study.get_trials(deepcopy=False))
             (seed,) = np.random.SeedSequence([self._seed, number]).generate_state(1)
@@ -131,12 +131,13 @@ class SharedStudy:
         trial.set_user_attr("worker", self._name)
         return trial
 
-    def _ask_grid(self, taken: list[dict[str, Any]], size: int) -> list[Any]:
+    def _ask_grid(self, taken: list[dict[str, Any]], left: int, at_most: int) -> list[Any]:
         assert self._grid is not None
         points = [point for point in self._grid if point not in taken]
         static = self._space.static
-        batch = [point for point in points if static(point) == static(points[0])][:size]
+        alike = [point for point in points if static(point) == static(points[0])][:left]
         anyone = self._optuna.samplers.RandomSampler()
+        batch = alike[: _even(len(alike), at_most)] if alike else []
         return [self._ask_one(_fixed(point, anyone)) for point in batch]
 
     def _running(self) -> list[Any]:
@@ -163,6 +164,11 @@ class SharedStudy:
                 path.unlink()
             return False
         return True
+
+
+def _even(number: int, at_most: int) -> int:
+    """The size of batches of `number` things: those of equal size compile once."""
+    return -(-number // -(-number // at_most))
 
 
 def _worker(trial: Any) -> str:

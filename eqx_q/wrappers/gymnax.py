@@ -164,8 +164,13 @@ def _game(source: Any, options: dict[str, Any]) -> Game:
     if isinstance(source, str):
         if source not in registered_envs:
             raise UnknownNameError("gymnax environment", source, ids())
-        # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
-        return _named_game(source, pickle.dumps(sorted(options.items())))
+        try:
+            # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
+            return _named_game(source, pickle.dumps(sorted(options.items())))
+        except OSError as error:  # `MNISTBandit` downloads its pictures
+            raise UsageError(
+                f"'{source}' needs data that cannot be had ({error}): choose another environment"
+            ) from error
     env, params = source if isinstance(source, tuple) else (source, source.default_params)
     return _configured(source, options, env, _replace(params, options))
 

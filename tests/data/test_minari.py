@@ -11,10 +11,12 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from minari.data_collector import EpisodeBuffer
 from recorded import Transition, raw_episodes, stored_transitions, transitions
+from recordings import describe, random_episode
 
 import eqx_q
 import eqx_q.data.minari as ours
 from eqx_q.data import (
+    Dataset,
     Description,
     Rows,
     Writer,
@@ -130,6 +132,18 @@ def test_the_environment_is_theirs(tmp_path):
     description = convert(from_minari("cartpole-v0"), tmp_path / "out").description
     assert description.env == "gymnasium/CartPole-v1" and description.action_space.n == 2
     np.testing.assert_array_equal(description.observation_space.low, space.low)
+    to_minari(Dataset(tmp_path / "out"), "back-v0")
+    spec = gymnasium.spec("CartPole-v1")
+    assert minari.load_dataset("back-v0").env_spec.to_json() == spec.to_json()
+    # Of what was played here the environment is known by its name.
+    to_minari(write_ours(tmp_path / "ours", vectors([4]), VECTOR), "unknown-v0")
+    assert minari.load_dataset("unknown-v0").env_spec is None
+    named = describe()._replace(env="gymnasium/Acrobot-v1")
+    with Writer(tmp_path / "named", named) as writer:
+        writer.append(random_episode(np.random.default_rng(0), 3, terminated=True))
+        writer.commit("all")
+        to_minari(writer.finish(), "named-v0")
+    assert minari.load_dataset("named-v0").env_spec.id == "Acrobot-v1"
 
 
 def test_ours_to_theirs_and_back(tmp_path, monkeypatch):

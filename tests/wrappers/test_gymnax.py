@@ -10,6 +10,7 @@ from gymnax.environments.environment import Environment
 from rollouts import CHUNK, cart_column, lane_keys, play
 
 import eqx_q.wrappers as wrappers
+from eqx_q.errors import UsageError
 
 IDS = [name.removeprefix("gymnax/") for name in wrappers.env_ids("gymnax")]
 # Those whose declared spaces are not true of what they observe, and the true shape.
@@ -33,6 +34,11 @@ def _compile_fast():
 
 def test_ids_are_all_but_the_download():
     assert set(gymnax.registered_envs) - set(IDS) == {"MNISTBandit-bsuite"}
+
+
+def test_a_download_that_fails_is_told():
+    with pytest.raises(UsageError, match="'MNISTBandit-bsuite' needs data that cannot be had"):
+        wrappers.make("gymnax/MNISTBandit-bsuite", 2)
 
 
 def test_actions_of_a_box_keep_their_bounds():
