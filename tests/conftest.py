@@ -44,6 +44,7 @@ def script(tmp_path, monkeypatch, capsys):
 
     Returns its exit status and what it wrote to stdout and stderr.
     """
+    jax.devices()  # before a script divides the CPU
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # scripts add to it
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
