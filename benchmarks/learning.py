@@ -247,7 +247,7 @@ def collect(directory: Path, score: str | None = None) -> list[dict[str, Any]]:
             "training_curve": thin_out(training(rows, member)),
             "greedy_curve": thin_out(greedy(rows, member)),
         }
-        | ({"seed": summary["seed"] + member} if "seed" in summary else {})
+        | ({"seed": summary["seed"], "member": member} if "seed" in summary else {})
         | ({score: _scores(rows, score, member)} if score else {})
         for member in range(members)
     ]

@@ -118,3 +118,17 @@ def test_a_configuration_of_an_earlier_version_makes_the_same_agent():
     )
     with pytest.raises(UsageError, match="eps=small"):
         make_agent(config(_target_="eqx_q.CQL", adam_epsilon="small"), Guess(2))
+
+
+def test_no_two_seeds_share_parameters():
+    """Neither those of two runs, nor members of one."""
+
+    def weights(seed, num_seeds):
+        told = config(_target_="eqx_q.PQN") | {"seed": seed, "num_seeds": num_seeds}
+        agent = make_agent(told, Guess(2))
+        network = agent.network if num_seeds == 1 else agent.members.network
+        first = jax.tree.leaves(eqx.filter(network, eqx.is_array))[0]
+        return np.asarray(first).reshape(num_seeds, -1).tolist()
+
+    every = [row for seed in (0, 1) for num in (1, 3) for row in weights(seed, num)]
+    assert len({tuple(row) for row in every}) == len(every) == 8

@@ -349,9 +349,7 @@ def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, 
             )
             for name in varied
         }
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(
-            np.array([0, 1, 0, 1])
-        )
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)[np.array([0, 1, 0, 1])]
         agent = eqx_q.Population(eqx.filter_vmap(create)(keys, values))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), first), 0)
         agent, _ = eqx_q.train(agent, env, total_steps=640, key=key)

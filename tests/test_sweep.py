@@ -189,7 +189,8 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     assert len(rows) == 6
     for (name, lambda_), returns in values.items():
         row = rows["envpool/" + name, f"agent.lambda_={lambda_}"]
-        assert row["seeds"] == [3, 4, 5, 6, 7] and row["returns"] == returns.tolist()
+        assert (row["seeds"], row["members"]) == ([3, 3, 5, 5, 5], [0, 1, 0, 1, 2])
+        assert row["returns"] == returns.tolist()
         assert row["mean"] == pytest.approx(returns.mean())
         assert row["iqm"] == pytest.approx(np.sort(returns)[1:4].mean())
         assert row["interval"] == interval(returns[:, None])
@@ -212,7 +213,8 @@ def test_a_summary_of_games_seeds_and_settings(tmp_path):
     with (tmp_path / "out" / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 26
-    assert {(r["environment"], r["seed"]) for r in lines} >= {("envpool/Pong-v5", "7")}
+    found = {(r["environment"], r["seed"], r["member"]) for r in lines}
+    assert found >= {("envpool/Pong-v5", "5", "2")}
     text = (tmp_path / "out" / "sweep.md").read_text()
     assert f"over 3 games at agent.lambda_=0.5: median **{overall['median']:.3f}**" in text
     assert "`eval_return` of 11 finished runs." in text

@@ -53,7 +53,6 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
     summary = _read(directory / "summary.json")
     ((unit, amount),) = learnt(agent).items()
     stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
-    first = config["seed"] + (member or 0)
     of_all = f", member {member} of {config['num_seeds']}" if member is not None else ""
     if agent.num_members:
         of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
@@ -63,7 +62,7 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
         "options of the environment": f"`{_json(given(config['env']))}`",
         "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
         "data": _of_data(summary.get("data")),
-        "seed": ", ".join(str(first + i) for i in range(agent.num_members or 1)),
+        "seed": config["seed"],
         "trained on": summary.get("device"),
         "trained with": _versions(config, summary),
         "commit": summary.get("commit"),

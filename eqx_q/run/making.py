@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..agents import Agent, Population, hyperparameters
@@ -62,7 +63,7 @@ def make_agent(
 ) -> Any:
     """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
 
-    Member `i` starts with the parameters that a run of its own would have at `seed + i`.
+    Its members share `seed`, and each starts with parameters of its own: those of no other `seed`.
 
     **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
     population that has, one after the other, `num_seeds` members for each choice.
@@ -90,12 +91,14 @@ def make_agent(
         spaces = env.observation_space, env.action_space
         return create(*spaces, key=key, **chosen_options(with_values(options, values)))
 
-    seeds = whole(config, "seed") + np.arange(whole(config, "num_seeds", least=1))
-    if values is None and len(seeds) == 1:
-        return member(_agent_key(seeds[0]), {})
+    key = jax.random.fold_in(jax.random.key(whole(config, "seed")), 0)
+    num_seeds = whole(config, "num_seeds", least=1)
+    if values is None and num_seeds == 1:
+        return member(key, {})
     choices = [{}] if values is None else values
-    keys = jax.vmap(_agent_key)(np.tile(seeds, len(choices)))
-    stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), len(seeds)), *choices)
+    each = key[None] if num_seeds == 1 else jax.random.split(key, num_seeds)
+    keys = jnp.tile(each, len(choices))
+    stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), num_seeds), *choices)
     return Population(eqx.filter_vmap(member)(keys, stacked))
 
 
@@ -125,10 +128,6 @@ def _parts(cls: type) -> list[dataclasses.Field]:
     """The fields of a class of agents that are parts with hyperparameters."""
     fields = dataclasses.fields(cls)
     return [x for x in fields if isinstance(x.type, type) and issubclass(x.type, Part)]
-
-
-def _agent_key(seed):
-    return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def lanes_of_all(settings: Settings, per_seed: int) -> int:

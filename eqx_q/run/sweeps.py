@@ -27,13 +27,15 @@ METRICS = {  # by the name in `summary.json`: that in `metrics.jsonl`
 class Result(NamedTuple):
     """What one seed came to.
 
-    `setting`: what else the runs of this environment differ in. `normalised`: the return where 0 is
-    a random player of Atari, and 1 a human one. `curve`: steps and returns.
+    `member`: which one of those that its run trained with `seed`. `setting`: what else the runs of
+    this environment differ in. `normalised`: the return where 0 is a random player of Atari, and 1
+    a human one. `curve`: steps and returns.
     """
 
     env: str
     setting: str
     seed: int
+    member: int
     value: float
     normalised: float | None
     curve: list[tuple[int, float]]
@@ -141,7 +143,8 @@ def _results(config: Config, directory: Path, setting: str, metric: str) -> Iter
             yield Result(
                 env_name(config),
                 setting,
-                config["seed"] + member,
+                config["seed"],
+                member,
                 value,
                 None if normalised is None else float(normalised),
                 curves[member],
@@ -173,13 +176,14 @@ def _groups(
 def _of_one(names: tuple[str, ...], results: list[Result]) -> dict[str, Any]:
     """One environment at one setting."""
     setting, env = names
-    results = sorted(results, key=lambda result: result.seed)
+    results = sorted(results, key=lambda result: (result.seed, result.member))
     values = np.array([result.value for result in results])
     normalised = [result.normalised for result in results if result.normalised is not None]
     return {
         "env": env,
         "setting": setting,
         "seeds": [result.seed for result in results],
+        "members": [result.member for result in results],
         "returns": values.tolist(),
         "mean": float(values.mean()),
         "iqm": iqm(values),
@@ -218,9 +222,10 @@ def _number(value: float | None) -> str:
 def _csv(results: Iterable[Result]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["environment", "setting", "seed", "return", "human_normalised", "directory"])
-    for r in sorted(results, key=lambda r: (r.setting, r.env, r.seed)):
-        writer.writerow([r.env, r.setting, r.seed, r.value, r.normalised, r.directory])
+    head = ["environment", "setting", "seed", "member", "return", "human_normalised", "directory"]
+    writer.writerow(head)
+    for r in sorted(results, key=lambda r: (r.setting, r.env, r.seed, r.member)):
+        writer.writerow([r.env, r.setting, r.seed, r.member, r.value, r.normalised, r.directory])
     return text.getvalue()
 
 

@@ -66,8 +66,6 @@ class _Session:
                 for name, value in params.items():
                     run[name] = value
                 run["member"] = i
-                if params is message["params"] and isinstance(params.get("seed"), int):
-                    run["seed"] = params["seed"] + i
         elif kind == "metrics":
             for i, values, context in message["records"]:
                 self.runs[i].track(values, step=step, context=context)

@@ -122,6 +122,7 @@ def test_everything_arrives_and_a_resumed_run_continues(tmp_path, caplog):
     assert first["params"]["agent"] == {"learning_rate": 0.5, "network": None}
     assert (first["params"]["own"], second["params"]["own"]) == (0, 1)
     assert (first["params"]["seed"], second["params"]["seed"]) == (3, 7)
+    assert first["params"]["member"] == 0
     assert second["params"]["member"] == 1 and "git_commit" in second["params"]
     assert series(first, "loss", "train") == {10: 10.0, 20: 20.0, 30: 30.0}
     assert series(second, "loss", "train") == {30: 31.0}
