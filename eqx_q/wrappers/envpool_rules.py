@@ -50,7 +50,10 @@ class PlainRules(Rules):
 class AtariRules(Rules):
     """Rewards may be clipped, and a lost life may end the learner's episode, not the game.
 
-    Then EnvPool's next step resets nothing in the game.
+    EnvPool's next step then goes on with the game: it plays up to `noop_max` no-ops and, where
+    games begin with it, FIRE. It reports a reward of 0 for them, whatever they score: that is not
+    in the returns and cannot be known. (In Space Invaders, whose score can be read from its memory,
+    nothing was scored there in 343 lives.)
     """
 
     def check(self, options: dict[str, Any]) -> None:
