@@ -250,9 +250,10 @@ def train(
     - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
         cut into chunks changes nothing in its result.
     - `devices`: that share the members of a population, or the lanes of one agent, whose
-        `lane_groups` they must divide; `None`: all there are. How many they are changes the result
-        by rounding alone. Callbacks see all of the run state on one device. Of several processes
-        each calls its own callbacks, and goes on as those of the first one say.
+        `lane_groups` they must divide; `None`: all there are. How many they are changes rounding
+        alone; in time that flips a greedy action, and the runs part. Callbacks see all of the run
+        state on one device. Of several processes each calls its own callbacks, and goes on as
+        those of the first one say.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary, without
     distributions (thinned out evenly beyond 1000 of them).
