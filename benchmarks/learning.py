@@ -333,12 +333,16 @@ def main() -> None:
             "random_return": random_return(config, runs / "random.json"),
             "seeds": [],
         }
-        for seed in [0] if args.together else range(args.seeds):
-            kind = f"seeds_{args.seeds}" if args.together else f"seed_{seed}"
+        if args.collect:  # however they were trained
+            directories = {path.name: [] for path in sorted(runs.glob("seed*"))}
+        elif args.together:
+            directories = {f"seeds_{args.seeds}": ["seed=0", f"num_seeds={args.seeds}"]}
+        else:
+            directories = {f"seed_{i}": [f"seed={i}", "num_seeds=1"] for i in range(args.seeds)}
+        for kind, of_seed in directories.items():
             directory = runs / kind
             if not args.collect:
-                num_seeds = args.seeds if args.together else 1
-                run(directory, [*overrides, f"seed={seed}", f"num_seeds={num_seeds}"])
+                run(directory, [*overrides, *of_seed])
                 for protocol in suite.protocols:
                     evaluate(directory, protocol, args.episodes)
             if (directory / "metrics.jsonl").exists():
