@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -40,9 +41,13 @@ logger = logging.getLogger("eqx_q")
 # One number or a list, which an agent tells apart.
 _OF_MANY_KINDS = {"agent.bins"}
 
+AUTO = "auto"  # of `resume`
+
 # A run in progress cannot change these.
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
+# These may be others each time it is started.
+_OF_NO_RUN = {"distributed", "resume"}
 
 _INTERRUPTED = (
     "interrupted; what was saved is kept: a run goes on with resume=DIR, a sweep by the same "
@@ -146,7 +151,7 @@ def overridden() -> list[str]:
 def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.jsonl") -> Path:
     """The directory that Hydra made for this run, checked to be writable and not in use.
 
-    A sweep may find its own run there, made with the same configuration, and go on with it.
+    Where `goes_on` says so, a run that was made with the same configuration may be there.
 
     **Arguments:** `resume`: whether it goes on with what is there. `record`: the file that tells a
     directory in use.
@@ -165,7 +170,7 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
         probe.unlink()
     except OSError as error:
         raise UsageError(_unwritable(str(directory), error)) from None
-    if is_sweep() and (directory / "config.yaml").exists():
+    if goes_on(config) and (directory / "config.yaml").exists():
         _check_same(config, directory)
         return directory
     file = directory / record
@@ -177,6 +182,11 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
             "or choose another directory with hydra.run.dir=DIR"
         )
     return directory
+
+
+def goes_on(config: DictConfig) -> bool:
+    """Whether the same command goes on with what it has begun: as a sweep, or `resume=auto`."""
+    return is_sweep() or config.resume == AUTO
 
 
 def prepare_jax(config: DictConfig) -> None:
@@ -234,6 +244,7 @@ def resumed(config: DictConfig) -> DictConfig:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     OmegaConf.update(stored, "distributed", config.distributed, force_add=True)
+    OmegaConf.update(stored, "resume", None)
     prepare_jax(stored)
     free = changeable(before)
     for override in (override for name, override in changed.items() if name not in free):
@@ -275,10 +286,13 @@ class _RunFailed(Exception):
 
 
 def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> str:
+    name = re.sub(r"[^\w.-]+", "-", f"{agent}_{env}_{seed}")
+    if resume == AUTO:  # one of the command's own
+        same = sorted(o for o in sys.argv[1:] if not o.startswith("distributed."))
+        return f"runs/{name}/{hashlib.sha256(repr(same).encode()).hexdigest()[:12]}"
     if resume:
         stored_config(Path(resume))  # before Hydra makes the directory
         return resume
-    name = re.sub(r"[^\w.-]+", "-", f"{agent}_{env}_{seed}")
     return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
@@ -299,12 +313,20 @@ def _check_same(config: DictConfig, directory: Path) -> None:
     )
     # What came into the configuration since then had its default.
     then = {key: of_default[key] for key in now.keys() & of_default.keys() - then.keys()} | then
-    other = sorted(key for key in now | then if now.get(key) != then.get(key))
+    other = sorted(
+        key
+        for key in now | then
+        if now.get(key) != then.get(key) and key.partition(".")[0] not in _OF_NO_RUN
+    )
     if other:
         key = other[0]
         raise UsageError(
             f"there is a run with {key}={then.get(key)}, not {now.get(key)}, in '{directory}': "
-            "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
+            + (
+                "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
+                if is_sweep()
+                else "choose another hydra.run.dir"
+            )
         )
 
 

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 
 from _app import (
+    AUTO,
     begin,
     end_sweep,
+    goes_on,
     hydra,
-    is_sweep,
     launch,
     prepare_jax,
     resumed,
@@ -29,7 +30,7 @@ logger = logging.getLogger("eqx_q")
 @task
 def main(config: DictConfig) -> float | None:
     """Trains; returns the mean return of the last evaluation, for sweepers."""
-    resume = bool(config.resume)
+    resume = config.resume not in (None, AUTO)
     if resume:
         config = resumed(config)
     else:
@@ -38,7 +39,7 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
     directory = run_directory(config, resume=resume)
-    if is_sweep() and (directory / "config.yaml").exists():
+    if goes_on(config) and (directory / "config.yaml").exists():
         summary = finished(directory)
         if summary is not None:
             logger.info("done already: %s", directory)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from _app import (
+    AUTO,
     CONF,
     begin,
     hydra,
@@ -33,7 +34,7 @@ _CHANGEABLE = {"resume", "trials", "population", "tracker", "install", "log_ever
 @task
 def main(config: DictConfig) -> float | None:
     """Searches; returns the best trial's result."""
-    resume = bool(config.resume)
+    resume = config.resume not in (None, AUTO)
     if resume:
         config = _resumed(config)
     else:

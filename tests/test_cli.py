@@ -19,7 +19,7 @@ import yaml
 import eqx_q
 from eqx_q.run import make_agent, make_env, provenance
 from eqx_q.run.making import emulator_seed
-from eqx_q.saving.checkpoint import load, save
+from eqx_q.saving.checkpoint import checkpoints, load, save
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
 
@@ -113,6 +113,33 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.adam_epsilon=1e-5")
     assert status == 1
     assert "leave out 'agent.optimizer.eps=1e-5' (of the agent" in err
+
+
+@pytest.mark.parametrize("where", [[], ["hydra.run.dir=run"]])
+def test_the_same_command_goes_on(script, tmp_path, where):
+    command = [*SMALL, *QUIET, "total_steps=640", "checkpoint.every=128", "resume=auto", *where]
+    status, _, err = script("train", *command)
+    assert status == 0, err
+    (run,) = tmp_path.glob("run" if where else "runs/*/*")
+    whole, time = load(run / "agent.eqx"), (run / "agent.eqx").stat().st_mtime_ns
+    assert f"done already: {run}\n" in script("train", *command)[1]
+    assert (run / "agent.eqx").stat().st_mtime_ns == time
+    # Killed, and started once more in the same way.
+    (run / "summary.json").unlink()
+    checkpoints(run / "checkpoints")[0].unlink()
+    begun = int(checkpoints(run / "checkpoints")[0].stem)
+    assert 0 < begun < 640
+    status, _, err = script("train", *command)
+    assert status == 0, err
+    jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), whole)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps_per_second"] * summary["train_seconds"] == pytest.approx(640 - begun)
+    # As it is named; then it is another run.
+    assert script("train", f"resume={run}", "total_steps=700")[0] == 0
+    status, _, err = script("train", *command)
+    assert status == 1 and "there is a run with total_steps=700, not 640, in" in err
+    status, _, err = script("train", *command, "agent.discount=0.5")
+    assert status == bool(where) and len([*tmp_path.glob("runs/*/*")]) == (0 if where else 2)
 
 
 def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
