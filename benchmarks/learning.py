@@ -37,12 +37,14 @@ _FINAL_FRACTION = 0.05  # of the run: its episodes make the final training retur
 class Suite:
     """Overrides of `scripts/train.py` per environment; protocols to evaluate under afterwards.
 
-    `score`: what the environment says of an episode that counts beside its return.
+    `score`: what the environment says of an episode that counts beside its return. `also_at`: a
+    number of steps at which others publish their returns.
     """
 
     tasks: list[list[str]]
     protocols: tuple[str, ...] = ()
     score: str | None = None
+    also_at: int | None = None
 
 
 def _atari(*games: str) -> Suite:
@@ -103,7 +105,8 @@ SUITES = {
         score="won",
     ),
     "continuous": Suite(
-        [[f"env={env}"] for env in ("pendulum", "half_cheetah", "hopper", "walker2d")]
+        [[f"env={env}"] for env in ("pendulum", "half_cheetah", "hopper", "walker2d")],
+        also_at=1_000_000,
     ),
     "minigrid": Suite(
         [
@@ -330,6 +333,7 @@ def main() -> None:
             "overrides": overrides,
             "total_steps": config["total_steps"],
             "score": suite.score,
+            "also_at": suite.also_at,
             "random_return": random_return(config, runs / "random.json"),
             "seeds": [],
         }

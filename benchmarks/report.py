@@ -101,13 +101,28 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
                 estimate(greedy, digits),
                 ", ".join(f"{value:.{digits}f}" for value in greedy[:, 0]),
                 f"{score}: {estimate(scores, digits=2)}" if score else "",
+                _on_the_way(environment, digits),
                 "" if baseline is seeds else _paired(trained, compared, digits),
                 _references(references, name),
             ]
         )
     head = ["environment", "steps", "at random", "training", "greedy", "greedy, each seed"]
-    head += ["greedy, besides", "training, against the environment's first row, seed by seed"]
+    head += [
+        "greedy, besides",
+        "greedy, on the way",
+        "training, against the environment's first row, seed by seed",
+    ]
     return _table([*head, "peers, training / greedy"], rows)
+
+
+def _on_the_way(environment: dict[str, Any], digits: int) -> str:
+    """What each seed came to greedily where others publish their returns, if that is on the way."""
+    at = environment.get("also_at") or 0
+    if not 0 < at < environment["total_steps"]:
+        return ""
+    curves = [np.array(seed["greedy_curve"]) for seed in environment["seeds"]]
+    nearest = [curve[np.argmin(np.abs(curve[:, 0] - at)), 1] for curve in curves]
+    return f"at {at / 1e6:g} M: {', '.join(f'{value:,.{digits}f}' for value in nearest)}"
 
 
 def _steps(done: int, planned: int) -> str:
