@@ -141,7 +141,7 @@ SUITES = {
                 ["env=minatar", "env.name=Breakout-MinAtar", "total_steps=1_000_000"],
                 ["env=minatar", "env.name=Asterix-MinAtar", "total_steps=1_000_000"],
             )
-            for name in ("epsilon_greedy", "lane_epsilons", "boltzmann", "ez_greedy")
+            for name in ("epsilon_greedy", "lane_epsilons", "ez_greedy")
         ]
     ),
     "atari-pong": _atari("Pong"),

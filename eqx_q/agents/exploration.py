@@ -143,39 +143,6 @@ class LaneEpsilons(AbstractExploration):
         return epsilon_greedy(q_values, epsilons[:, None], key, is_legal), memory
 
 
-class Boltzmann(AbstractExploration):
-    """With probability ε a choice drawn in proportion to `exp(Q / temperature)`, else the best.
-
-    An action's Q is the mean over its `F` factors, and so each of them is drawn in proportion to
-    `exp(Q / (F * temperature))`: with ε = 1 all together are the Boltzmann distribution of actions.
-
-    **Attributes:** `temperature`: *traced*; in units of Q: the higher, the more alike choices are.
-    """
-
-    temperature: Float[Array, ""] = eqx.field(default=1.0, converter=_scalar)
-
-    def __check_init__(self):
-        check_ranges({"exploration.temperature": self.temperature})
-
-    def initial_memory(self, num_rows: int, num_factors: int = 1) -> tuple[()]:
-        return ()
-
-    def __call__(
-        self,
-        q_values: Float[Array, "R F C"],
-        epsilon: Scalar,
-        key: PRNGKeyArray,
-        memory: PyTree[Array],
-        first: Bool[Array, " R"] | None = None,
-        is_legal: Bool[Array, "R F C"] | None = None,
-    ) -> tuple[Int[Array, "R F"], PyTree[Array]]:
-        num_factors = q_values.shape[1]
-        explore_key, choice_key = jax.random.split(key)
-        explore = jax.random.uniform(explore_key, q_values.shape[:-1]) < epsilon
-        random = jax.random.categorical(choice_key, q_values / (num_factors * self.temperature))
-        return jnp.where(explore, random, jnp.argmax(q_values, axis=-1)), memory
-
-
 class Repeating(eqx.Module):
     """What `EpsilonZGreedy` remembers: what each factor repeats, and for how many steps more."""
 
@@ -252,7 +219,6 @@ class EpsilonZGreedy(AbstractExploration):
 EXPLORATIONS: dict[str, type[AbstractExploration]] = {
     "epsilon_greedy": EpsilonGreedy,
     "lane_epsilons": LaneEpsilons,
-    "boltzmann": Boltzmann,
     "ez_greedy": EpsilonZGreedy,
 }
 

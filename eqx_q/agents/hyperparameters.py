@@ -47,7 +47,6 @@ RANGES = {
     "value.v_max": (-1e30, 1e30),
     "value.sigma": (1e-3, 1e3),
     "exploration.alpha": _POSITIVE,
-    "exploration.temperature": (1e-30, jnp.inf),
     "exploration.mu": _POSITIVE,
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,

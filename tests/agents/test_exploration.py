@@ -8,7 +8,6 @@ import pytest
 from eqx_q.agents.exploration import (
     EXPLORATIONS,
     AbstractExploration,
-    Boltzmann,
     EpsilonGreedy,
     EpsilonZGreedy,
     LaneEpsilons,
@@ -116,20 +115,6 @@ def test_each_row_has_its_own_epsilon():
     assert draw(exploration, rows([[1.0, 0.0]], 1), 1.0, key=4)[0].shape == (1, 1)
 
 
-@pytest.mark.parametrize("temperature", [0.2, 1.0])
-def test_boltzmann_draws_actions_by_their_values(temperature):
-    """Of all actions, whose values are the means of their factors'."""
-    index, _ = draw(Boltzmann(temperature), rows(VALUES), 1.0, is_legal="of values")
-    weights = np.exp((VALUES[0, :, None] + VALUES[1]) / 2 / temperature)
-    counts = np.zeros((3, 3))
-    np.add.at(counts, tuple(index.T), 1)
-    np.testing.assert_allclose(counts / R, weights / weights.sum(), atol=MAY_BE_OFF)
-    index, _ = draw(Boltzmann(temperature), rows(VALUES[:1]), 0.3)
-    weights = np.exp(VALUES[0] / temperature)
-    expected = 0.3 * weights / weights.sum() + 0.7 * np.array([0, 1, 0])
-    np.testing.assert_allclose(frequencies(index)[0], expected, atol=MAY_BE_OFF)
-
-
 @pytest.mark.parametrize(("mu", "longest"), [(2.0, 50), (1.2, 8), (0.0, 5)])
 def test_durations_are_zeta_distributed(mu, longest):
     """Counted as steps in which the choice stays, with ε = 0 after the first."""
@@ -220,12 +205,8 @@ def test_a_name_a_mapping_or_an_object():
         ({"mu": 2.0}, r"names nothing: give one of .*epsilon_greedy.*, or a mapping"),
         ({"name": "ez_greedy", "mu": -1.0}, "exploration.mu=-1.0 makes no sense: choose it from 0"),
         ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan makes no sense"),
-        (
-            {"name": "boltzmann", "temperature": 0},
-            "exploration.temperature=0.0 makes no sense",
-        ),
         ({"name": "ez_greedy", "max_duration": 0}, "max_duration must be a whole number of at"),
-        ({"name": "boltzmann", "temperature": "a"}, "'boltzmann' cannot have temperature=a: "),
+        ({"name": "ez_greedy", "mu": "a"}, "'ez_greedy' cannot have mu=a: "),
     ],
 )
 def test_what_cannot_be_says_what_can(given, message):
