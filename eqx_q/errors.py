@@ -21,7 +21,15 @@ class MissingExtraError(UsageError, ImportError):
 
 
 class DivergedError(UsageError):
-    """Training produced a loss that is not finite."""
+    """Training produced a loss that is not finite.
+
+    **Attributes:** `run_state`: the last one that was good, at the boundary before; `None` where
+    nobody kept it (a run without callbacks). Training that goes on from it comes to the same loss.
+    """
+
+    def __init__(self, message: str, run_state: Any = None):
+        super().__init__(message)
+        self.run_state = run_state
 
 
 class CorruptFileError(UsageError):

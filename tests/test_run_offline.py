@@ -137,3 +137,22 @@ def test_bad_input_ends_with_one_line(data, script, tmp_path):
     path.write_bytes(bytes_)
     status, _, err = script("train", "agent=cql", "data=data", "hydra.run.dir=bad")
     assert status == 1 and "obs.npy' is damaged: its checksum is wrong" in err
+
+
+def test_from_data_the_update_that_diverged_is_found_again(data, script, tmp_path):
+    options = ["agent=dqn", "data=data", "num_updates=400", "eval.every=0", "log_every=100"]
+    options += ["agent.optimizer=sgd", "agent.learning_rate=100", "agent.max_grad_norm=1e30"]
+    options += ["agent.network_options={hidden_sizes: [16], norm: none}"]
+    options += [
+        "agent.value.td_loss=squared",
+        "sampling.priority_exponent=0.5",
+        "hydra.run.dir=run",
+    ]
+    status, _, err = script("train", *LEARNER, *options)
+    assert status == 1 and "the loss is not finite after 100 updates" in err
+    status, out, err = script("replay", "run=run")
+    assert status == 0, err
+    assert "the loss is not finite after " in out and "100 updates" not in out
+    update = load(tmp_path / "run" / "diverged_update.eqx")
+    _, metrics = update["agent"].update(update["experience"], key=update["key"])
+    assert not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"])

@@ -182,8 +182,8 @@ class Checkpoint:
 
     def save(self, run_state: AbstractRunState, step: int) -> Path:
         """Saves now."""
-        if not self._with_env and isinstance(run_state, RunState):
-            run_state = _with_outside_parts(run_state, (None, None, None))
+        if not self._with_env:
+            run_state = without_env(run_state)
         path = save_checkpoint(self._directory, run_state, step, keep=self._keep)
         self._next_step = (step // self._every + 1) * self._every
         self._saved_at = time.perf_counter()
@@ -203,12 +203,25 @@ def restore(directory: Path, env: Env) -> AbstractRunState:
     **Raises:** `UsageError` where there is no good checkpoint.
     """
     run_state, path = load_latest(directory)
-    if isinstance(run_state, RunState) and run_state.timestep is None:
-        fresh = start(run_state.agent, env, key=run_state.key)
-        run_state = _with_outside_parts(run_state, _outside_parts(fresh))
-        logger.info("the emulators cannot be restored: their episodes start anew")
+    run_state = with_env(run_state, env)
     logger.info("resuming from %s", path)
     return run_state
+
+
+def without_env(run_state: AbstractRunState) -> AbstractRunState:
+    """A run state without what cannot be saved of an environment that lives outside JAX."""
+    if not isinstance(run_state, RunState):
+        return run_state
+    return _with_outside_parts(run_state, (None, None, None))
+
+
+def with_env(run_state: AbstractRunState, env: Env) -> AbstractRunState:
+    """Undoes `without_env`, where that was done: episodes start anew, and the log says so."""
+    if not isinstance(run_state, RunState) or run_state.timestep is not None:
+        return run_state
+    logger.info("the emulators cannot be restored: their episodes start anew")
+    fresh = start(run_state.agent, env, key=run_state.key)
+    return _with_outside_parts(run_state, _outside_parts(fresh))
 
 
 def _outside_parts(run_state: Any) -> tuple[Any, Any, Any]:

@@ -70,7 +70,7 @@ def run(
         return advance_chunk((source, place), state, jnp.asarray(length))
 
     history = History(state.agent.num_members)
-    state = copy(state.spread(place.put))  # the caller's stays usable
+    good, state = state, copy(state.spread(place.put))  # the caller's stays usable
     started = time.perf_counter()
     state, _ = jax.block_until_ready(advance(state, 0))
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
@@ -94,13 +94,14 @@ def run(
             metrics = _to_host(place.gather(on_device)) | times
             metrics |= tell(snapshot, boundaries, length / seconds)
             metrics["done"] = stopped or boundaries.finished
-            _check_finite(metrics)
+            _check_finite(metrics, good)
             seen, stopped_here = _call(_blocking(due), snapshot, metrics)
             if place.agreed(seen is not snapshot):
                 state = copy(place.from_first(seen).spread(place.put))
             stopped |= bool(place.agreed(stopped_here))
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)
+            good = seen if boundaries.callbacks else None  # else its memory has been reused
             observers = _observers(boundaries.callbacks if stopped else due)
             observe = functools.partial(_observe, observers, seen, metrics)
     if observe is not None:
@@ -154,14 +155,15 @@ def _to_host(metrics) -> Metrics:
     return {name: number(x) for name, x in jax.device_get(metrics).items()}
 
 
-def _check_finite(metrics: Metrics) -> None:
+def _check_finite(metrics: Metrics, good: Any = None) -> None:
     # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
     finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
     if not np.any(finite):
         now = clock(metrics)
         raise DivergedError(
             f"the loss is not finite after {now.done} {now.noun}: lower learning_rate or "
-            "max_grad_norm, or scale rewards down (reward_scale)"
+            "max_grad_norm, or scale rewards down (reward_scale)",
+            good,
         )
 
 

@@ -124,9 +124,16 @@ def advance_from(
     return eqx.combine(arrays, rest), totals.averaged(num_updates)
 
 
-def _update(source: AbstractSource[State], state: State) -> tuple[State, UpdateMetrics]:
+def next_update(
+    source: AbstractSource[State], state: State
+) -> tuple[Rollout | Transitions, Any, PRNGKeyArray, PRNGKeyArray]:
+    """What is learnt from next, what `follow` needs, the key to learn with, and that to go on."""
     key, draw_key, update_key = jax.random.split(state.key, 3)
-    experience, drawn = source.draw(state, draw_key)
+    return *source.draw(state, draw_key), update_key, key
+
+
+def _update(source: AbstractSource[State], state: State) -> tuple[State, UpdateMetrics]:
+    experience, drawn, update_key, key = next_update(source, state)
     agent, metrics = state.agent.update(experience, key=update_key)
     learnt: Any = {"agent": agent, "key": key, "num_updates": state.num_updates + 1}
     return source.follow(dataclasses.replace(state, **learnt), drawn, metrics)

@@ -13,6 +13,7 @@ from .making import (
     make_agent as make_agent,
     make_env as make_env,
 )
+from .replaying import replay_run as replay_run
 from .search import search_run as search_run
 from .settings import (
     Config as Config,

@@ -17,6 +17,7 @@ import numpy as np
 from ..agents import Agent, Population, hyperparameters
 from ..agents.hyperparameters import RANGES
 from ..agents.parts import Part
+from ..data import Sampling
 from ..errors import UnknownNameError, UsageError
 from ..sharding import OneDevice, Placement
 from ..wrappers import Env, make, make_for
@@ -100,6 +101,13 @@ def make_agent(
     keys = jnp.tile(each, len(choices))
     stacked = jax.tree.map(lambda *x: np.repeat(np.asarray(x, np.float32), num_seeds), *choices)
     return Population(eqx.filter_vmap(member)(keys, stacked))
+
+
+def make_sampling(settings: Settings) -> Sampling:
+    """How transitions are drawn; rewards are clipped where the environment's are."""
+    options = given(settings.config["sampling"])
+    options.setdefault("reward_clip", bool(settings.config["env"].get("reward_clip", False)))
+    return Sampling(seed=settings.seed, **options)
 
 
 def changeable(config: Config) -> set[str]:

@@ -32,12 +32,12 @@ from ..sharding import OneDevice, place_on
 from ..tracking import Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
-from .making import close_later, lanes_of_all, learnt, make_agent, make_env
+from .making import close_later, lanes_of_all, learnt, make_agent, make_env, make_sampling
 from .settings import Config, Settings, env_name, given, read_settings, whole
 from .space import VARIED, Space, check_space, import_optuna, read_space
 from .study import SharedStudy
 from .summary import provenance, write_json
-from .training import check_data, check_kind, make_evaluation, make_sampling
+from .training import check_data, check_kind, make_evaluation
 
 logger = logging.getLogger(__name__)
 

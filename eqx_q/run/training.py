@@ -16,7 +16,7 @@ import numpy as np
 
 from ..agents import Agent, Batches
 from ..clock import clock
-from ..data import Dataset, Sampling
+from ..data import Dataset
 from ..errors import DivergedError, UsageError
 from ..loops.callbacks import (
     Checkpoint,
@@ -50,7 +50,9 @@ from .making import (
     learnt,
     make_agent,
     make_env,
+    make_sampling,
 )
+from .replaying import keep_diverged
 from .settings import ONLINE, Config, Kind, PBTSettings, Settings, env_name, given, read_settings
 from .summary import episode_means, provenance, write_json
 
@@ -127,7 +129,10 @@ def train_run(
             try:
                 learn(callbacks=crew.callbacks)
             except DivergedError as error:
-                raise DivergedError(f"{error}; {crew.checkpoint.last_in_words()}") from None
+                message = f"{error}; {crew.checkpoint.last_in_words()}"
+                if keep_diverged(directory, error, env):
+                    message += f"; `python scripts/replay.py run={directory}` shows what led to it"
+                raise DivergedError(message, error.run_state) from None
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -222,13 +227,6 @@ def check_kind(settings: Settings, agent: Agent) -> None:
             "this agent learns from environments, and data=... is no use to it: leave that out, "
             "or choose agent=cql, dqn or bc"
         )
-
-
-def make_sampling(settings: Settings) -> Sampling:
-    """How transitions are drawn; rewards are clipped where the environment's are."""
-    options = given(settings.config["sampling"])
-    options.setdefault("reward_clip", bool(settings.config["env"].get("reward_clip", False)))
-    return Sampling(seed=settings.seed, **options)
 
 
 def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> Any:

@@ -1,0 +1,128 @@
+"""Once more through the updates that ended in a loss that is not finite."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ..data import Dataset
+from ..errors import DivergedError, UsageError
+from ..loops.callbacks import with_env, without_env
+from ..loops.offline import Recorded, blocks_of, train_offline
+from ..loops.running import Metrics, StopTraining
+from ..loops.source import next_update
+from ..loops.training import Lanes, train
+from ..saving.checkpoint import load, save
+from ..sharding import OneDevice
+from ..wrappers import Env
+from ..wrappers.host import closing
+from .making import lanes_of_all, make_env, make_sampling
+from .settings import Config, Settings, read_settings
+
+logger = logging.getLogger(__name__)
+
+_BEFORE, _UPDATE = "diverged.ckpt", "diverged_update.eqx"
+
+
+def keep_diverged(directory: Path, error: DivergedError, env: Env) -> bool:
+    """Writes what `replay_run` needs. Tells whether that was there, and the disk took it."""
+    if error.run_state is None:
+        return False
+    state = without_env(error.run_state) if env.on_host else error.run_state
+    with contextlib.suppress(UsageError):  # a full disk: what is told of the loss matters more
+        save(directory / _BEFORE, state)
+        return True
+    return False
+
+
+def replay_run(
+    config: Config, directory: Path, *, updates: int = 10_000, rows: int = 20
+) -> list[Metrics]:
+    """Goes on from the last good state of a run that diverged, update by update.
+
+    On the environments of JAX, and from data, the same happens again, bit for bit. Emulators play
+    other episodes.
+
+    The update whose loss is not finite is kept as `diverged_update.eqx`, which `eqx_q.load` reads:
+    a dictionary with the `agent` before it, the `experience` that it learns from, and the `key`, so
+    that `agent.update(experience, key=key)` is that update.
+
+    **Arguments:** `updates`: that are made at most. `rows`: of the last good ones to return.
+
+    **Returns:** their metrics.
+    **Raises:** `UsageError` where the run has not diverged, or does not diverge again.
+    """
+    if not (directory / _BEFORE).exists():
+        raise UsageError(
+            f"there is no '{directory / _BEFORE}': this run has come to no loss that is not finite"
+        )
+    settings = read_settings(config)
+    told: list[Metrics] = []
+    with closing(make_env(config, lanes_of_all(settings, settings.num_envs))) as env:
+        state: Any = with_env(load(directory / _BEFORE), env)
+        last = int(state.num_updates) + updates
+
+        def keep(run_state: Any, metrics: Metrics) -> None:
+            told.append(metrics)
+            del told[:-rows]
+            if int(run_state.num_updates) >= last:
+                raise StopTraining
+
+        how: dict[str, Any] = {"key": state.key, "run_state": state, "log_every": 1}
+        how["callbacks"] = [keep]
+        dataset = None if settings.data is None else Dataset(settings.data)
+        try:
+            if dataset is None:
+                train(state.agent, env, total_steps=settings.total, **how)
+            else:
+                how["sampling"] = make_sampling(settings)
+                train_offline(state.agent, dataset, num_updates=settings.total, **how)
+        except DivergedError as error:
+            logger.info("%s", error)
+            update = _update(settings, env, dataset, error.run_state)
+        else:
+            raise UsageError(
+                f"this time the loss stays finite for {updates} updates, or to the end: emulators "
+                "play other episodes, and other machines round in another way"
+            )
+    for line in _look_at(update):
+        logger.info("%s", line)
+    save(directory / _UPDATE, update)
+    logger.info("written to %s", directory / _UPDATE)
+    return told
+
+
+def _update(settings: Settings, env: Env, dataset: Dataset | None, state: Any) -> dict[str, Any]:
+    """The update that comes next."""
+    if dataset is None:
+        source: Any = Lanes(env)
+    else:
+        sampling = make_sampling(settings)
+        blocks = blocks_of(state, dataset, sampling)
+        turn = int(state.num_updates) // sampling.updates_per_block
+        source = Recorded(blocks.load(0 if blocks.num_blocks == 1 else turn), OneDevice())
+    experience, _, key, _ = eqx.filter_jit(next_update)(source, state)
+    return {"agent": state.agent, "experience": experience, "key": key}
+
+
+def _look_at(update: dict[str, Any]) -> Iterator[str]:
+    """What is not finite of what an update begins with; else what is largest."""
+    arrays = [
+        (jax.tree_util.keystr(path), np.asarray(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(update)
+        if eqx.is_inexact_array(x) and x.size
+    ]
+    wrong = [(name, np.count_nonzero(~np.isfinite(x)), x.size) for name, x in arrays]
+    if any(count for _, count, _ in wrong):
+        for name, count, size in wrong:
+            if count:
+                yield f"not finite before that update: {name}, {count} of {size} values"
+        return
+    yield "all that the update begins with is finite; what is largest:"
+    for name, x in sorted(arrays, key=lambda pair: -np.abs(pair[1]).max())[:5]:
+        yield f"  {np.abs(x).max():12.4g}  {name}"
