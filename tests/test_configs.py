@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import Any
 
 import envpool
 import hydra
@@ -17,6 +18,7 @@ from eqx_q.run import make_agent, make_env
 from eqx_q.run.parts import KINDS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+SOURCES: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "sources.yaml"))
 
 
 def choices(group):
@@ -57,19 +59,6 @@ def test_every_tuned_file_that_is_chosen_by_name(tuned):
     agents = [agent for agent in choices("agent") if tuned.startswith(f"{agent}_")]
     agent = max(agents, key=len, default="pqn")
     check_builds(composed(f"tuned={tuned}", f"env={env}", f"agent={agent}"))
-
-
-def test_presets_with_quantiles():
-    for name, agent, alpha in [
-        ("dqn_atari_qr", "dqn", 0.0),
-        ("cql_atari_qr_alpha4", "cql", 4.0),
-        ("cql_atari_qr_alpha1", "cql", 1.0),
-    ]:
-        config = composed(f"agent={agent}", "env=atari", f"tuned={name}")["agent"]
-        value, optimizer = config["value"], config["optimizer"]
-        assert (value["name"], value["num_quantiles"]) == ("quantile", 200)
-        assert (config["alpha"], optimizer["eps"]) == (alpha, 0.01 / 32)
-        assert (config["batch_size"], config["target_update_period"]) == (32, 2000)
 
 
 @pytest.mark.parametrize("protocol", choices("protocol"))
@@ -118,30 +107,30 @@ def test_tuned_values_follow_the_choice_and_yield_to_the_command_line():
     assert config["agent"]["learning_rate"] == 5e-4
 
 
-def test_tuned_values_are_those_of_the_papers_code():
-    atari = composed("env=atari")
-    assert (atari["total_steps"], atari["num_envs"]) == (50_000_000, 128)
-    expected = {
-        "rollout_length": 32,
-        "num_epochs": 2,
-        "num_minibatches": 32,
-        "learning_rate": 2.5e-4,
-    }
-    expected |= {
-        "learning_rate_end": None,
-        "epsilon_end": 0.001,
-        "epsilon_decay": 0.1,
-        "lambda_": 0.65,
-    }
-    assert expected.items() <= atari["agent"].items()
-    cleanrl = composed("env=atari", "tuned=cleanrl_atari")
-    assert (cleanrl["total_steps"], cleanrl["num_envs"]) == (10_000_000, 8)
-    expected = {"rollout_length": 128, "num_epochs": 4, "num_minibatches": 4, "max_grad_norm": 5.0}
-    assert expected.items() <= cleanrl["agent"].items()
+def leaves(tree, path=""):
+    """What is in nested mappings, by dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield path + key, value
 
 
-def test_minatar_is_scaled_as_in_the_papers_code():
-    assert composed("env=minatar")["agent"]["network_options"]["input_scale"] == 1 / 255
+@pytest.mark.parametrize("entry", SOURCES["sources"], ids=lambda x: f"{x['tuned']}-{x['source']}")
+def test_tuned_values_are_those_of_their_source(entry):
+    choices = [f"{group}={entry[group]}" for group in ("agent", "env", "tuned")]
+    config, differs = dict(leaves(composed(*choices))), entry.get("differs", [])
+    expected = dict(leaves(entry["values"])) | {x["key"]: x["here"] for x in differs}
+    assert {key: config[key] for key in expected} == expected
+    assert all(x["source"] != x["here"] and x["why"] for x in differs)
+
+
+def test_every_source_that_a_tuned_file_names_is_compared():
+    named = set()
+    for path in (CONF / "tuned").glob("*.yaml"):
+        comments = " ".join(line.partition("#")[2] for line in path.read_text().splitlines())
+        named |= {(path.stem, source) for source in SOURCES["repositories"] if source in comments}
+    assert named == {(entry["tuned"], entry["source"]) for entry in SOURCES["sources"]}
 
 
 def test_options_that_are_null_are_left_to_the_library():

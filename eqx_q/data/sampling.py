@@ -27,8 +27,8 @@ class Sampling:
     **Attributes:**
 
     - `fraction`: how much of the data is learnt from.
-    - `by`: which: the first of each `"shard"` (as slimCQL and d3rlpy take 1 %), whole `"episode"`s
-        or single `"transition"`s at random.
+    - `by`: which: the first of each `"shard"` (as slimCQL takes a tenth), whole `"episode"`s or
+        single `"transition"`s at random.
     - `runs`: of a data set that holds several, those that are learnt from.
     - `shards_per_block`: learn from so many shards at a time, drawn at random (slimCQL: 3).
     - `updates_per_block`: after so many the next block's turn comes, where there are several.

@@ -531,7 +531,8 @@ standardize.defvjp(_standardize, _standardize_backwards)
 class LayerNorm(AbstractLayer):
     """Layer normalisation (Ba et al. 2016) over the last axes, as many as `shape` has.
 
-    `shape=(C,)` is Flax's; `shape=(H, W, C)` normalises an image as a whole, as CleanRL does.
+    `shape=(C,)` is Flax's; `shape=(H, W, C)` normalises an image as a whole, as CleanRL does. The
+    default of `epsilon` is Flax's; PyTorch's, and so CleanRL's, is 1e-5.
     """
 
     scale: Float[Array, "*shape"]
@@ -669,6 +670,7 @@ class BatchRenorm(AbstractLayer):
     def __call__(
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
+        x = x.astype(jnp.float32)
         running_std = jnp.sqrt(statistics.variance + self.epsilon)
         if batch_mask is None:
             x = (x - statistics.mean) / running_std
@@ -688,7 +690,7 @@ class BatchRenorm(AbstractLayer):
 
 NORMS: dict[str, Callable[[tuple[int, ...]], AbstractLayer]] = {
     "layer_norm": lambda shape: LayerNorm(shape[-1:]),
-    "layer_norm_all": LayerNorm,
+    "layer_norm_all": lambda shape: LayerNorm(shape, epsilon=1e-5),  # CleanRL's
     "batch_norm": lambda shape: BatchNorm(shape[-1]),
     "batch_renorm": lambda shape: BatchRenorm(shape[-1]),
     "none": lambda shape: Identity(),

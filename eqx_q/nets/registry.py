@@ -17,17 +17,19 @@ from .encoders import ENCODERS, STEMS, mlp
 from .heads import HEADS
 from .layers import (
     AbstractLayer,
-    BatchNorm,
     ChannelsLast,
     Flatten,
     Join,
     Scale,
     Sequential,
+    make_norm,
     output_shape,
 )
 from .network import AbstractQNetwork, Network
 from .recurrent import RECURRENCES
 from .team import AgentId, PerAgent
+
+INPUT_NORMS = ("none", "batch_norm", "batch_renorm")  # of `layers.NORMS`, those that take bytes
 
 
 def has_channels_first(space: gymnasium.Space) -> bool:
@@ -54,7 +56,7 @@ def make_network(
     num_values: int = 1,
     key: PRNGKeyArray,
     encoders: Mapping[str, str] | None = None,
-    normalize_input: bool = False,
+    normalize_input: bool | str = False,
     input_scale: float | None = None,
     channels_first: bool | None = None,
     head: str = "linear",
@@ -86,7 +88,8 @@ def make_network(
     - `num_values`: `K`, for each choice.
     - `key`: for the parameters.
     - `encoders`: of parts that are to have another one, by path (`"camera"`, `"arm.joints"`).
-    - `normalize_input`: batch normalisation of raw observations (`Box`), instead of scaling them.
+    - `normalize_input`: one of `INPUT_NORMS`, of raw observations (`Box`), instead of scaling them;
+        `True` is `"batch_norm"`.
     - `input_scale`: a factor for those; by default 1/255 for `uint8`, else 1. Where there are no
         such, or none whose encoder scales them, both are refused.
     - `channels_first`: whether images are `[C, H, W]`; by default bytes with fewer channels than
@@ -109,15 +112,22 @@ def make_network(
 
     **Raises:** `UsageError` for a name, an option or a shape that cannot work.
     """
-    for kind, given, known in (("head", head, HEADS), ("memory", memory, ("none", *RECURRENCES))):
+    if isinstance(normalize_input, bool | None):
+        normalize_input = "batch_norm" if normalize_input else "none"
+    for kind, given, known in (
+        ("head", head, HEADS),
+        ("memory", memory, ("none", *RECURRENCES)),
+        ("normalize_input", normalize_input, INPUT_NORMS),
+    ):
         if given not in tuple(known):  # which takes what has no hash, too
             raise UnknownNameError(kind, given, known)
-    if normalize_input and input_scale is not None:
+    is_normalized = normalize_input != "none"
+    if is_normalized and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: drop one")
     check_whole(memory_size=memory_size, num_memory_layers=num_memory_layers)
     check_whole(num_values=num_values, num_agents=1 if num_agents is None else num_agents)
-    switches = {"normalize_input": normalize_input, "channels_first": channels_first}
-    switches |= {"last_action": last_action, "last_reward": last_reward, "agent_id": agent_id}
+    switches = {"channels_first": channels_first, "agent_id": agent_id}
+    switches |= {"last_action": last_action, "last_reward": last_reward}
     for option, switch in switches.items():
         if switch not in (True, False, None):
             raise UsageError(f"{option}={switch}: give true or false")
@@ -133,7 +143,7 @@ def make_network(
         for k, v in options.items()
     }
     names = "+".join(dict.fromkeys(part.encoder for part in parts))
-    if (normalize_input or input_scale is not None) and not any(part.is_scaled for part in parts):
+    if (is_normalized or input_scale is not None) and not any(part.is_scaled for part in parts):
         raise UsageError(
             f"network '{names}' reads these observations as they are: leave out normalize_input "
             "and input_scale (set them to null)"
@@ -275,7 +285,7 @@ def _read(
     key: PRNGKeyArray,
     *,
     num_agents: int | None,
-    normalize_input: bool,
+    normalize_input: str,
     input_scale: float | None,
     options: dict[str, Any],
 ) -> tuple[AbstractLayer, int]:
@@ -288,16 +298,16 @@ def _read(
         (features,) = output_shape(stem, shape)
         return stem, features
     layers: list[AbstractLayer] = []
-    if channels_first and (normalize_input or num_agents is not None):
+    if channels_first and (normalize_input != "none" or num_agents is not None):
         layers.append(ChannelsLast())
         shape, channels_first = (*shape[1:], shape[0]), False
     if not shape:
         layers.append(Flatten())
         shape = (1,)
     if not part.is_scaled:
-        normalize_input, input_scale = False, 1.0
-    if normalize_input:
-        layers.append(BatchNorm(shape[-1]))
+        normalize_input, input_scale = "none", 1.0
+    if normalize_input != "none":
+        layers.append(make_norm(normalize_input, shape))
         input_scale = 1.0
     if input_scale is None:
         input_scale = 1 / 255 if space.dtype == np.uint8 else 1.0

@@ -12,8 +12,8 @@ import pytest
 from networks import call, make, q_values
 
 from eqx_q.errors import UsageError
-from eqx_q.nets.layers import BatchNorm, Conv, Linear
-from eqx_q.nets.registry import choose_encoder, has_channels_first, make_network
+from eqx_q.nets.layers import BatchNorm, BatchRenorm, Conv, LayerNorm, Linear
+from eqx_q.nets.registry import INPUT_NORMS, choose_encoder, has_channels_first, make_network
 
 KEY = jax.random.key(0)
 VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
@@ -85,14 +85,41 @@ def test_input_scale(name):
     )
 
 
-def test_normalised_input_is_batch_norm_of_raw_observations():
-    network = make("mlp", VECTOR, 3, key=KEY, normalize_input=True)
-    (norm,) = modules(network, BatchNorm)
+@pytest.mark.parametrize(
+    ("normalize_input", "kind"),
+    [(True, BatchNorm), ("batch_norm", BatchNorm), ("batch_renorm", BatchRenorm)],
+)
+def test_normalised_input_is_that_of_raw_observations(normalize_input, kind):
+    network = make("mlp", VECTOR, 3, key=KEY, normalize_input=normalize_input)
+    (norm,) = modules(network, kind)
     obs = 5 + 3 * jax.random.normal(KEY, (2, 6, 4))
     mask = jnp.ones((2, 6), bool)
     kept = call(network, obs, batch_mask=mask).statistics
     _, expected = norm(obs.reshape(12, 4), norm.initial_statistics(), mask.reshape(-1))
     np.testing.assert_allclose(jax.tree.leaves(kept)[0], expected.mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", INPUT_NORMS)
+def test_bytes_can_be_normalised(norm):
+    network = make("auto", FRAMES, 3, key=KEY, normalize_input=norm)
+    pixels = jax.random.randint(KEY, (2, 3, *FRAMES.shape), 0, 256).astype(jnp.uint8)
+    output = call(network, pixels, batch_mask=jnp.ones((2, 3), bool))
+    assert np.all(np.isfinite(output.values))
+    assert (len(jax.tree.leaves(output.statistics)) > 0) == (norm != "none")
+
+
+def test_no_normalisation_by_name_is_none():
+    by_name, plain = (
+        make("mlp", VECTOR, 3, key=KEY, normalize_input=given) for given in ("none", False)
+    )
+    assert eqx.tree_equal(by_name, plain)
+
+
+def test_layer_norm_as_cleanrl_has_it_is_pytorchs():
+    network = make("mlp", VECTOR, 3, key=KEY, norm="layer_norm_all", hidden_sizes=(8, 16))
+    assert {norm.epsilon for norm in modules(network, LayerNorm)} == {1e-5}
+    network = make("mlp", VECTOR, 3, key=KEY, norm="layer_norm")
+    assert {norm.epsilon for norm in modules(network, LayerNorm)} == {1e-6}
 
 
 def test_orthogonal_reaches_the_head():
@@ -165,7 +192,8 @@ def test_wrong_names_are_told():
         ({"num_categories": 2.5}, "cannot have num_categories=2.5: "),
         ({"padding": "foo"}, "padding"),
         ({"lowering": "cov"}, "lowering"),
-        ({"normalize_input": 3}, "normalize_input=3: give true or false"),
+        ({"normalize_input": 3}, "unknown normalize_input '3': known are batch_norm, batch_renorm"),
+        ({"normalize_input": [1]}, "unknown normalize_input '[1]'"),
         ({"channels_first": "yes"}, "channels_first=yes: give true or false"),
         ({"encoders": "grid_cnn"}, "encoders=grid_cnn: give a mapping"),
         ({"name": "mlp", "input_scale": "abc"}, "'mlp' cannot have input_scale=abc: "),
