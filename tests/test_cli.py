@@ -249,7 +249,7 @@ BAD_INPUT = {
     "resume=nowhere": "error: 'nowhere' is not a run directory: there is no config.yaml in it",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
-    "agent.network_options.hidden_sizes=[0]": "hidden_sizes must be a whole number of at least 1",
+    "agent.network_options.hidden_sizes=[0]": "cannot have hidden_sizes=(0,), ",
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
     "agent.value.sigma=0.5": "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen",
     "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PRNGKeyArray
 
-from ..errors import UsageError, check_whole
+from ..errors import UsageError
 from .layers import (
     AbstractLayer,
     Activation,
@@ -81,7 +81,8 @@ class _Style(NamedTuple):
         layers = [*layers, Flatten()]
         (inputs,) = output_shape(Sequential(tuple(layers)), shape)
         for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
-            check_whole(hidden_sizes=size)
+            if size < 1:
+                raise ValueError("a layer has 1 unit or more")
             layers += [Linear(inputs, size, key=k, init=self.init), *self.activate((size,))]
             inputs = size
         return Sequential(tuple(layers))
