@@ -19,13 +19,13 @@ from typing import NoReturn
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from .errors import UsageError
 
 _PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last evaluation
 _TIME_TO_MEET, _TIME_FOR_NEWS = 60.0, 1.0  # seconds
-_NAME = 256  # bytes of a host's name
 _HELLO, _NEWS = struct.Struct("!16sI"), struct.Struct("!i")
 _BYE = -1  # the news of one that ends as it should; all other news are the process that is gone
 # A machine that is gone closes no connection: one that is silent is asked for a sign of life.
@@ -37,8 +37,8 @@ def join_processes(
 ) -> None:
     """Makes this process one of several. To be called before JAX touches a device.
 
-    From then on each ends within seconds where another is gone, with a line that says which. One
-    that fails ends at once.
+    From then on, if one process disappears, the others exit within seconds and say which. One that
+    fails with an exception exits at once; instead of `sys.exit(1)` call `abandon`.
 
     **Arguments:**
 
@@ -60,8 +60,7 @@ def join_processes(
     known = (None, None, None) if detected else (coordinator, num_processes, process_id)
     try:
         jax.distributed.initialize(*known, shutdown_timeout_seconds=_PATIENCE)
-        host = socket.gethostname() if detected else coordinator.rpartition(":")[0]
-        others = _meet(host)
+        others = _meet()
     except (RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         # A TypeError: of no number of processes; an IndexError: of no port.
         raise UsageError(
@@ -69,7 +68,8 @@ def join_processes(
             "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
             "distributed.process_id of its own"
         ) from error
-    threading.Thread(target=_watch, args=[others], daemon=True).start()
+    number = jax.process_count()  # at exit JAX may not be asked any more
+    threading.Thread(target=_watch, args=[others, number], daemon=True).start()
     atexit.register(_tell, others, _BYE)
     sys.excepthook = _end_with(sys.excepthook)
 
@@ -77,6 +77,13 @@ def join_processes(
 def is_first_process() -> bool:
     """Whether this process is the one that writes what is to be written once."""
     return jax.process_index() == 0
+
+
+def as_first_says(*flags: bool) -> tuple[bool, ...]:
+    """What the first process says, where each may have another opinion."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(bool(x) for x in multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)))
 
 
 def abandon() -> None:
@@ -107,23 +114,24 @@ def _end_with(hook: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _meet(host: str) -> dict[int, socket.socket]:
-    """Connections: of the first process to all others by their number, of the others to it.
-
-    **Arguments:** `host`: of the first process, as the others reach it.
-    """
-    number = jax.process_count()
+def _meet() -> dict[int, socket.socket]:
+    """Connections: of the first process to all others by their number, of the others to it."""
+    number, both = jax.process_count(), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     with contextlib.ExitStack() as stack:
-        server = None
+        server, port = None, 0
         if is_first_process():
-            server = stack.enter_context(socket.create_server(("", 0), backlog=number))
-            server.settimeout(_TIME_TO_MEET)
-        port = server.getsockname()[1] if server else 0
-        secret = np.frombuffer(os.urandom(16), np.uint8)
-        told = np.frombuffer(host.encode().ljust(_NAME), np.uint8)
-        port, secret, told = multihost_utils.broadcast_one_to_all((np.int32(port), secret, told))
-        secret, host = bytes(secret), bytes(told).decode().strip()
+            server = socket.create_server(
+                ("", 0), family=family, dualstack_ipv6=both, backlog=number
+            )
+            stack.enter_context(server).settimeout(_TIME_TO_MEET)
+            port = server.getsockname()[1]
+        told = (np.int32(port), np.frombuffer(os.urandom(16), np.uint8))
+        port, secret = multihost_utils.broadcast_one_to_all(told)
+        secret = bytes(secret)
         if server is None:
+            # Where this process has reached the first one already; nothing public tells it.
+            host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
             first = socket.create_connection((host, int(port)), timeout=_TIME_TO_MEET)
             first.sendall(_HELLO.pack(secret, jax.process_index()))
             return {0: _kept_alive(first)}
@@ -148,7 +156,7 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _watch(others: dict[int, socket.socket]) -> None:
+def _watch(others: dict[int, socket.socket], number: int) -> None:
     """Ends this process where another is gone, until all have said that they end."""
     with selectors.DefaultSelector() as selector:
         for process, connection in others.items():
@@ -161,13 +169,15 @@ def _watch(others: dict[int, socket.socket]) -> None:
                     selector.unregister(connection)
                     continue
                 _tell(others, gone)
-                print(
-                    f"error: process {gone} of {jax.process_count()} is gone, and what it said "
-                    "last tells why: this one ends, too. Start all of them again; with resume=DIR "
-                    "the run goes on from its last checkpoint",
-                    file=sys.stderr,
-                )
-                _end_now()
+                try:
+                    print(
+                        f"error: process {gone} of {number} has ended (its last output says why), "
+                        "so this one ends too. Start all of them again; with resume=DIR the run "
+                        "goes on from its last checkpoint",
+                        file=sys.stderr,
+                    )
+                finally:  # a terminal may be gone, too
+                    _end_now()
 
 
 def _tell(others: dict[int, socket.socket], news: int) -> None:

@@ -159,8 +159,11 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
     **Raises:** `UsageError` where it cannot be written to, or holds another run, and where a sweep
     would resume: its directories are its own.
     """
-    if resume and is_sweep():
-        raise UsageError("resume goes on with one run, in its own directory: leave out -m")
+    if is_sweep() and config.resume:
+        raise UsageError(
+            "resume goes on with one run, in its own directory: leave out -m (a sweep goes on by "
+            "the same command with hydra.sweep.dir=DIR)"
+        )
     directory = Path(HydraConfig.get().runtime.output_dir)
     if not is_first_process():
         return directory
@@ -325,13 +328,16 @@ def _check_same(config: DictConfig, directory: Path) -> None:
             + (
                 "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
                 if is_sweep()
-                else "choose another hydra.run.dir"
+                else f"continue it as it was made with resume={directory}, or choose another "
+                "hydra.run.dir"
             )
         )
 
 
 def _forget(directory: Path) -> None:
     """Removes the directory of a run that was refused before it left anything there."""
+    if any(each.startswith("hydra.run.dir=") for each in HydraConfig.get().overrides.hydra):
+        return  # it is not of our making
     here, unused = Path.cwd(), {"log.txt", ".lock"}
     if directory in (here, *here.parents) or {x.name for x in directory.glob("*")} - unused:
         return

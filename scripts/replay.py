@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from _app import hydra, launch, settings, stored_config, task
+from _app import hydra, launch, prepare_jax, settings, stored_config, task
 from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
@@ -22,8 +22,11 @@ def main(config: DictConfig) -> None:
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to replay: give run=DIR")
     directory, given = Path(config.run), settings(config)
+    stored = stored_config(directory)
+    OmegaConf.update(stored, "distributed", None, force_add=True)
+    prepare_jax(stored)
     told = replay_run(
-        settings(stored_config(directory)),
+        settings(stored),
         directory,
         updates=whole(given, "updates", least=1),
         rows=whole(given, "rows", least=1),
@@ -31,12 +34,12 @@ def main(config: DictConfig) -> None:
     names = [name for name in _SHOWN if told and name in told[-1]]
     print("".join(f"{name:>15}" for name in names))
     for row in told:
-        print("".join(f"{_mean(row[name]):>15.6g}" for name in names))
+        print("".join(f"{_shown(row[name]):>15}" for name in names))
 
 
-def _mean(value) -> float:
-    """Of members, where there are several."""
-    return float(np.mean(value))
+def _shown(value) -> str:
+    """A count as it is, else a number; of members their mean."""
+    return f"{value:,}" if isinstance(value, int) else f"{float(np.mean(value)):.6g}"
 
 
 if __name__ == "__main__":

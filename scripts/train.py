@@ -18,9 +18,9 @@ from _app import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from eqx_q.processes import is_first_process
+from eqx_q.processes import as_first_says, is_first_process
 from eqx_q.run import finished, train_run
-from eqx_q.saving.checkpoint import newest_checkpoint
+from eqx_q.saving.checkpoint import checkpoints
 from eqx_q.saving.files import write_whole
 
 logger = logging.getLogger("eqx_q")
@@ -30,7 +30,7 @@ logger = logging.getLogger("eqx_q")
 @task
 def main(config: DictConfig) -> float | None:
     """Trains; returns the mean return of the last evaluation, for sweepers."""
-    resume = config.resume not in (None, AUTO)
+    resume = bool(config.resume) and config.resume != AUTO
     if resume:
         config = resumed(config)
     else:
@@ -39,12 +39,14 @@ def main(config: DictConfig) -> float | None:
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
     directory = run_directory(config, resume=resume)
-    if goes_on(config) and (directory / "config.yaml").exists():
+    if goes_on(config):
         summary = finished(directory)
-        if summary is not None:
+        done, resume = as_first_says(
+            summary is not None, bool(checkpoints(directory / "checkpoints"))
+        )
+        if done:
             logger.info("done already: %s", directory)
-            return summary["eval_return_mean"]
-        resume = newest_checkpoint(directory / "checkpoints") is not None
+            return None if summary is None else summary["eval_return_mean"]
     if not is_first_process():
         logger.setLevel(logging.WARNING)
     logger.info("run directory: %s", directory)

@@ -1,7 +1,6 @@
 """Searches for hyperparameters: `python scripts/tune.py --help`."""
 
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -34,7 +33,11 @@ _CHANGEABLE = {"resume", "trials", "population", "tracker", "install", "log_ever
 @task
 def main(config: DictConfig) -> float | None:
     """Searches; returns the best trial's result."""
-    resume = config.resume not in (None, AUTO)
+    if config.distributed.coordinator is not None:
+        raise UsageError(
+            "processes share a search when each is started with resume=DIR: leave out distributed"
+        )
+    resume = bool(config.resume) and config.resume != AUTO
     if resume:
         config = _resumed(config)
     else:
@@ -60,20 +63,20 @@ def main(config: DictConfig) -> float | None:
         logger.info("stopped: go on with `python scripts/tune.py resume=%s`", directory)
     elif config.install and best is not None:
         path = CONF / "tuned" / f"{config.chosen.agent}_{config.chosen.env}.yaml"
-        write_whole(path, [_as_long(directory / "best.yaml", path).encode()])
+        shipped = hydra.compose("tune", groups) if path.exists() else None
+        write_whole(path, [_as_long(directory / "best.yaml", shipped).encode()])
         logger.info("installed: conf/tuned/%s", path.name)
     return best and best["value"]
 
 
-def _as_long(best: Path, before: Path) -> str:
-    """The file `best` with the length of a run that stood `before`: a search's is its own."""
+def _as_long(best: Path, shipped: DictConfig | None) -> str:
+    """The file `best`, with the length of the `shipped` runs: a search may be shorter."""
     text = best.read_text()
-    if before.exists():
-        there = yaml.safe_load(before.read_text()) or {}
-        for key in ("total_steps", "num_updates"):
-            line = f"{key}: {there[key]}\n" if key in there else ""
-            text = re.sub(rf"^{key}: .*\n", line, text, flags=re.MULTILINE)
-    return text
+    tuned = yaml.safe_load(text)
+    if shipped is not None:
+        tuned |= {key: shipped[key] for key in ("total_steps", "num_updates") if key in tuned}
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    return head + yaml.safe_dump(tuned, sort_keys=False, default_flow_style=None)
 
 
 def _of(best: dict) -> tuple[float, int]:

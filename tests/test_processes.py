@@ -21,9 +21,11 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 process = int(sys.argv[1])
 join_processes(f"localhost:{sys.argv[2]}", 3, process)
 print("together", flush=True)
-if sys.stdin.readline() == "fail\\n":
-    raise ValueError("as asked")
-broadcast_one_to_all(0)  # waits for all
+match sys.stdin.readline():
+    case "fail\\n":
+        raise ValueError("as asked")
+    case "go on\\n":
+        broadcast_one_to_all(0)  # waits for all
 """
 
 
@@ -48,8 +50,10 @@ def members():
         process.wait()
 
 
-def test_all_end_where_one_is_killed(members):
-    ends(members, 2, lambda: members[2].send_signal(signal.SIGKILL))
+@pytest.mark.parametrize(("word", "gone"), [("go on", 2), ("end", 0)])
+def test_all_end_where_one_is_killed(members, word, gone):
+    """While they wait for it; and those that are done wait for the first one's evaluation."""
+    ends(members, gone, lambda: members[gone].send_signal(signal.SIGKILL), word)
 
 
 def test_all_end_where_the_first_fails(members):
@@ -58,18 +62,19 @@ def test_all_end_where_the_first_fails(members):
     assert err.rstrip().endswith("ValueError: as asked")
 
 
-def ends(members, gone, end):
+def ends(members, gone, end, word="go on"):
     """Ends one while the others wait for it; returns what it said."""
     others = [process for i, process in enumerate(members) if i != gone]
     for process in others:
-        say(process, "go on")
+        say(process, word)
+    time.sleep(1 if word == "end" else 0)  # they get to where they wait
     end()
     begin = time.monotonic()
     for process in others:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1
         (line,) = re.findall("^error: .*$", err, re.MULTILINE)
-        assert line.startswith(f"error: process {gone} of 3 is gone") and "resume=DIR" in line
+        assert line.startswith(f"error: process {gone} of 3 has ended") and "resume=DIR" in line
         assert "***" not in err  # of C++
     assert time.monotonic() - begin < 30
     return members[gone].communicate()[1]

@@ -38,5 +38,5 @@ def test_what_cannot_be_replayed_is_told(script, tmp_path):
     finite = [*DIVERGING, "agent.learning_rate=1e-4", "log_every=10"]
     assert script("train", *finite, "total_steps=128")[0] == 0
     status, _, err = script("replay", "run=run")
-    assert status == 1 and "this run has come to no loss that is not finite" in err
+    assert status == 1 and "this run has not diverged" in err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"

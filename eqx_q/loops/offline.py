@@ -176,7 +176,7 @@ def _batches(agent: Agent) -> Batches:
     return agent.learns_from
 
 
-class _Feed:
+class Feed:
     """The block that is learnt from, and in the background the next one."""
 
     def __init__(self, blocks: Blocks, sampling: Sampling, place: Placement):
@@ -281,7 +281,7 @@ def train_offline(
             num_updates,
             turns,
         )
-    feed = _Feed(blocks, sampling, place)
+    feed = Feed(blocks, sampling, place)
     boundaries = Boundaries(
         done=int(state.num_updates),
         end=num_updates,

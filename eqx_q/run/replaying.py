@@ -13,7 +13,7 @@ import numpy as np
 from ..data import Dataset
 from ..errors import DivergedError, UsageError
 from ..loops.callbacks import with_env, without_env
-from ..loops.offline import Recorded, blocks_of, train_offline
+from ..loops.offline import Feed, blocks_of, train_offline
 from ..loops.running import Metrics, StopTraining
 from ..loops.source import next_update
 from ..loops.training import Lanes, train
@@ -30,7 +30,7 @@ _BEFORE, _UPDATE = "diverged.ckpt", "diverged_update.eqx"
 
 
 def keep_diverged(directory: Path, error: DivergedError, env: Env) -> bool:
-    """Writes what `replay_run` needs. Tells whether that was there, and the disk took it."""
+    """Writes what `replay_run` needs. Returns whether there was a state and it could be written."""
     if error.run_state is None:
         return False
     state = without_env(error.run_state) if env.on_host else error.run_state
@@ -46,7 +46,7 @@ def replay_run(
     """Goes on from the last good state of a run that diverged, update by update.
 
     On the environments of JAX, and from data, the same happens again, bit for bit. Emulators play
-    other episodes.
+    other episodes, and cannot give the same rollout twice: of those no update is kept.
 
     The update whose loss is not finite is kept as `diverged_update.eqx`, which `eqx_q.load` reads:
     a dictionary with the `agent` before it, the `experience` that it learns from, and the `key`, so
@@ -58,9 +58,7 @@ def replay_run(
     **Raises:** `UsageError` where the run has not diverged, or does not diverge again.
     """
     if not (directory / _BEFORE).exists():
-        raise UsageError(
-            f"there is no '{directory / _BEFORE}': this run has come to no loss that is not finite"
-        )
+        raise UsageError(f"there is no '{directory / _BEFORE}': this run has not diverged")
     settings = read_settings(config)
     told: list[Metrics] = []
     with closing(make_env(config, lanes_of_all(settings, settings.num_envs))) as env:
@@ -74,7 +72,7 @@ def replay_run(
                 raise StopTraining
 
         how: dict[str, Any] = {"key": state.key, "run_state": state, "log_every": 1}
-        how["callbacks"] = [keep]
+        how |= {"callbacks": [keep], "devices": settings.devices}
         dataset = None if settings.data is None else Dataset(settings.data)
         try:
             if dataset is None:
@@ -84,29 +82,31 @@ def replay_run(
                 train_offline(state.agent, dataset, num_updates=settings.total, **how)
         except DivergedError as error:
             logger.info("%s", error)
-            update = _update(settings, env, dataset, error.run_state)
+            state = error.run_state
         else:
             raise UsageError(
                 f"this time the loss stays finite for {updates} updates, or to the end: emulators "
                 "play other episodes, and other machines round in another way"
             )
-    for line in _look_at(update):
-        logger.info("%s", line)
-    save(directory / _UPDATE, update)
-    logger.info("written to %s", directory / _UPDATE)
+        if not env.on_host or dataset is not None:
+            update = _update(settings, env, dataset, state)
+            for line in _look_at(update):
+                logger.info("%s", line)
+            save(directory / _UPDATE, update)
+            logger.info("written to %s", directory / _UPDATE)
     return told
 
 
 def _update(settings: Settings, env: Env, dataset: Dataset | None, state: Any) -> dict[str, Any]:
     """The update that comes next."""
-    if dataset is None:
+    with contextlib.ExitStack() as stack:
         source: Any = Lanes(env)
-    else:
-        sampling = make_sampling(settings)
-        blocks = blocks_of(state, dataset, sampling)
-        turn = int(state.num_updates) // sampling.updates_per_block
-        source = Recorded(blocks.load(0 if blocks.num_blocks == 1 else turn), OneDevice())
-    experience, _, key, _ = eqx.filter_jit(next_update)(source, state)
+        if dataset is not None:
+            sampling = make_sampling(settings)
+            feed = Feed(blocks_of(state, dataset, sampling), sampling, OneDevice())
+            stack.callback(feed.close)
+            state, source = feed.source(state, int(state.num_updates))
+        experience, _, key, _ = eqx.filter_jit(next_update)(source, state)
     return {"agent": state.agent, "experience": experience, "key": key}
 
 
@@ -116,6 +116,12 @@ def _look_at(update: dict[str, Any]) -> Iterator[str]:
         (jax.tree_util.keystr(path), np.asarray(x))
         for path, x in jax.tree_util.tree_leaves_with_path(update)
         if eqx.is_inexact_array(x) and x.size
+    ]
+    chosen = update["agent"].hyperparameters()  # they may be infinite, and often are large
+    arrays = [
+        (name, x)
+        for name, x in arrays
+        if name.removeprefix("['agent'].").removeprefix("members.") not in chosen
     ]
     wrong = [(name, np.count_nonzero(~np.isfinite(x)), x.size) for name, x in arrays]
     if any(count for _, count, _ in wrong):

@@ -116,7 +116,7 @@ def train_run(
             )
         has_learnt = run_state is not None and _done(run_state) >= settings.total
         if not is_first_process():  # the first one writes, evaluates, and says when to stop
-            with Interrupt():
+            with Interrupt(), contextlib.suppress(DivergedError):  # which the first one tells
                 if not has_learnt:
                     learn()
             return None
@@ -132,7 +132,7 @@ def train_run(
                 message = f"{error}; {crew.checkpoint.last_in_words()}"
                 if keep_diverged(directory, error, env):
                     message += f"; `python scripts/replay.py run={directory}` shows what led to it"
-                raise DivergedError(message, error.run_state) from None
+                raise DivergedError(message) from None
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
