@@ -159,7 +159,7 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
     **Raises:** `UsageError` where it cannot be written to, or holds another run, and where a sweep
     would resume: its directories are its own.
     """
-    if is_sweep() and config.resume:
+    if is_sweep() and (resume or config.resume):
         raise UsageError(
             "resume goes on with one run, in its own directory: leave out -m (a sweep goes on by "
             "the same command with hydra.sweep.dir=DIR)"

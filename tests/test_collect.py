@@ -106,15 +106,19 @@ def test_every_member_plays_with_its_own_parameters(script, tmp_path):
     both = Dataset(tmp_path / "x")
     assert script("collect", "run=[second,both]", "steps=300", "out=y", "seed=3")[0] == 0
     alone = Dataset(tmp_path / "y")
-    agent = eqx_q.load(tmp_path / "second" / "agent.eqx")
-    for dataset, shard in ((both, both.shards[1]), (alone, alone.shards[0])):
+    second = eqx_q.load(tmp_path / "second" / "agent.eqx")
+    member = eqx_q.load(tmp_path / "both" / "agent.eqx").member(1)
+    for dataset, shard, agent in (
+        (alone, alone.shards[0], second),
+        (both, both.shards[1], member),
+    ):
         rows = slice(shard.start, shard.start + shard.rows)
         acted = dataset.rows.action[rows] >= 0
         greedy = agent.act(dataset.rows.obs[rows]).action
         np.testing.assert_array_equal(greedy[acted], dataset.rows.action[rows][acted])
     other = both.rows.action[: both.shards[0].rows]
     acted = other >= 0
-    greedy = np.asarray(agent.act(both.rows.obs[: both.shards[0].rows]).action)
+    greedy = np.asarray(member.act(both.rows.obs[: both.shards[0].rows]).action)
     assert np.any(greedy[acted] != other[acted])
 
 

@@ -52,7 +52,8 @@ def test_collect_takes_every_member_and_its_evaluations(tmp_path):
     _run(tmp_path / "run", rows, status="done", seed=5, eval_return_per_seed=[9.0, 10.0])
     (tmp_path / "run" / "evaluation_sticky.json").write_text('{"return_per_seed": [1.5, 2.5]}')
     first, second = learning.collect(tmp_path / "run")
-    assert first["seed"] == 5 and second["seed"] == 6
+    assert first["seed"] == second["seed"] == 5
+    assert (first["member"], second["member"]) == (0, 1)
     assert first["training_curve"] == [[20.0, 3.0]]  # no episode ended before
     assert second["training_curve"] == [[10.0, 2.0], [20.0, 4.0]]
     assert second["greedy_curve"] == [[20.0, 8.0]]

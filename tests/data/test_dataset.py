@@ -1,6 +1,5 @@
 """Data sets on disk: what is written is what is read, and what is damaged is refused."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -677,15 +676,16 @@ def test_a_flipped_byte_is_found_on_opening(path, name):
 
 def test_a_flipped_bit_of_a_header_is_found_or_harmless(path):
     file, rows = path / "reward.npy", np.array(Dataset(path).rows.reward)
-    harmless = 0
+    found = 0
     for position in range(0, 256, 3):
         flip(file, position, position % 8)
-        with contextlib.suppress(CorruptFileError):
+        try:
             np.testing.assert_array_equal(Dataset(path).rows.reward, rows)
-            harmless += 1
+        except CorruptFileError:
+            found += 1
         flip(file, position, position % 8)
-    assert 0 < harmless < 80
-    Dataset(path)
+    assert found > 40
+    Dataset(path)  # as it was
 
 
 def test_a_flipped_byte_of_what_is_large_is_found_by_verify(path):
