@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import re
@@ -102,6 +103,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         try:
             _check_launcher()
             _check_kinds(config)
+            _import_own(config.get("imports") or [])
             return function(config)
         except UsageError as error:
             if not is_sweep():
@@ -398,6 +400,17 @@ def _check_launcher() -> None:
     launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
     if launcher != "basic" and not is_sweep():
         raise UsageError(f"hydra/launcher={launcher} starts the runs of a sweep: add -m")
+
+
+def _import_own(modules: Iterable[str]) -> None:
+    """Imports what the command line names: configurations and agents may need it."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"cannot import '{module}' ({error}): add its directory to PYTHONPATH"
+            ) from error
 
 
 def _check_kinds(config: DictConfig) -> None:

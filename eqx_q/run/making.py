@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
-import pkgutil
+import sys
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -70,7 +71,7 @@ def make_agent(
     population that has, one after the other, `num_seeds` members for each choice.
     """
     options = chosen_options(given(config["agent"]))
-    create = pkgutil.resolve_name(options.pop("_target_")).create
+    create: Any = named_class(options.pop("_target_"), Agent).create
     known = set(inspect.signature(create).parameters)
     for name in options:
         if name not in known:
@@ -110,6 +111,28 @@ def make_sampling(settings: Settings) -> Sampling:
     return Sampling(seed=settings.seed, **options)
 
 
+def named_class(target: Any, base: type) -> type:
+    """The class that a `_target_` names.
+
+    A configuration may be somebody else's: a module that is not of eqx_q must have been imported.
+
+    **Raises:** `UsageError` where it has not, or that is no class of this kind.
+    """
+    module, _, name = str(target).rpartition(".")
+    if module.partition(".")[0] != "eqx_q" and module not in sys.modules:
+        raise UsageError(
+            f"_target_={target} is not of eqx_q: import {module or target} first, if you trust who "
+            f"wrote it (scripts do so by +imports=[{module or target}])"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"_target_={target} is not there ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(f"_target_={target} is no class of {base.__name__}s: choose one")
+    return found
+
+
 def changeable(config: Config) -> set[str]:
     """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
     return traced(config) & flat(chosen_options(config["agent"])).keys()
@@ -118,7 +141,7 @@ def changeable(config: Config) -> set[str]:
 def traced(config: Config) -> set[str]:
     """Hyperparameters of the agent, by their path: of its parts, too."""
     options = chosen_options(given(config["agent"]))
-    cls = pkgutil.resolve_name(options["_target_"])
+    cls: Any = named_class(options["_target_"], Agent)
     parts = {field.name: options[field.name] for field in _parts(cls) if field.name in options}
     spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
     create = functools.partial(cls.create, *spaces, **parts)

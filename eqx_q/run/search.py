@@ -7,7 +7,6 @@ import functools
 import io
 import logging
 import math
-import pkgutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +31,15 @@ from ..sharding import OneDevice, place_on
 from ..tracking import Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
-from .making import close_later, lanes_of_all, learnt, make_agent, make_env, make_sampling
+from .making import (
+    close_later,
+    lanes_of_all,
+    learnt,
+    make_agent,
+    make_env,
+    make_sampling,
+    named_class,
+)
 from .settings import Config, Settings, env_name, given, read_settings, whole
 from .space import VARIED, Space, check_space, import_optuna, read_space
 from .study import SharedStudy
@@ -377,7 +384,7 @@ def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
     options = given(config["tracker"])
     if "_target_" not in options:
         return None
-    create = pkgutil.resolve_name(options.pop("_target_"))
+    create: Any = named_class(options.pop("_target_"), Tracker)
     names = [f"trial {trial.number}" for trial in batch]
     tracker = Trackers(create(None, num_members=len(batch), names=names, **options))
     more = provenance()

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import pkgutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +50,7 @@ from .making import (
     make_agent,
     make_env,
     make_sampling,
+    named_class,
 )
 from .replaying import keep_diverged
 from .settings import ONLINE, Config, Kind, PBTSettings, Settings, env_name, given, read_settings
@@ -432,12 +432,13 @@ def _video(settings: Settings, env, directory, tracker, budget, stack) -> Video 
 def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
     """`metrics.jsonl` always, and on top what the key `tracker` says."""
     members = None if settings.num_seeds == 1 else settings.num_seeds
+    options = given(settings.config["tracker"])
+    target = options.pop("_target_", None)
+    create: Any = None if target is None else named_class(target, Tracker)
     trackers: list[Tracker] = [
         JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
     ]
-    options = given(settings.config["tracker"])
-    if "_target_" in options:
-        create = pkgutil.resolve_name(options.pop("_target_"))
+    if create is not None:
         trackers.append(create(directory, num_members=members, **options))
     tracker = Trackers(*trackers)
     tracker.log_params({**settings.config, **provenance()})

@@ -1,9 +1,10 @@
 """Trees as JSON and arrays, and back.
 
 The JSON says which classes stand where, with which fields; arrays stand apart in a list, each with
-an entry in a table. Nothing is pickled. Going back imports the modules that the JSON names, and
-fills in their dataclasses and named tuples without calling any function of theirs. It does give
-back the functions that are named (an activation, say), so take trees from people you trust.
+an entry in a table. Nothing is pickled. Going back fills in dataclasses and named tuples without
+calling any function of theirs, and imports no module but those of packages that trees of ours are
+made of: any other must have been imported before. It does give back the functions that are named
+(an activation, say): what is loaded may do what it was made for when it is used.
 """
 
 import dataclasses
@@ -24,7 +25,12 @@ from jaxtyping import PyTree
 
 from .. import spaces
 from ..errors import CorruptFileError, UsageError
+from ..wrappers.registry import SUITES
 from .renames import todays, todays_name
+
+# What may be imported because a file names it. The suites have classes of states.
+_PACKAGES = {"eqx_q", "equinox", "gymnasium", "jax", "jaxtyping", "numpy", "optax"}
+_PACKAGES |= {suite.package for suite in SUITES.values()}
 
 # A space is built anew from what its constructor takes. Its random state is not kept.
 _SPACE_ARGUMENTS = {
@@ -230,6 +236,13 @@ class _Decoder:
 
     def _import(self, reference: str) -> Any:
         reference = todays_name(reference)
+        module = reference.partition(":")[0]
+        is_known = module.partition(".")[0] in _PACKAGES or module in sys.modules
+        if not (is_known or _is_standard_library(reference)):
+            raise UsageError(
+                f"{self._source} needs '{reference}': import {module} first, if you trust who "
+                "made that file"
+            )
         try:
             # Before it is imported, and in case that another module lends it a name.
             found = None if _is_standard_library(reference) else _resolve(reference)
