@@ -32,6 +32,10 @@ class DivergedError(UsageError):
         self.run_state = run_state
 
 
+class LaneError(UsageError):
+    """The environment of a lane broke: it raised, took too long, or returned what is not finite."""
+
+
 class CorruptFileError(UsageError):
     """A file of ours is damaged or is not ours."""
 

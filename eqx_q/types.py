@@ -41,7 +41,9 @@ class TimeStep(eqx.Module):
     Boundaries follow one rule, next-step reset: where `terminated` or `truncated`, `obs` is the
     true final observation; the next step ignores the action, resets the lane, and returns the
     first observation of the new episode with `first`, a reward of 0 and both flags down. The
-    transition into a `first` timestep never happened, and must be masked out of learning.
+    transition into a `first` timestep never happened, and must be masked out of learning. That
+    holds, too, for the one case in which no episode ended before: the environment of a lane broke
+    and was made anew (see `eqx_q.wrappers.guard`).
 
     `global_state`: a team's state, seen in training only; `None` where the suite has none.
     """

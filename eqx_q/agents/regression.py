@@ -90,7 +90,8 @@ def outcome(
 ) -> Outcome:
     """What `T` steps led to, given samples at all `T + 1` timesteps.
 
-    A dead agent's episode counts as terminated.
+    A dead agent's episode counts as terminated. Where the next step leads into a reset, the episode
+    counts as truncated: it ended here, or its environment broke (see `eqx_q.wrappers.guard`).
     """
     later = jax.tree.map(lambda x: jnp.asarray(x)[1:], timesteps)
     samples, terminated = samples[1:], later.terminated[..., None]
@@ -98,7 +99,9 @@ def outcome(
         samples = jnp.where(later.agent_mask[..., None], samples, 0.0)
         terminated = terminated | ~model.acts(jnp.asarray(later.agent_mask))
     next_value = model.mixed_samples(samples, later)
-    others = (model.reward(later) * reward_scale, terminated, later.truncated[..., None])
+    resets_next = jnp.concatenate([later.first[1:], jnp.zeros_like(later.first[:1])])
+    truncated = (later.truncated | resets_next)[..., None]
+    others = (model.reward(later) * reward_scale, terminated, truncated)
     reward, terminated, truncated = (
         jnp.broadcast_to(x[..., None], next_value.shape) for x in others
     )

@@ -162,6 +162,7 @@ class Checkpoint:
         self._directory, self._with_env = directory, with_env
         self._every, self._seconds, self._keep = every, seconds, keep
         self._next_step = every
+        self._saved_step: int | None = None
         self._saved_at = time.perf_counter()
         self._warned = False
 
@@ -180,19 +181,29 @@ class Checkpoint:
                     self._warned = True
                     logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
 
+    def rescue(self, run_state: AbstractRunState, metrics: Metrics) -> None:
+        """Saves the last good run state of a run that has failed, if it was not saved."""
+        done = clock(metrics).done
+        if done != self._saved_step:
+            try:
+                self.save(run_state, done)
+            except UsageError as error:
+                logger.warning("no checkpoint: %s", error)
+
     def save(self, run_state: AbstractRunState, step: int) -> Path:
         """Saves now."""
         if not self._with_env:
             run_state = without_env(run_state)
         path = save_checkpoint(self._directory, run_state, step, keep=self._keep)
         self._next_step = (step // self._every + 1) * self._every
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), step
         return path
 
-    def last_in_words(self) -> str:
-        """Where the newest good checkpoint is, for a message: maybe from before a resume."""
-        last = newest_checkpoint(self._directory)
-        return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
+
+def last_in_words(directory: Path) -> str:
+    """Where the newest good checkpoint is, for a message: maybe from before a resume."""
+    last = newest_checkpoint(directory)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
 
 
 def restore(directory: Path, env: Env) -> AbstractRunState:

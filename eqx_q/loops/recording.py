@@ -1,6 +1,7 @@
 """Recording: what an agent does in an environment, as rows of a data set."""
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -243,7 +244,7 @@ def _play(
     def row(now: TimeStep, action, then: TimeStep) -> _Rows:
         """What was seen and done, and what that brought."""
         # What follows an end is a reset, not a consequence: that row holds the final observation.
-        final = now.ended.reshape(-1, *[1] * (action.ndim - 1))
+        final = then.first.reshape(-1, *[1] * (action.ndim - 1))
         return _Rows(
             obs=now.obs[:, -1] if _stack(env) else now.obs,
             action=jnp.where(final, no_action(action.dtype), action),
@@ -255,7 +256,7 @@ def _play(
             agent_mask=now.agent_mask,
             agent_reward=then.agent_reward,
             global_state=now.global_state,
-            final=now.ended,
+            final=then.first,
         )
 
     def step(index, carry):
@@ -273,7 +274,9 @@ def _play(
         team = () if env.num_agents is None else (env.num_agents,)
         shape = (env.num_envs, *team, *(env.action_space.shape or ()))
         dtype = jnp.float32 if isinstance(env.action_space, Box) else jnp.int32
-        return row(now, jnp.zeros(shape, dtype), jax.tree.map(jnp.zeros_like, now))
+        nothing = jax.tree.map(jnp.zeros_like, now)
+        then = dataclasses.replace(nothing, first=now.ended)
+        return row(now, jnp.zeros(shape, dtype), then)
 
     rows = jax.tree.map(lambda x: jnp.zeros((capacity + 1, *x.shape), x.dtype), last(state))
     state, rows = jax.lax.fori_loop(0, length, step, (state, rows))
@@ -312,6 +315,22 @@ class _Episode:
         self.parts: list[Rows] = []
         self.ended = ended
 
+    def end(self) -> bool:
+        """Ends it; tells whether it did so by itself.
+
+        One whose environment broke is truncated where that was last sound; where it broke in its
+        first step, nothing is left of it.
+        """
+        self.ended = True
+        rows = _joined(self.parts)
+        if len(rows.first) == 1:
+            self.parts = []
+            return False
+        own_end = bool(rows.terminated[-2] | rows.truncated[-2])
+        rows.truncated[-2] |= not own_end
+        self.parts = [rows]
+        return own_end
+
     @property
     def returns(self) -> float:
         """The sum of its rewards."""
@@ -333,11 +352,11 @@ class _Lanes:
             if rows.first[step, lane]:
                 self._newest[lane], begins[lane] = _Episode(ended=False), step
                 self._begun.append(self._newest[lane])
-            else:
+            if rows.final[step, lane]:
                 episode = self._newest[lane]
                 episode.parts.append(rows.of_lane(lane, begins[lane], step + 1))
-                episode.ended = True
-                returns.append(episode.returns)
+                if episode.end():
+                    returns.append(episode.returns)
         for lane, stop in enumerate(stops.tolist()):
             if not self._newest[lane].ended and begins[lane] < stop:
                 self._newest[lane].parts.append(rows.of_lane(lane, begins[lane], stop))

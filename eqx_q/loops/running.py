@@ -34,9 +34,11 @@ class StopTraining(Exception):
 class Callback(Protocol):
     """Called at boundaries between chunks, with host values of what happened since the last one.
 
-    A plain function will do. Objects may have two more attributes:
+    A plain function will do. Objects may have three more attributes:
 
     - `every`: lane-steps (per member) between calls; chunks are cut at its multiples.
+    - `rescue(run_state, metrics)`: called, before the error is raised, where a chunk failed outside
+        of us (an environment broke, memory ran out), with those of the boundary before.
     - `overlap`: `True` for a callback that only observes. It then runs while the next chunk does,
         on a snapshot, and what it returns is ignored.
 
@@ -76,7 +78,8 @@ def run(
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
     observe = None  # what observers still have to do for the boundary before
     stopped = False
-    with concurrent.futures.ThreadPoolExecutor(1) as waiter:
+    rescuing = _Rescue(boundaries.callbacks)
+    with rescuing, concurrent.futures.ThreadPoolExecutor(1) as waiter:
         while not (stopped or boundaries.finished):
             length = place.agreed(boundaries.next_length())
             dispatched = time.perf_counter()
@@ -102,11 +105,30 @@ def run(
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)
             good = seen if boundaries.callbacks else None  # else its memory has been reused
+            rescuing.last = good, metrics
             observers = _observers(boundaries.callbacks if stopped else due)
             observe = functools.partial(_observe, observers, seen, metrics)
     if observe is not None:
         observe()
     return state, history.rows
+
+
+class _Rescue:
+    """Calls `rescue` of callbacks with the last boundary, where what is done inside fails."""
+
+    def __init__(self, callbacks: list[Callback]):
+        self._callbacks = callbacks
+        self.last: tuple[Any, Metrics] | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self.last is None or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+            return
+        for callback in self._callbacks:
+            if rescue := getattr(callback, "rescue", None):
+                rescue(*self.last)
 
 
 @eqx.filter_jit

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..sharding import Lay, Placement, place_on
 from ..types import Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
+from ..wrappers.host import own_errors
 from .running import Boundaries, Callback, Metrics, number, run
 from .source import (
     AbstractRunState,
@@ -139,6 +140,8 @@ class Lanes(AbstractSource[RunState]):
         """See `AbstractSource`."""
         (env_state, timestep, memory), rollout, burn_in = drawn
         seen = state.agent.measure(_measure, rollout)
+        if self.env.on_host:
+            seen["sums"] |= state.agent.measure(_count_restarts, rollout)
         transitions = state.agent.measure(lambda r: jnp.sum(r.real, dtype=jnp.uint32), rollout)
         state = dataclasses.replace(
             state,
@@ -161,7 +164,7 @@ def advance(
     **Returns:** the new state, and metrics: the agent's, averaged over updates, of distributions
     the last; `episodes` that ended, their mean `episode_return` and `episode_length` (NaN where
     none ended) and the suite's own `episode_*`; `q_values`, the greedy values over lanes at the
-    last step.
+    last step; of environments outside JAX the `restarts` of lanes that broke.
     """
     return advance_from(Lanes(env), run_state, num_updates)
 
@@ -228,6 +231,13 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
     return {"sums": sums, "samples": samples}
 
 
+def _count_restarts(rollout: Rollout) -> dict[str, Array]:
+    """Lanes whose environment was made anew: episodes that start where none had ended."""
+    timesteps = rollout.timesteps
+    restarted = timesteps.first[1:] & ~timesteps.ended[:-1]
+    return {"restarts": jnp.sum(restarted, dtype=jnp.float32)}
+
+
 def train(
     agent: Agent,
     env: Env,
@@ -259,7 +269,7 @@ def train(
     distributions (thinned out evenly beyond 1000 of them).
 
     **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
-    member's loss is no longer finite.
+    member's loss is no longer finite; `LaneError` when a lane's environment breaks.
     """
     if not 0 < total_steps < _MAX_STEPS:
         raise UsageError(f"total_steps must be positive and below 2**32, got {total_steps}")
@@ -291,5 +301,6 @@ def train(
         }
 
     lanes = Lanes(env)
-    state, history = run(state, lambda state, _: (state, lanes), boundaries, tell, place)
+    with own_errors(env):
+        state, history = run(state, lambda state, _: (state, lanes), boundaries, tell, place)
     return place.gather(state.agent), history

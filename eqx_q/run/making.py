@@ -36,6 +36,11 @@ from .settings import (
 
 LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
 MOST_LANES = 2**24
+_WHERE_IT_BREAKS = {
+    "on_env_error": "on_error",
+    "env_timeout": "timeout",
+    "max_env_restarts": "max_restarts",
+}
 _LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
 
 
@@ -46,6 +51,8 @@ def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> E
     """
     options = given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
+    breaks = {option: config.get(key) for key, option in _WHERE_IT_BREAKS.items()}
+    options |= given(breaks)
 
     def of_lanes(num_envs: int, seed: int) -> Env:
         return make(f"{suite}/{name}", num_envs, seed=seed, **options)

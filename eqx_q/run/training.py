@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from ..agents import Agent, Batches
 from ..clock import clock
 from ..data import Dataset
-from ..errors import DivergedError, UsageError
+from ..errors import DivergedError, LaneError, UsageError
 from ..loops.callbacks import (
     Checkpoint,
     Evaluation,
@@ -24,6 +24,7 @@ from ..loops.callbacks import (
     Progress,
     TimeBudget,
     Video,
+    last_in_words,
     restore,
 )
 from ..loops.evolution import PopulationBasedTraining, spread, with_followers
@@ -77,7 +78,8 @@ def train_run(
     started = time.perf_counter()
     settings = read_settings(config)
     place = place_on(settings.devices)
-    with contextlib.ExitStack() as stack:
+    checkpoints = directory / "checkpoints"
+    with _naming_checkpoint(checkpoints), contextlib.ExitStack() as stack:
         if is_first_process():  # the one that writes
             stack.enter_context(alone_in(directory))
         dataset = None if settings.data is None else Dataset(settings.data)
@@ -129,7 +131,7 @@ def train_run(
             try:
                 learn(callbacks=crew.callbacks)
             except DivergedError as error:
-                message = f"{error}; {crew.checkpoint.last_in_words()}"
+                message = f"{error}; {last_in_words(checkpoints)}"
                 if keep_diverged(directory, error, env):
                     message += f"; `python scripts/replay.py run={directory}` shows what led to it"
                 raise DivergedError(message) from None
@@ -138,11 +140,23 @@ def train_run(
                     raise
                 raise UsageError(
                     f"the device is out of memory: lower {settings.kind.sizes}, num_seeds or "
-                    f"eval.num_envs; {crew.checkpoint.last_in_words()}"
+                    f"eval.num_envs; {last_in_words(checkpoints)}"
                 ) from error
     summary = _summary(settings, crew, dataset) | {"wall_seconds": time.perf_counter() - started}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+@contextlib.contextmanager
+def _naming_checkpoint(checkpoints: Path) -> Iterator[None]:
+    """Where a lane breaks inside, it is told what is left, and how to go on."""
+    try:
+        yield
+    except LaneError as error:
+        raise LaneError(
+            f"{error}; {last_in_words(checkpoints)}; on_env_error=restart makes such a lane anew, "
+            "and goes on"
+        ) from error
 
 
 def _in_rounds(

@@ -15,7 +15,8 @@ class Report(eqx.Module):
     """What a suite reports of a step or a reset, of one lane or of all. `None`: has no such thing.
 
     After a reset, rewards and flags are ignored. `game_reward` is what `episode.returns` counts,
-    where that is not the learner's `reward`.
+    where that is not the learner's `reward`. `broken`: lanes whose environment broke and was made
+    anew: what they report is a reset.
     """
 
     obs: Observation
@@ -28,6 +29,7 @@ class Report(eqx.Module):
     agent_reward: Float[Array, "*lanes M"] | None = None
     game_reward: Float[Array, "*lanes"] | None = None
     global_state: Float[Array, "*lanes S"] | None = None
+    broken: Bool[Array, "*lanes"] | None = None
 
 
 class Running(eqx.Module):
@@ -45,10 +47,10 @@ class Running(eqx.Module):
     def follow(self, report: Report) -> tuple["Running", TimeStep]:
         """The timestep that a report of all lanes makes, under the boundary rule.
 
-        `first` is where the timestep before ended, whatever the suite says; nothing else can
-        happen there. Termination wins over truncation.
+        `first` is where the timestep before ended or the lane is broken, whatever else the suite
+        says; nothing else can happen there. Termination wins over truncation.
         """
-        first = self.ended
+        first = self.ended if report.broken is None else self.ended | report.broken
         reward, agent_reward = jnp.where(first, 0.0, report.reward), report.agent_reward
         if agent_reward is not None:
             agent_reward = jnp.where(first[:, None], 0.0, agent_reward)

@@ -15,9 +15,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from jaxtyping import Bool, Shaped
 
 from .. import spaces
-from ..errors import UnknownNameError, UsageError
+from ..errors import LaneError, UnknownNameError, UsageError
 from ..types import AnyArray
 from .conversion import Senses, as_taken, read_mask
+from .guard import BROKEN, Guard, GuardedEnv, report_restart
 from .host import Host, HostEnv, Reported, shapes_of
 
 VECTORIZATIONS = ("auto", "sync", "async")
@@ -51,19 +52,19 @@ class GymnasiumHost(Host):
         self.observation_space = self._senses.space
         self._recipe = recipe
         self._seed: int | None = seed
-        obs, info = vector.reset(seed=seed)
+        obs, info = self._told(vector.reset, seed=seed)
         gives_mask = self._senses.tells_mask or "action_mask" in info
         self._has_mask = gives_mask and bool(spaces.factors(self.action_space))
         self.shapes = shapes_of(self._fresh(obs, info))
 
     def reset(self) -> Reported:
-        obs, info = self.vector.reset(seed=self._seed)
+        obs, info = self._told(self.vector.reset, seed=self._seed)
         self._seed = None
         return self._fresh(obs, info)
 
     def step(self, action: Shaped[AnyArray, "N *action"]) -> Reported:
         actions = as_taken(self.vector.single_action_space, action)
-        return self._report(*self.vector.step(actions))
+        return self._report(*self._told(self.vector.step, actions))
 
     def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "GymnasiumHost":
         source, made_with = self._recipe
@@ -81,6 +82,20 @@ class GymnasiumHost(Host):
         self.is_open = False
         self.vector.close()
 
+    def _told(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What the vector environment answers. Raises `LaneError` where a lane's process died."""
+        try:
+            return function(*arguments, **options)
+        except (EOFError, OSError) as error:
+            processes = getattr(self.vector, "processes", [])
+            dead = [str(lane) for lane, one in enumerate(processes) if not one.is_alive()]
+            if not dead:
+                raise
+            for one in processes:  # the vector's own close would wait for the dead
+                one.terminate()
+            self.vector.closed = True
+            raise LaneError(f"the process of lane {', '.join(dead)} died") from error
+
     def _fresh(self, obs: Any, info: dict[str, Any]) -> Reported:
         no = np.zeros(self.num_envs, bool)
         return self._report(obs, no, no, no, info)
@@ -91,7 +106,10 @@ class GymnasiumHost(Host):
             "reward": np.asarray(reward, np.float32),
             "terminated": np.asarray(terminated, bool),
             "truncated": np.asarray(truncated, bool),
+            "broken": np.asarray(info.get(f"_{BROKEN}", np.zeros(self.num_envs)), bool),
         }
+        for lane in np.flatnonzero(report["broken"]):
+            report_restart(int(lane), info[BROKEN][lane])
         if self._has_mask:
             return report | {"action_mask": self._masks(obs, info)}
         self._senses.expect_no_mask(info)
@@ -127,6 +145,7 @@ def make(
     seed: int = 0,
     vectorization: str = "auto",
     leave_out: Iterable[str] = (),
+    guard: Guard = Guard(),  # noqa: B008
     **options: Any,
 ) -> HostEnv:
     """Makes a vector of Python environments.
@@ -140,9 +159,11 @@ def make(
     - `vectorization`: `"sync"` steps one environment after the other, `"async"` each in a process
         of its own, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
+    - `guard`: what to do where a lane breaks. One that restarts lanes rules out the environment's
+        vectorised version, whose lanes cannot be made anew one by one.
     - `options`: of `gymnasium.make` and of the environment, or keyword arguments of the function.
     """
-    own = {"vectorization": vectorization, "leave_out": tuple(leave_out)}
+    own = {"vectorization": vectorization, "leave_out": tuple(leave_out), "guard": guard}
     return HostEnv(_host(source, num_envs, seed=seed, **own, **options))
 
 
@@ -153,26 +174,33 @@ def _host(
     seed: int,
     vectorization: str,
     leave_out: tuple[str, ...],
+    guard: Guard,
     **options: Any,
 ) -> GymnasiumHost:
     if isinstance(source, gymnasium.Env):
         raise UsageError("each lane needs an environment of its own: give a function that makes it")
     if vectorization not in VECTORIZATIONS:
         raise UnknownNameError("vectorization", vectorization, VECTORIZATIONS)
-    recipe = (source, {"vectorization": vectorization, "leave_out": leave_out, **options})
+    own = {"vectorization": vectorization, "leave_out": leave_out, "guard": guard}
+    recipe = (source, own | options)
     try:
         spec, create = _resolve(source)
-        vector = _vectorised(spec, num_envs, options) if spec and vectorization == "auto" else None
+        vector = None
+        if spec and vectorization == "auto" and guard.leaves_lanes_alone:
+            vector = _vectorised(spec, num_envs, options)
         if spec:
             options = _rendering(spec.entry_point) | options
         one = functools.partial(_one, create, options)
+        lanes = [
+            functools.partial(GuardedEnv, one, lane, guard, leave_out) for lane in range(num_envs)
+        ]
         if vector is None and vectorization == "async":
-            one = functools.partial(_ignoring_interrupts, os.getpid(), one)
+            lanes = [functools.partial(_ignoring_interrupts, os.getpid(), lane) for lane in lanes]
             # Not forked from here, where JAX has threads.
             shares = not leave_out  # what is left out may be of a kind that cannot be shared
-            vector = AsyncVectorEnv([one] * num_envs, context="forkserver", shared_memory=shares)
+            vector = AsyncVectorEnv(lanes, context="forkserver", shared_memory=shares)
         elif vector is None:
-            vector = SyncVectorEnv([one] * num_envs)
+            vector = SyncVectorEnv(lanes)
             spec = vector.envs[0].spec
     except UsageError:
         raise

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped, UInt8
 
-from ..errors import UsageError
+from ..errors import LaneError, UsageError
 from ..spaces import Leaf, Space
 from ..types import AnyArray, TimeStep
 from .autoreset import Report, Running
@@ -72,10 +72,24 @@ class Host(abc.ABC):
         """What compiled code calls back: `function`, whose exception is remembered."""
         try:
             self.check_open()  # it may have been closed since that code was compiled
-            return function(*arguments)
+            reported = function(*arguments)
+            _check_finite(reported)
+            return reported
         except Exception as error:
             self.failure = error
             raise
+
+
+def _check_finite(reported: Reported) -> None:
+    """Raises `LaneError` where a number that is learnt from is not finite."""
+    for name, part in reported.items():
+        for x in jax.tree.leaves(part):
+            if x.dtype.kind == "f" and not np.isfinite(x).all():
+                lanes = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))
+                raise LaneError(
+                    f"the environment of lane {', '.join(map(str, lanes))} broke: its {name} is "
+                    "not finite"
+                )
 
 
 def shapes_of(reported: Reported) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
@@ -155,7 +169,17 @@ class HostEnv(Env):
 
 @contextlib.contextmanager
 def closing(env: Env) -> Iterator[Env]:
-    """`env`, closed in the end. What is raised in a callback of its comes out as itself.
+    """`env`, closed in the end, with its errors as `own_errors` of it."""
+    with own_errors(env):
+        try:
+            yield env
+        finally:
+            env.close()
+
+
+@contextlib.contextmanager
+def own_errors(env: Env) -> Iterator[None]:
+    """What is raised in a callback of the environment comes out as itself.
 
     JAX would log it, and raise a `JaxRuntimeError` with its traceback for a message.
     """
@@ -163,7 +187,7 @@ def closing(env: Env) -> Iterator[Env]:
     silence = logging.Filter("of no logger")
     log.addFilter(silence)
     try:
-        yield env
+        yield
     except jax.errors.JaxRuntimeError:
         for host in _hosts(env):
             if host.failure is not None:
@@ -171,7 +195,6 @@ def closing(env: Env) -> Iterator[Env]:
         raise
     finally:
         log.removeFilter(silence)
-        env.close()
 
 
 def _hosts(env: Env) -> list[Host]:

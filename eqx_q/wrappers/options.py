@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ..errors import UnknownNameError, UsageError
 
 TeamReward = Literal["sum", "mean", "shared"]
+OnError = Literal["stop", "restart"]
 TimeLimit = Literal["truncate", "terminate"]
 
 

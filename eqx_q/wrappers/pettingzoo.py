@@ -23,6 +23,7 @@ from ..types import AnyArray
 from .conversion import Senses, as_taken
 from .drawing import quiet_pygame
 from .env import kinds_of
+from .guard import Guard, Guarded, Restarted, check, check_reward, report_restart
 from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
 
@@ -37,7 +38,8 @@ class _Player:
         self.agent, self.index = agent, index
         self._takes: Any = env.action_space(agent)
         self.actions = spaces.of_actions(self._takes)
-        self.senses = Senses.of(env.observation_space(agent), self.actions, leave_out)
+        self.sees = spaces.without(env.observation_space(agent), leave_out)
+        self.senses = Senses.of(self.sees, self.actions)
         self.num_choices = sum(spaces.factors(self.actions))
 
     def see(self, obs: Any) -> PyTree[np.ndarray]:
@@ -89,7 +91,7 @@ class PettingZooHost(Host):
 
     def __init__(
         self,
-        envs: list[ParallelEnv],
+        lanes: list[Guarded[ParallelEnv]],
         seed: int,
         pad: bool,
         team_reward: str,
@@ -97,36 +99,36 @@ class PettingZooHost(Host):
         leave_out: tuple[str, ...],
         recipe: tuple[Any, dict[str, Any], dict[str, Any]],
     ):
-        self.envs = envs
+        self.lanes = lanes
         self.is_open = True
-        self.num_envs = len(envs)
+        self.num_envs = len(lanes)
         self.leave_out = leave_out
         self._recipe = recipe
         self._team_reward = team_reward
-        agents = list(getattr(envs[0], "possible_agents", ()))
+        one = lanes[0].env
+        agents = list(getattr(one, "possible_agents", ()))
         if not agents:
             raise UsageError("the environment names no possible_agents: a team needs a size")
         self.num_agents = len(agents)
-        self._players = {x: _Player(x, m, envs[0], leave_out) for m, x in enumerate(agents)}
+        self._players = {x: _Player(x, m, one, leave_out) for m, x in enumerate(agents)}
         players = self._players.values()
         seen, done = [x.senses.space for x in players], [x.actions for x in players]
         self.agent_kinds = kinds_of(zip(seen, done, strict=True))
         self.action_space = _common_actions(done, pad)
         self.observation_space = spaces.map_leaves(_with_zeros, _common_observations(seen, pad))
         self._unseen = _unseen(self.observation_space, self.num_agents)
-        self._seeds: list[int | None] = [seed + lane for lane in range(self.num_envs)]
+        seeds = [seed + lane for lane in range(self.num_envs)]
+        self._seeds: list[int | None] = [*seeds]
         self._ended = [False] * self.num_envs
-        first = [env.reset(seed=seed + lane) for lane, env in enumerate(envs)]
-        self.state_size = _state_size(envs[0], global_state)
+        first = [lane.reset(self._start, seed) for lane, seed in zip(lanes, seeds, strict=True)]
+        self.state_size = _state_size(lanes[0].env, global_state)
         self._has_mask = bool(spaces.factors(self.action_space)) and (
             len({player.num_choices for player in players}) > 1
             or any(player.senses.tells_mask for player in players)
             or any("action_mask" in info for _, infos in first for info in infos.values())
         )
         self.shapes = shapes_of(
-            _stack(
-                [self._report(env, *one, env.agents) for env, one in zip(envs, first, strict=True)]
-            )
+            _stack([self._fresh(lane.env, *told) for lane, told in zip(lanes, first, strict=True)])
         )
 
     def reset(self) -> Reported:
@@ -147,26 +149,31 @@ class PettingZooHost(Host):
         return _host(source, num_envs, seed, own, made_with | options)
 
     def render(self, lane: int) -> Any:
-        env = self.envs[lane]
+        env = self.lanes[lane].env
         return env.render() if getattr(env, "render_mode", None) == "rgb_array" else None
 
     def close(self) -> None:
         self.is_open = False
-        for env in self.envs:
-            env.close()
+        for lane in self.lanes:
+            lane.env.close()
 
     def _reset(self, lane: int) -> Reported:
-        env, seed = self.envs[lane], self._seeds[lane]
-        self._seeds[lane], self._ended[lane] = None, False
-        return self._report(env, *env.reset(seed=seed), env.agents)
+        seed, self._seeds[lane], self._ended[lane] = self._seeds[lane], None, False
+        told = self.lanes[lane].reset(self._start, seed)
+        return self._fresh(self.lanes[lane].env, *told)
 
     def _step(self, lane: int, action: Shaped[np.ndarray, "M *action"]) -> Reported:
-        env, space = self.envs[lane], self.action_space
+        env, space = self.lanes[lane].env, self.action_space
         acting = list(env.agents)
         actions = {
             x: self._players[x].do(action[self._players[x].index, ...], space) for x in acting
         }
-        obs, reward, terminated, truncated, info = env.step(actions)
+        told = self.lanes[lane].step(lambda env: self._act(env, actions), self._start)
+        env = self.lanes[lane].env
+        if isinstance(told, Restarted):
+            report_restart(lane, told.reason)
+            return self._fresh(env, *told.fresh) | {"broken": np.array(True)}
+        obs, reward, terminated, truncated, info = told
         present = {*acting, *env.agents}
         alive = [x for x in env.agents if not (terminated.get(x) or truncated.get(x))]
         cut_off = [x for x in acting if truncated.get(x) and not terminated.get(x)]
@@ -180,6 +187,26 @@ class PettingZooHost(Host):
             terminated=ended and not cut_off,
             truncated=ended and bool(cut_off),
         )
+
+    def _start(self, env: ParallelEnv, seed: int | None) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        obs, info = env.reset(seed=seed)
+        self._check(obs)
+        return obs, info
+
+    def _act(self, env: ParallelEnv, actions: dict[Any, Any]) -> tuple[dict[Any, Any], ...]:
+        told = env.step(actions)
+        self._check(told[0])
+        for reward in told[1].values():
+            check_reward(reward)
+        return told
+
+    def _check(self, obs: dict[Any, Any]) -> None:
+        for agent, one in obs.items():
+            if one is not None:
+                check(self._players[agent].sees, one, str(agent))
+
+    def _fresh(self, env: ParallelEnv, obs: dict[Any, Any], info: dict[Any, Any]) -> Reported:
+        return self._report(env, obs, info, env.agents)
 
     def _report(
         self,
@@ -198,6 +225,7 @@ class PettingZooHost(Host):
             "reward": self._pay(reward),
             "terminated": np.asarray(terminated),
             "truncated": np.asarray(truncated),
+            "broken": np.array(False),
             "agent_mask": np.array([x in alive for x in agents]),
             "agent_reward": np.array([reward.get(x, 0) for x in agents], np.float32),
         }
@@ -351,6 +379,7 @@ def make(
     team_reward: str = "sum",
     global_state: bool | None = None,
     leave_out: Iterable[str] = (),
+    guard: Guard = Guard(),  # noqa: B008
     **options: Any,
 ) -> HostEnv:
     """Makes teams of PettingZoo's.
@@ -372,10 +401,11 @@ def make(
     - `global_state`: whether the environment's `state()` becomes the timestep's `global_state`;
         `None`: where it has one that is no picture.
     - `leave_out`: entries of `Dict` observations, by path, that the agents do not see.
+    - `guard`: what to do where a lane breaks.
     - `options`: of the environment, or keyword arguments of the function.
     """
-    own = {"pad": pad, "team_reward": team_reward, "global_state": global_state}
-    own["leave_out"] = tuple(leave_out)
+    own: dict[str, Any] = {"pad": pad, "team_reward": team_reward, "global_state": global_state}
+    own |= {"leave_out": tuple(leave_out), "guard": guard}
     return HostEnv(_host(source, num_envs, seed, own, options))
 
 
@@ -384,6 +414,7 @@ def _host(
 ) -> PettingZooHost:
     require_choice("team_reward", own["team_reward"], get_args(TeamReward))
     recipe = (source, own, dict(options))
+    guard: Guard = own["guard"]
     if isinstance(source, (ParallelEnv, AECEnv)):
         raise UsageError("each lane needs an environment of its own: give a function that makes it")
     quiet_pygame()
@@ -395,13 +426,18 @@ def _host(
             env.close()
             options["render_mode"] = "rgb_array"
             env = _parallel(create(**options))
-        envs = [env, *(_parallel(create(**options)) for _ in range(1, num_envs))]
+        made = [env]
+        lanes = [
+            Guarded(lambda: made.pop() if made else _parallel(create(**options)), lane, guard)
+            for lane in range(num_envs)
+        ]
     except UsageError:
         raise
     except Exception as error:  # whatever an environment's constructor trips over
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"PettingZoo cannot make {source!r}: {what}") from error
-    return PettingZooHost(envs, seed, recipe=recipe, **own)
+    own = {name: value for name, value in own.items() if name != "guard"}
+    return PettingZooHost(lanes, seed, recipe=recipe, **own)
 
 
 def _parallel(env: Any) -> ParallelEnv:

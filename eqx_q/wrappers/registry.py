@@ -12,6 +12,7 @@ from unittest import mock
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from .env import Env
+from .guard import Guard
 from .observe import Observe
 
 
@@ -28,6 +29,7 @@ class Suite(NamedTuple):
     **Attributes:**
 
     - `leaves_out`: whether `make` takes `leave_out` itself.
+    - `guards`: whether lanes are Python environments, one each, and `make` takes a `guard`.
     - `own_options`: of a suite that takes functions, those options of `make` that are not theirs.
     """
 
@@ -35,6 +37,7 @@ class Suite(NamedTuple):
     package: str
     extra: str | None
     leaves_out: bool = False
+    guards: bool = False
     own_options: tuple[str, ...] | None = None
 
 
@@ -46,8 +49,8 @@ SUITES = {
     "craftax": Suite(".craftax", "craftax", "jax-envs"),
     "envpool": Suite(".envpool", "envpool", "atari", True),
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
-    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", True, _TEAM),
-    "gymnasium": Suite(".gymnasium", "gymnasium", None, True, ("vectorization",)),
+    "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", True, True, _TEAM),
+    "gymnasium": Suite(".gymnasium", "gymnasium", None, True, True, ("vectorization",)),
 }
 
 
@@ -58,6 +61,9 @@ def make(
     seed: int = 0,
     leave_out: Sequence[str] = (),
     observe: Any = None,
+    on_error: str = "stop",
+    timeout: float | None = None,
+    max_restarts: int = 10,
     **options: Any,
 ) -> Env:
     """Makes a vectorised environment.
@@ -73,6 +79,8 @@ def make(
     - `observe`: a list of those entries of the observation's last axis that are not hidden:
         `[0, 2]` leaves CartPole without velocities. Where observations are several arrays,
         such lists by path: `{"image": [0]}`. `None`: all.
+    - `on_error`, `timeout`, `max_restarts`: what to do where a lane's Python environment breaks;
+        see `eqx_q.wrappers.guard.Guard`.
     - `options`: of the suite.
 
     **Raises:** `UsageError` for what is unknown or cannot be done, with what would have been right.
@@ -85,6 +93,14 @@ def make(
     suite, leave_out = _load(name), tuple(leave_out)
     if leave_out and SUITES[name].leaves_out:
         options, leave_out = options | {"leave_out": leave_out}, ()
+    guard = Guard(on_error, timeout, max_restarts)
+    if SUITES[name].guards:
+        options["guard"] = guard
+    elif guard != Guard():
+        raise UsageError(
+            f"lanes of {name} are not Python environments of their own, which alone can be made "
+            "anew or timed: leave out on_error, timeout and max_restarts"
+        )
     env = suite.make(source, num_envs, seed=seed, **options)
     return Observe(env, observe, leave_out) if leave_out or observe is not None else env
 

@@ -463,7 +463,7 @@ def make_pair(**options):
         (
             make_pair,
             {"shape": (4,)},
-            "agent 'a': an observation has shape (4,), but its space says (3,)",
+            "an observation has shape (4,) at 'a', but its space says (3,)",
         ),
     ],
 )
@@ -491,8 +491,9 @@ def test_a_function_gets_its_options_and_is_called_once_a_lane():
         return made[-1]
 
     env = wrappers.make(own, 2, team_reward="mean", end=2)
-    assert env.num_agents == 1 and env.host.envs == made and len(made) == 2
-    assert env.replicate(1).host.envs == made[2:] and len(made) == 3
+    assert env.num_agents == 1 and len(made) == 2
+    assert [lane.env for lane in env.host.lanes] == made
+    assert env.replicate(1).host.lanes[0].env is made[2] and len(made) == 3
     env.close()
 
 
@@ -519,7 +520,7 @@ def test_what_the_configuration_advertises_can_be_made():
     ((option, value),) = re.findall(r"\+env\.(\w+)=(\d+)", path.read_text())
     env = wrappers.make(f"pettingzoo/{name}", 1, **{option: int(value)})
     assert env.num_agents is not None
-    assert env.host.envs[0].unwrapped.max_zombies == int(value) != 10
+    assert env.host.lanes[0].env.unwrapped.max_zombies == int(value) != 10
     env.close()
 
 
