@@ -11,6 +11,7 @@ import os
 import selectors
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -84,6 +85,25 @@ def as_first_says(*flags: bool) -> tuple[bool, ...]:
     if jax.process_count() == 1:
         return flags
     return tuple(bool(x) for x in multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)))
+
+
+def requeue() -> None:
+    """Asks Slurm to start this job again, which it is about to end.
+
+    **Raises:** `UsageError` where this is no job of Slurm's, or Slurm refuses.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise UsageError("there is no SLURM_JOB_ID: start the same command again")
+    try:
+        subprocess.run(
+            ["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        what = " ".join(f"{getattr(error, 'stderr', None) or error}".split())
+        raise UsageError(
+            f"Slurm does not requeue job {job} ({what}): submit it with --requeue, or again"
+        ) from error
 
 
 def abandon() -> None:

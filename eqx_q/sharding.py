@@ -57,6 +57,10 @@ class Placement(abc.ABC):
         """What the first process says."""
 
     @abc.abstractmethod
+    def largest(self, value: int) -> int:
+        """The largest that any process says."""
+
+    @abc.abstractmethod
     def from_first(self, tree: PyTree) -> PyTree:
         """The first process's tree; all have one of the same shapes."""
 
@@ -89,6 +93,9 @@ class OneDevice(Placement):
         return tree
 
     def agreed(self, value: int) -> int:
+        return value
+
+    def largest(self, value: int) -> int:
         return value
 
     def from_first(self, tree: PyTree) -> PyTree:
@@ -133,6 +140,11 @@ class ManyDevices(Placement):
         if jax.process_count() == 1:
             return value
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+    def largest(self, value: int) -> int:
+        if jax.process_count() == 1:
+            return value
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
     def from_first(self, tree: PyTree) -> PyTree:
         if jax.process_count() == 1:

@@ -9,17 +9,48 @@ of `Discrete(n)`, the sum of a `MultiDiscrete`'s, two for each bit of a `MultiBi
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
 Scalar: TypeAlias = float | int | Shaped[AnyArray, ""]
 Memory: TypeAlias = PyTree[AnyArray] | None
 Observation: TypeAlias = PyTree[Shaped[AnyArray, "..."]]
+
+
+class Count(eqx.Module):
+    """A whole number below 2^64 in two words, `high * 2**32 + low`: JAX by itself has 32 bits."""
+
+    low: UInt[Array, "*S"]
+    high: UInt[Array, "*S"]
+
+    @classmethod
+    def of(cls, low: Shaped[AnyArray, "*S"] | int) -> "Count":
+        """A number below 2^32, or several."""
+        low = jnp.asarray(low, jnp.uint32)
+        return cls(low, jnp.zeros_like(low))
+
+    def plus(self, number: Shaped[AnyArray, "*S"] | int) -> "Count":
+        """With a number below 2^32 added."""
+        low = self.low + jnp.asarray(number, jnp.uint32)
+        return Count(low, self.high + (low < self.low))
+
+    def rounded(self) -> Float[Array, "*S"]:
+        """As `float32`."""
+        return self.high.astype(jnp.float32) * 2.0**32 + self.low.astype(jnp.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """As `uint64`."""
+        words = np.asarray(self.low, np.uint64), np.asarray(self.high, np.uint64)
+        return np.asarray(words[0] + (words[1] << np.uint64(32)), dtype)
+
+    def __int__(self) -> int:
+        return int(np.asarray(self))
 
 
 class Episode(eqx.Module):

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,7 +29,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
-from eqx_q.processes import abandon, is_first_process, join_processes
+from eqx_q.processes import abandon, is_first_process, join_processes, requeue
 from eqx_q.run import changeable, whole_or_none
 from eqx_q.run.parts import check_of_chosen, full_overrides
 from eqx_q.saving.files import alone_in
@@ -118,6 +118,23 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             raise _RunFailed from None
 
     return wrapped
+
+
+def end_preempted(config: DictConfig, summary: Mapping[str, Any]) -> None:
+    """Where Slurm gave notice that it ends this job, asks it to start the job again.
+
+    Not where the same command would begin anew, instead of going on.
+    """
+    if not summary["preempted"]:
+        return
+    if not goes_on(config):
+        logger.warning("not requeued, since that would start anew: resume=auto goes on")
+        return
+    try:
+        requeue()
+        logger.info("requeued")
+    except UsageError as error:
+        logger.warning("not requeued: %s", error)
 
 
 def end_sweep() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from _app import (
     AUTO,
     begin,
+    end_preempted,
     end_sweep,
     goes_on,
     hydra,
@@ -63,6 +64,7 @@ def main(config: DictConfig) -> float | None:
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
+        end_preempted(config, summary)
         end_sweep()
     return summary["eval_return_mean"]
 

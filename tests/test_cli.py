@@ -104,7 +104,7 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     assert script("train", "resume=run", "total_steps=2500")[0] == 0
     agent = load(tmp_path / "run" / "agent.eqx")
     agent = agent if num_seeds == 1 else agent.member(1)
-    assert agent.env_steps == 2560
+    assert int(agent.env_steps) == 2560
     assert agent.learning_rate == np.float32(1e-5) and agent.schedule_steps == 99
     assert agent.discount == np.float32(0.99)
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.num_epochs=2")

@@ -20,6 +20,7 @@ from eqx_q.data import Dataset, Writer
 from eqx_q.loops.callbacks import Progress
 from eqx_q.run import make_agent, make_env
 from eqx_q.saving.checkpoint import save, save_checkpoint
+from eqx_q.types import Count
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SMALL = ["agent.rollout_length=16", "agent.network_options.hidden_sizes=[8]", "num_envs=2"]
@@ -38,7 +39,7 @@ def leave_run(directory, *overrides):
         agent = eqx.tree_at(
             lambda agent, many=many: (agent.members if many else agent).env_steps,
             agent,
-            agent.learnt * 0 + step,
+            Count.of(agent.learnt.low * 0 + step),
         )
         if not env.num_agents:
             state = eqx_q.start(agent, env, key=jax.random.key(0))

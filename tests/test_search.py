@@ -302,7 +302,7 @@ def quick(monkeypatch):
         state = OfflineState(agent, key, jax.numpy.int32(0))  # which is not looked into
         for callback in callbacks:
             callback(state, metrics)
-        learnt = agent.members.env_steps + np.uint32(done)
+        learnt = agent.members.env_steps.plus(done)
         members = eqx.tree_at(lambda members: members.env_steps, agent.members, learnt)
         return eqx_q.Population(members), [metrics]
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -113,6 +115,42 @@ def test_what_cannot_be_shared_is_refused(found):
         assert message.startswith(beginning)
 
 
+def start_two(options, directory, run_dir=None, **variables):
+    """Two processes that train together."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    together = ["devices=null", f"distributed.coordinator=localhost:{port}"]
+    together += ["distributed.num_processes=2"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *options, *together]
+    return [
+        subprocess.Popen(
+            [
+                *command,
+                f"distributed.process_id={i}",
+                *([f"hydra.run.dir={run_dir}_{i}"] if run_dir else []),
+            ],
+            env=environment("") | variables,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def end_well(processes):
+    """What they said."""
+    try:
+        told = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+        return told
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_two_processes_train_what_one_trains(script, tmp_path):
     """And the first of them alone leaves a run."""
     options = [
@@ -121,34 +159,41 @@ def test_two_processes_train_what_one_trains(script, tmp_path):
         "agent.num_minibatches=4", "agent.network_options.hidden_sizes=[16]",
         "agent.learning_rate=0.01",
     ]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    together = ["devices=null", f"distributed.coordinator=localhost:{port}"]
-    together += ["distributed.num_processes=2"]
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *options, *together]
-    processes = [
-        subprocess.Popen(
-            [*command, f"distributed.process_id={i}", f"hydra.run.dir={tmp_path / f'two_{i}'}"],
-            env=environment(""),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    processes = start_two(options, tmp_path, "two")
     status, _, err = script("train", *options, "hydra.run.dir=one")
     assert status == 0, err
-    try:
-        for process in processes:
-            out, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, out
-    finally:
-        for process in processes:
-            process.kill()
+    end_well(processes)
     assert {path.name for path in (tmp_path / "two_1").iterdir()} == {"log.txt"}
     one, two = (load(tmp_path / name / "agent.eqx") for name in ("one", "two_0"))
     for x, y in zip(jax.tree.leaves(one.network), jax.tree.leaves(two.network), strict=True):
         np.testing.assert_allclose(x, y, atol=ROUNDING)
     rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two_0")]
     assert len(rows[0].splitlines()) == len(rows[1].splitlines())
+
+
+def test_a_notice_to_one_process_stops_all_at_one_step_and_the_same_command_goes_on(tmp_path):
+    """As Slurm gives it, which is asked once to start the job again."""
+    options = [
+        "resume=auto", "tracker=jsonl", "tuned=none", "eval.every=0", "video.every=0", "num_envs=8",
+        "log_every=1", "total_steps=6400", "agent.lane_groups=2", "agent.rollout_length=8",
+        "agent.num_epochs=1", "agent.num_minibatches=1", "agent.network_options.hidden_sizes=[4]",
+    ]  # fmt: skip
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'asked'}\n")
+    scontrol.chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    processes = start_two(options, tmp_path, **path)
+    rows = []
+    while not rows and processes[0].poll() is None:
+        time.sleep(0.01)
+        rows = [path for path in tmp_path.glob("runs/*/*/metrics.jsonl") if path.read_text()]
+    processes[1].send_signal(signal.SIGUSR1)
+    told = end_well(processes)
+    assert "requeued" in told[0]
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    (directory,) = tmp_path.glob("runs/*/*")
+    stopped = json.loads((directory / "summary.json").read_text())
+    assert stopped["status"] == "stopped" and 0 < stopped["env_steps"] < 6400
+    told = end_well(start_two(options, tmp_path, **path))
+    assert f"{stopped['env_steps']:012}.ckpt" in told[0]
+    assert json.loads((directory / "summary.json").read_text())["env_steps"] == 6400

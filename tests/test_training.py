@@ -10,6 +10,7 @@ from environments import Clock, Guess
 import eqx_q
 from eqx_q.errors import DivergedError, UsageError
 from eqx_q.loops import running, source
+from eqx_q.types import Count
 
 
 def make_agent(env, key=0, **options):
@@ -281,9 +282,11 @@ def test_bad_input():
     agent = make_agent(env)
     with pytest.raises(UsageError, match="observation_space"):
         eqx_q.train(agent, Clock(8), total_steps=64, key=jax.random.key(0))
-    for steps in (0, -1, 2**32, float("nan")):
+    for steps in (0, -1, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="total_steps must be positive"):
             eqx_q.train(agent, env, total_steps=steps, key=jax.random.key(0))
+    with pytest.raises(UsageError, match=r"are .* updates, and 2\*\*31 are too many"):
+        eqx_q.train(agent, env, total_steps=2**50, key=jax.random.key(0))
     with pytest.raises(UsageError, match="log_every must be"):
         eqx_q.train(agent, env, total_steps=64, key=jax.random.key(0), log_every=0)
     with pytest.raises(UsageError, match="num_minibatches"):
@@ -329,6 +332,47 @@ def test_a_burn_in_is_the_end_of_the_rollout_before():
         # What comes next in the environment is where the run stands.
         ended = np.asarray(before.timesteps.ended[-1])
         np.testing.assert_array_equal(run_state.timestep.first, ended)
+
+
+def test_steps_are_counted_past_two_to_the_32():
+    env = Clock(4)
+    begun = 2**32 - 2 * 32  # lane-steps: two updates before the words overflow
+    agent = eqx_q.PQN.create(
+        env.observation_space,
+        env.action_space,
+        key=jax.random.key(0),
+        num_minibatches=2,
+        rollout_length=8,
+        epsilon_start=1.0,
+        epsilon_end=0.0,
+        epsilon_decay=1.0,
+    )
+    state = eqx_q.start(agent, env, key=jax.random.key(1))
+    state = eqx.tree_at(
+        lambda s: (s.num_updates, s.agent.env_steps, s.transitions),
+        state,
+        (jnp.int32(begun // 32), Count.of(begun), Count.of(begun)),
+    )
+    seen = []
+    agent, history = eqx_q.train(
+        agent,
+        env,
+        total_steps=2 * 2**32,
+        key=jax.random.key(2),
+        run_state=state,
+        log_every=1,
+        callbacks=[lambda state, metrics: seen.append(state) or _stop_after(metrics, begun + 160)],
+    )
+    steps = [begun + 32 * i for i in range(1, 6)]
+    assert [row["env_steps"] for row in history] == steps
+    assert [int(state.agent.env_steps) for state in seen] == steps
+    assert begun + 160 > 2**32 < history[-1]["transitions"] <= steps[-1]
+    np.testing.assert_allclose([row["epsilon"] for row in history], 0.5, atol=1e-6)
+
+
+def _stop_after(metrics, steps):
+    if metrics["env_steps"] >= steps:
+        raise eqx_q.StopTraining
 
 
 def test_the_first_burn_in_never_happened():

@@ -8,12 +8,13 @@ from typing import ClassVar
 import equinox as eqx
 import gymnasium
 from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped, UInt
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..errors import UsageError
 from ..spaces import Leaf
 from ..types import (
     AnyArray,
+    Count,
     Decision,
     Memory,
     Observation,
@@ -126,7 +127,7 @@ class Agent(eqx.Module):
     num_agents: AbstractVar[int | None]
     num_members: AbstractVar[int | None]
     learns_from: AbstractVar[Rollouts | Batches]
-    learnt: AbstractVar[UInt[Array, "*S"]]
+    learnt: AbstractVar[Count]
 
     @abc.abstractmethod
     def initial_memory(self, num_envs: int) -> Memory:

@@ -22,7 +22,7 @@ from ..nets import AbstractQNetwork
 from ..nets.parameters import split_parameters
 from ..returns import n_step, n_step_sequence
 from ..spaces import Leaf, Space
-from ..types import AnyArray, Rollout, Scalar, Transitions
+from ..types import AnyArray, Count, Rollout, Scalar, Transitions
 from .acting import QAgent
 from .actions import Bins
 from .agent import Batches
@@ -224,9 +224,9 @@ class OfflineQ(QAgent):
         return Batches(self.batch_size, self.n_step, length, self.burn_in)
 
     @property
-    def learnt(self) -> UInt[Array, "*S"]:
+    def learnt(self) -> Count:
         """See `Agent`: updates."""
-        return self.num_updates
+        return Count.of(self.num_updates)
 
     def with_schedule(self, steps: Float[Array, ""]) -> "OfflineQ":
         """See `Agent`: there is no schedule."""

@@ -6,12 +6,12 @@ import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from .. import spaces
 from ..errors import UsageError
 from ..spaces import Leaf
-from ..types import AnyArray, Decision, Memory, Rollout, Scalar, Transitions
+from ..types import AnyArray, Count, Decision, Memory, Rollout, Scalar, Transitions
 from .agent import Agent, Batches, Rollouts
 
 
@@ -73,7 +73,7 @@ class Population(Agent):
         return self.members.learns_from
 
     @property
-    def learnt(self) -> UInt[Array, " S"]:
+    def learnt(self) -> Count:
         """How much each member has learnt from."""
         return self.members.learnt
 

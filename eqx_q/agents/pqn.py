@@ -13,14 +13,14 @@ import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UsageError, check_whole
 from ..nets import AbstractQNetwork
 from ..nets.parameters import split_parameters
 from ..returns import q_lambda
 from ..spaces import Leaf, Space
-from ..types import Observation, Rollout, Scalar, Transitions
+from ..types import Count, Observation, Rollout, Scalar, Transitions
 from . import minibatches
 from .acting import QAgent
 from .actions import Bins
@@ -77,7 +77,7 @@ class PQN(QAgent):
     optimizer: Optimizer
     statistics: PyTree[Array]
     optimizer_state: PyTree[Array]
-    env_steps: UInt[Array, ""]
+    env_steps: Count
 
     learning_rate: Float[Array, ""]
     learning_rate_end: Float[Array, ""]
@@ -182,7 +182,7 @@ class PQN(QAgent):
             optimizer=optimizer,
         )
         agent = cls(
-            env_steps=jnp.zeros((), jnp.uint32),
+            env_steps=Count.of(0),
             schedule_is_given=jnp.asarray(schedule_steps is not None),
             burn_in=burn_in,
             **parts,
@@ -209,14 +209,14 @@ class PQN(QAgent):
         )
 
     @property
-    def learnt(self) -> UInt[Array, "*S"]:
+    def learnt(self) -> Count:
         """See `Agent`: lane-steps."""
         return self.env_steps
 
     @property
     def epsilon(self) -> Float[Array, ""]:
         """ε where the schedule stands."""
-        progress = self.env_steps / self.schedule_steps
+        progress = self.env_steps.rounded() / self.schedule_steps
         return linear(self.epsilon_start, self.epsilon_end, progress, self.epsilon_decay)
 
     def with_schedule(self, steps: Float[Array, ""]) -> "PQN":
@@ -279,7 +279,7 @@ class PQN(QAgent):
             mixer=mixer,
             statistics=statistics,
             optimizer_state=optimizer_state,
-            env_steps=self.env_steps + jnp.uint32(size),
+            env_steps=self.env_steps.plus(size),
         )
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics |= {"epsilon": self.epsilon, "learning_rate": jnp.mean(learning_rates)}
@@ -305,7 +305,8 @@ class PQN(QAgent):
             self.num_minibatches,
             self.lane_groups,
         )
-        steps = self.env_steps + jnp.linspace(0, num_steps, len(indices), endpoint=False)
+        within = jnp.linspace(0, num_steps, len(indices), endpoint=False)
+        steps = self.env_steps.rounded() + within
         progress = steps / self.schedule_steps
         return indices, linear(self.learning_rate, self.learning_rate_end, progress)
 

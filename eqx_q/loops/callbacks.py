@@ -22,6 +22,7 @@ from ..clock import clock
 from ..errors import UsageError
 from ..progress import Display
 from ..saving.checkpoint import load_latest, newest_checkpoint, save_checkpoint
+from ..sharding import OneDevice, Placement
 from ..tracking import Tracker
 from ..wrappers import Env
 from .evaluation import Episodes, compile_evaluation, play_episodes
@@ -351,18 +352,25 @@ class Progress:
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a clean end at the next boundary; the second ends at once.
 
+    So does SIGUSR1, as the notice that the job will soon be preempted or its time is up (Slurm's
+    `--signal=USR1@300`).
+
     Use it as a context manager around `train`, and as one of its callbacks.
 
-    **Attributes:** `received`: whether a signal has come.
+    **Arguments:** `place`: where several processes train, theirs: what one gets, all get. Each must
+    then have this callback.
+
+    **Attributes:** `received`: whether a signal has come; `noticed`: whether it was that notice.
     """
 
-    def __init__(self):
-        self.received = False
+    def __init__(self, place: Placement = OneDevice()):  # noqa: B008
+        self.received = self.noticed = False
+        self._place = place
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         """Takes over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -373,11 +381,15 @@ class Interrupt:
 
     def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
         """Ends the run where a signal has come."""
-        if self.received:
+        told = self._place.largest(2 if self.noticed else int(self.received))
+        self.received |= told > 0
+        self.noticed |= told == 2
+        if told:
             raise StopTraining
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received:
+        notice = number == signal.SIGUSR1
+        if self.received and not notice and not self.noticed:
             os._exit(128 + number)
-        self.received = True
+        self.received, self.noticed = True, self.noticed or notice
         print("\nstopping at the next boundary (once more to quit at once)", file=sys.stderr)

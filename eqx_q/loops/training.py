@@ -8,12 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, UInt
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ..agents import Agent, Rollouts, decide
 from ..errors import UsageError
 from ..sharding import Lay, Placement, place_on
-from ..types import Memory, Rollout, Scalar, TimeStep
+from ..types import Count, Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.host import own_errors
 from .running import Boundaries, Callback, Metrics, number, run
@@ -27,7 +27,7 @@ from .source import (
     check_shares,
 )
 
-_MAX_STEPS = 2**32  # counted in uint32
+_MAX_UPDATES = 2**31  # counted in int32
 
 
 class RunState(AbstractRunState):
@@ -45,7 +45,7 @@ class RunState(AbstractRunState):
     memory: Memory
     key: PRNGKeyArray
     num_updates: Int[Array, ""]
-    transitions: UInt[Array, "*S"]
+    transitions: Count
     burn_in: Rollout | None = None
 
     def spread(self, lay: Lay) -> "RunState":
@@ -85,7 +85,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
         memory=memory,
         key=key,
         num_updates=jnp.zeros((), jnp.int32),
-        transitions=jnp.zeros(agent.learnt.shape, jnp.uint32),
+        transitions=Count.of(jnp.zeros_like(agent.learnt.low)),
         burn_in=_empty_burn_in(agent, rollouts.burn_in, timestep, memory),
     )
 
@@ -148,7 +148,7 @@ class Lanes(AbstractSource[RunState]):
             env_state=env_state,
             timestep=timestep,
             memory=memory,
-            transitions=state.transitions + transitions,
+            transitions=state.transitions.plus(transitions),
             burn_in=burn_in,
         )
         return state, UpdateMetrics.of(state.agent, metrics, **seen)
@@ -231,6 +231,17 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
     return {"sums": sums, "samples": samples}
 
 
+def _num_updates(total_steps: Scalar, steps_per_update: int) -> int:
+    """As many as make so many steps, or a few more."""
+    updates = math.ceil(total_steps / steps_per_update)
+    if updates >= _MAX_UPDATES:
+        raise UsageError(
+            f"total_steps={total_steps:,} are {updates:,} updates, and 2**31 are too many: lower "
+            "it, or let more lanes or longer rollouts make an update"
+        )
+    return updates
+
+
 def _count_restarts(rollout: Rollout) -> dict[str, Array]:
     """Lanes whose environment was made anew: episodes that start where none had ended."""
     timesteps = rollout.timesteps
@@ -271,8 +282,8 @@ def train(
     **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
     member's loss is no longer finite; `LaneError` when a lane's environment breaks.
     """
-    if not 0 < total_steps < _MAX_STEPS:
-        raise UsageError(f"total_steps must be positive and below 2**32, got {total_steps}")
+    if not 0 < total_steps < math.inf:
+        raise UsageError(f"total_steps must be positive, got {total_steps}")
     place = place_on(devices)
     state = start(agent, env, key=key) if run_state is None else run_state
     agent = state.agent
@@ -282,14 +293,14 @@ def train(
     steps_per_update = agent.learns_from.units(env.num_envs // members)
     boundaries = Boundaries(
         done=int(state.num_updates),
-        end=math.ceil(total_steps / steps_per_update),
+        end=_num_updates(total_steps, steps_per_update),
         steps_per_update=steps_per_update,
         callbacks=callbacks,
         log_every=log_every,
     )
     # What the agent had learnt from before this run shifts its schedules, it does not end them.
-    before = jnp.asarray(agent.learnt, jnp.float32) - boundaries.done * steps_per_update
-    agent = agent.with_schedule(before + jnp.float32(total_steps))
+    before = np.asarray(agent.learnt, np.float64) - boundaries.done * steps_per_update
+    agent = agent.with_schedule(jnp.asarray(before + total_steps, jnp.float32))
     state = eqx.tree_at(lambda s: s.agent, state, agent)
 
     def tell(run_state: RunState, boundaries: Boundaries, updates_per_second: float) -> Metrics:

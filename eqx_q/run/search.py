@@ -102,6 +102,7 @@ def search_run(
         summary = {
             **_summary(asked, study),
             "status": "stopped" if interrupt.received else "done",
+            "preempted": interrupt.noticed,
             **search.seconds,
             "wall_seconds": time.perf_counter() - started,
         }

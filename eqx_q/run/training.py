@@ -35,7 +35,7 @@ from ..loops.training import check_lanes, train
 from ..processes import is_first_process
 from ..saving.checkpoint import save
 from ..saving.files import alone_in
-from ..sharding import OneDevice, place_on
+from ..sharding import OneDevice, Placement, place_on
 from ..tracking import JsonlTracker, Tracker, Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
@@ -118,11 +118,14 @@ def train_run(
             )
         has_learnt = run_state is not None and _done(run_state) >= settings.total
         if not is_first_process():  # the first one writes, evaluates, and says when to stop
-            with Interrupt(), contextlib.suppress(DivergedError):  # which the first one tells
+            with (
+                Interrupt(place) as interrupt,
+                contextlib.suppress(DivergedError),
+            ):  # the first tells it
                 if not has_learnt:
-                    learn()
+                    learn(callbacks=[interrupt])
             return None
-        crew = _crew(settings, directory, env, run_state, evolution, stack)
+        crew = _crew(settings, directory, env, run_state, evolution, place, stack)
         on_start()
         if has_learnt:
             _end_again(settings, directory, crew, run_state)
@@ -296,6 +299,7 @@ class _Crew(NamedTuple):
     """The callbacks of a run; those that are asked something afterwards, by name."""
 
     callbacks: list[Any]
+    interrupt: Interrupt
     evaluation: Evaluation | None
     keeper: "_Keeper"
     checkpoint: Checkpoint
@@ -303,7 +307,13 @@ class _Crew(NamedTuple):
 
 
 def _crew(
-    settings: Settings, directory, env, run_state, evolution, stack: contextlib.ExitStack
+    settings: Settings,
+    directory: Path,
+    env: Env,
+    run_state: Any,
+    evolution: PopulationBasedTraining | None,
+    place: Placement,
+    stack: contextlib.ExitStack,
 ) -> _Crew:
     """What a run needs beside learning. Those that add metrics come before those that log them."""
     limit = settings.eval.time_fraction
@@ -317,8 +327,9 @@ def _crew(
         recorder.remember_best(json.loads(line))
     keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(settings, env, directory)
+    interrupt = stack.enter_context(Interrupt(place))
     callbacks = [
-        stack.enter_context(Interrupt()),
+        interrupt,
         evaluation,
         evolution,
         recorder,
@@ -329,7 +340,7 @@ def _crew(
         _video(settings, env, directory, tracker, budget, stack),
     ]
     present = [callback for callback in callbacks if callback is not None]
-    return _Crew(present, evaluation, keeper, checkpoint, recorder)
+    return _Crew(present, interrupt, evaluation, keeper, checkpoint, recorder)
 
 
 class _Keeper:
@@ -486,6 +497,7 @@ def _summary(settings: Settings, crew: _Crew, dataset: Dataset | None) -> dict[s
         told = {"data": _of_data(dataset), "updates_per_second": crew.recorder.rate}
     return {
         "status": "done" if done >= total else "stopped",
+        "preempted": crew.interrupt.noticed,
         "agent": config["agent"]["_target_"],
         "env": env_name(config),
         "chosen": config.get("chosen"),

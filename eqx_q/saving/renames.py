@@ -20,6 +20,7 @@ from ..nets import Network
 from ..nets.heads import Dueling, LinearHead
 from ..nets.layers import Linear
 from ..nets.parameters import split_parameters
+from ..types import Count
 
 Fields = dict[str, Any]
 
@@ -93,9 +94,19 @@ def _gone(what: str) -> UsageError:
 
 
 def _pqn(reference: str, fields: Fields) -> tuple[str, Fields]:
+    fields = _counted_in_two_words(fields, "env_steps")
     if "value" in fields:
         return reference, fields
     return reference, _with_parts(fields, Scalar(), make_optimizer("radam"), fields["mixer"])
+
+
+def _run_state(reference: str, fields: Fields) -> tuple[str, Fields]:
+    return reference, _counted_in_two_words(fields, "transitions")
+
+
+def _counted_in_two_words(fields: Fields, name: str) -> Fields:
+    count = fields[name]
+    return fields if isinstance(count, Count) else fields | {name: Count.of(count)}
 
 
 def _dqn(reference: str, fields: Fields) -> tuple[str, Fields]:
@@ -150,6 +161,7 @@ CHANGED: dict[str, Callable[[str, Fields], tuple[str, Fields]]] = {
     "eqx_q.agents.pqn:PQN": _pqn,
     "eqx_q.agents.offline:DQN": _dqn,
     "eqx_q.agents.acting:AgentMemory": _memory,
+    "eqx_q.loops.training:RunState": _run_state,
 }
 
 
