@@ -1,7 +1,8 @@
 """The first twenty updates of every tuned configuration at tiny sizes, kept in `golden/`.
 
-`python tests/golden_configs.py [NAMES]` writes `golden/configs.json` anew: on purpose, or not at
-all.
+`python tests/golden_configs.py compare [NAMES]` compares all of them, or some, in some minutes;
+the tests do so with those of `QUICK`. `write` instead of `compare` keeps what they give now: on
+purpose, or not at all.
 """
 
 import json
@@ -40,6 +41,20 @@ def _choice(name):
     return agent, max(envs, key=len, default="cartpole")
 
 
+QUICK = (
+    "bc_atari",
+    "bc_minatar",
+    "cleanrl_cartpole",
+    "cql_atari",
+    "cql_minatar",
+    "dqn_minatar",
+    "pqn_acrobot",
+    "pqn_cartpole",
+    "pqn_gymnasium",
+    "pqn_hopper",
+    "pqn_pendulum",
+    "pqn_vdn_pettingzoo",
+)
 NAMES = [name for name in _names("tuned") if name != "none"]
 
 
@@ -118,14 +133,29 @@ def _transitions(agent, env, rng):
     )
 
 
-if __name__ == "__main__":
-    import time
+def compare(name):
+    """Raises `AssertionError` where a configuration gives other numbers than it gave."""
+    expected, found = json.loads(TRACES.read_text())[name], run(name)
+    assert found.keys() == expected.keys()
+    for kind, values in expected.items():
+        np.testing.assert_allclose(found[kind], values, rtol=1e-3, atol=1e-4, err_msg=kind)
 
-    kept = json.loads(TRACES.read_text()) if TRACES.exists() else {}
-    for name in sys.argv[1:] or NAMES:
-        started = time.perf_counter()
-        kept[name] = run(name)
-        print(name, f"{time.perf_counter() - started:.1f} s", flush=True)
+
+def _write(name):
+    kept = json.loads(TRACES.read_text()) | {name: run(name)}
+    rounded = {
+        name: {kind: [float(f"{x:.6g}") for x in values] for kind, values in kept[name].items()}
+        for name in NAMES
+        if name in kept
+    }
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in rounded.items())
+    TRACES.write_text(f"{{\n{lines}\n}}\n")
+
+
+if __name__ == "__main__":
+    do = {"compare": compare, "write": _write}[sys.argv[1]]
+    jax.config.update("jax_disable_most_optimizations", True)  # which compiles sooner
+    for name in sys.argv[2:] or NAMES:
+        do(name)
+        print(name, flush=True)
         jax.clear_caches()
-    kept = {name: kept[name] for name in NAMES if name in kept}
-    TRACES.write_text(json.dumps(kept) + "\n")

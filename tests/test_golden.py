@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from environments import Relay
 from golden_cases import CASES, TRACES, trace
+from golden_configs import NAMES, QUICK, TRACES as CONFIGS, compare
 
 import eqx_q
 
@@ -25,6 +26,15 @@ def test_a_short_training_gives_what_it_gave(name):
     assert found.keys() == expected.keys()
     for kind, values in expected.items():
         np.testing.assert_allclose(found[kind], values, rtol=2e-4, atol=1e-5, err_msg=kind)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_tuned_configuration_begins_as_it_did(name):
+    compare(name)
+
+
+def test_every_tuned_configuration_has_a_trace():
+    assert list(json.loads(CONFIGS.read_text())) == NAMES
 
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name not in OF_RUNS])
