@@ -37,7 +37,7 @@ def run(overrides: list[str], total_steps: int) -> list[float]:
 
         def watch():
             while not ended.wait(_EVERY_SECONDS):
-                samples.extend(_resident_mb(process.pid))
+                samples.extend(resident_mb(process.pid))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -49,7 +49,8 @@ def run(overrides: list[str], total_steps: int) -> list[float]:
     return samples
 
 
-def _resident_mb(pid: int) -> list[float]:
+def resident_mb(pid: int) -> list[float]:
+    """What a process holds, unless it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
