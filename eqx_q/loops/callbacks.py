@@ -5,6 +5,7 @@ Each is called as `callback(run_state, metrics)` at boundaries between chunks; s
 them (`eqx_q.tracking`).
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -24,7 +25,8 @@ from ..progress import Display
 from ..saving.checkpoint import load_latest, newest_checkpoint, save_checkpoint
 from ..sharding import OneDevice, Placement
 from ..tracking import Tracker
-from ..wrappers import Env
+from ..wrappers import Env, Exact
+from ..wrappers.exact import Past
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
 from .running import Metrics, StopTraining
@@ -146,7 +148,7 @@ class Checkpoint:
 
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
     time. `keep`: the newest files that stay; `None`: all. `with_env`: `False` where the environment
-    lives outside JAX, so that its state cannot be saved.
+    lives outside JAX, so that its state cannot be saved (but for `wrappers.Exact`).
     """
 
     overlap = True
@@ -210,9 +212,10 @@ def last_in_words(directory: Path) -> str:
 def restore(directory: Path, env: Env) -> AbstractRunState:
     """The run state of the newest good checkpoint, to hand to `train` with the same `env`.
 
-    Episodes of an environment that lives outside JAX start anew, and the log says so.
+    Episodes of an environment that lives outside JAX are replayed if it is an `Exact` one, else
+    they start anew, and the log says so.
 
-    **Raises:** `UsageError` where there is no good checkpoint.
+    **Raises:** `UsageError` where there is no good checkpoint, or episodes cannot be replayed.
     """
     run_state, path = load_latest(directory)
     run_state = with_env(run_state, env)
@@ -228,9 +231,15 @@ def without_env(run_state: AbstractRunState) -> AbstractRunState:
 
 
 def with_env(run_state: AbstractRunState, env: Env) -> AbstractRunState:
-    """Undoes `without_env`, where that was done: episodes start anew, and the log says so."""
-    if not isinstance(run_state, RunState) or run_state.timestep is not None:
+    """A run state that was saved, to go on in `env`; see `restore`."""
+    if not (isinstance(run_state, RunState) and env.on_host):
         return run_state
+    if isinstance(env, Exact):
+        if not isinstance(run_state.env_state, Past):
+            raise UsageError(
+                "what was done in the environment was not kept: go on with exact_resume=false"
+            )
+        return dataclasses.replace(run_state, env_state=env.resume(run_state.env_state))
     logger.info("the emulators cannot be restored: their episodes start anew")
     fresh = start(run_state.agent, env, key=run_state.key)
     return _with_outside_parts(run_state, _outside_parts(fresh))

@@ -93,6 +93,7 @@ class Settings:
     seed: int
     num_seeds: int
     devices: int | None
+    exact_resume: bool
     log_every: int | None
     eval: EvalSettings
     checkpoint: CheckpointSettings
@@ -116,6 +117,7 @@ def read_settings(config: Config) -> Settings:
         seed=whole(config, "seed"),
         num_seeds=whole(config, "num_seeds", least=1),
         devices=config["devices"],
+        exact_resume=config.get("exact_resume", False),
         log_every=whole_or_none(config, "log_every"),
         eval=EvalSettings(
             every=evaluations,

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..loops.callbacks import (
     TimeBudget,
     Video,
     last_in_words,
-    restore,
+    with_env,
 )
 from ..loops.evolution import PopulationBasedTraining, spread, with_followers
 from ..loops.offline import blocks_of, start_offline, train_offline
@@ -33,11 +34,11 @@ from ..loops.running import Metrics
 from ..loops.source import check_shares
 from ..loops.training import check_lanes, train
 from ..processes import is_first_process
-from ..saving.checkpoint import save
+from ..saving.checkpoint import load_latest, save
 from ..saving.files import alone_in
 from ..sharding import OneDevice, Placement, place_on
 from ..tracking import JsonlTracker, Tracker, Trackers
-from ..wrappers import Env
+from ..wrappers import Env, Exact
 from ..wrappers.host import closing
 from ..wrappers.registry import SUITES
 from .making import (
@@ -89,6 +90,7 @@ def train_run(
         env = stack.enter_context(closing(make_env(config, lanes, shared)))
         agent = make_agent(config, env)
         check_kind(settings, agent)
+        env = _exact(settings, agent, env)
         evolution, pbt = None, settings.pbt
         if pbt is not None:
             settings, evolution = _in_rounds(settings, pbt, agent)
@@ -246,9 +248,19 @@ def check_kind(settings: Settings, agent: Agent) -> None:
         )
 
 
+def _exact(settings: Settings, agent: Any, env: Env) -> Env:
+    """`env`, which is told to keep what a resume replays, where `exact_resume` needs that."""
+    if not (settings.exact_resume and env.on_host and settings.data is None):
+        return env
+    if jax.process_count() > 1:
+        raise UsageError("exact_resume=true is for one process: leave it out, or distributed")
+    updates = math.ceil(settings.total / agent.learns_from.units(settings.num_envs))
+    return Exact(env, updates * agent.learns_from.length)
+
+
 def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> Any:
     """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
-    run_state = restore(directory / "checkpoints", env)
+    run_state, path = load_latest(directory / "checkpoints")
     done, total, kind = _done(run_state), settings.total, settings.kind
     if done >= total and _has_results(kind, directory, done):
         unit = kind.unit.split("_")[-1]
@@ -257,6 +269,8 @@ def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> An
         )
     if done >= total:
         return run_state
+    logger.info("resuming from %s", path)
+    run_state: Any = with_env(run_state, env)
     named = settings.pbt.hyperparameters if settings.pbt else []
     evolving = with_followers(fresh, dict.fromkeys(named))
     todays = {path: x for path, x in fresh.hyperparameters().items() if path not in evolving}
@@ -436,7 +450,7 @@ def _checkpoint(settings: Settings, env, directory) -> Checkpoint:
         directory / "checkpoints",
         every=settings.checkpoint.every,
         keep=settings.checkpoint.keep,
-        with_env=settings.data is not None or not env.on_host,
+        with_env=settings.data is not None or not env.on_host or isinstance(env, Exact),
     )
 
 
