@@ -83,6 +83,9 @@ def test_only_what_needs_it_is_kept(monkeypatch):
     assert isinstance(kept, Exact) and kept.capacity == 24
     for without in ({"exact_resume": False}, {"data": "somewhere"}):
         assert _exact(dataclasses.replace(wanted, **without), agent, host_env) is host_env
+    by_evaluation = settings("exact_resume=true", "pbt.every=9", "pbt.fitness=eval/return")
+    with pytest.raises(UsageError, match=r"give pbt\.fitness=episode_return"):
+        _exact(by_evaluation, agent, host_env)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="exact_resume=true is for one process"):
         _exact(wanted, agent, host_env)

@@ -254,6 +254,11 @@ def _exact(settings: Settings, agent: Any, env: Env) -> Env:
         return env
     if jax.process_count() > 1:
         raise UsageError("exact_resume=true is for one process: leave it out, or distributed")
+    if settings.pbt is not None and settings.pbt.fitness.startswith("eval/"):
+        raise UsageError(
+            "exact_resume=true does not hold for evaluations, which begin new episodes, and by "
+            f"pbt.fitness={settings.pbt.fitness} they decide: give pbt.fitness=episode_return"
+        )
     updates = math.ceil(settings.total / agent.learns_from.units(settings.num_envs))
     return Exact(env, updates * agent.learns_from.length)
 
