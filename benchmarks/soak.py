@@ -73,7 +73,8 @@ def main() -> None:
     directory = args.runs.resolve()
     seen = run(directory, args.override)
     summary = json.loads((directory / "run" / "summary.json").read_text())
-    (tracked,) = aim.Repo(str(directory)).iter_runs()
+    (name,) = json.loads((directory / "run" / "aim.json").read_text())["runs"]
+    tracked = aim.Repo.from_path(str(directory)).request_tree("meta", name, read_only=True)
     steady = np.array(seen["mb"][len(seen["mb"]) // 5 :])  # everything is compiled by then
     hours = np.array(seen["seconds"][len(seen["mb"]) // 5 :]) / 3600
     result: dict[str, Any] = {
@@ -88,7 +89,7 @@ def main() -> None:
         "most_files": max(seen["files"]),
         "files_mb": seen["files_mb"][-1],
         "lines_of_metrics": sum(1 for _ in (directory / "run" / "metrics.jsonl").open()),
-        "aim_run_is_closed": not tracked.active,
+        "aim_run_is_closed": tracked["meta", "chunks", name, "end_time"] is not None,
     }
     print(result)
     write(args.out, result)
