@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from eqx_q.errors import MissingExtraError, UnknownNameError, UsageError
 from eqx_q.processes import abandon, is_first_process, join_processes, requeue
 from eqx_q.run import changeable, whole_or_none
 from eqx_q.run.parts import check_of_chosen, full_overrides
-from eqx_q.saving.files import alone_in
+from eqx_q.saving.files import alone_in, write_whole
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -41,6 +42,8 @@ logger = logging.getLogger("eqx_q")
 
 # One number or a list, which an agent tells apart.
 _OF_MANY_KINDS = {"agent.bins"}
+
+_SEAL = re.compile(rb"# crc32 ([0-9a-f]{8})")  # of a stored configuration
 
 AUTO = "auto"  # of `resume`
 
@@ -228,6 +231,13 @@ def prepare_jax(config: DictConfig) -> None:
         join_processes(**config.distributed)
 
 
+def store_config(config: DictConfig, directory: Path) -> None:
+    """Writes the configuration of a run, with a checksum, which no run earlier than that has."""
+    text = OmegaConf.to_yaml(config, resolve=True).encode()
+    text = b"\n" + text
+    write_whole(directory / "config.yaml", [b"# crc32 %08x" % zlib.crc32(text), text])
+
+
 def stored_config(directory: Path) -> DictConfig:
     """The configuration of a run. Raises `UsageError` where the directory holds none."""
     path = Path(directory) / "config.yaml"
@@ -238,7 +248,16 @@ def stored_config(directory: Path) -> DictConfig:
             f"'{directory}' is not a run directory: there is no config.yaml in it{hint}"
         )
     try:
+        text = path.read_bytes()
+        seal = _SEAL.match(text)
+        if seal is not None and zlib.crc32(text[seal.end() :]) != int(seal[1], 16):
+            raise UsageError(
+                f"'{path}' is damaged or was edited, for its checksum is wrong: undo that, or "
+                "delete the first line, which has it"
+            )
         config = OmegaConf.load(path)
+    except UsageError:
+        raise
     except (OSError, ValueError, yaml.YAMLError):
         config = None
     if not isinstance(config, DictConfig) or "env" not in config:

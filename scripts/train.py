@@ -15,14 +15,14 @@ from _app import (
     resumed,
     run_directory,
     settings,
+    store_config,
     task,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from eqx_q.processes import as_first_says, is_first_process
 from eqx_q.run import finished, train_run
 from eqx_q.saving.checkpoint import checkpoints
-from eqx_q.saving.files import write_whole
 
 logger = logging.getLogger("eqx_q")
 
@@ -55,9 +55,7 @@ def main(config: DictConfig) -> float | None:
         settings(config),
         directory,
         resume=resume,
-        on_start=lambda: write_whole(
-            directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
-        ),
+        on_start=lambda: store_config(config, directory),
     )
     if summary is None:  # another process has the results
         return None

@@ -16,6 +16,7 @@ from _app import (
     prepare_jax,
     run_directory,
     settings,
+    store_config,
     stored_config,
     task,
 )
@@ -53,9 +54,7 @@ def main(config: DictConfig) -> float | None:
         settings(config),
         directory,
         defaults=settings(hydra.compose("tune", [*groups, "tuned=none"])),
-        on_start=lambda: write_whole(
-            directory / "config.yaml", [OmegaConf.to_yaml(config, resolve=True).encode()]
-        ),
+        on_start=lambda: store_config(config, directory),
     )
     best = summary["best"]
     if best is not None:

@@ -36,6 +36,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
+from ..saving.files import unseal
 from ..spaces import hashable, leaves, shapes
 from ..types import Observation
 
@@ -371,7 +372,8 @@ class Dataset:
     @property
     def checksum(self) -> str:
         """Of all its arrays: two data sets of the same rows have the same."""
-        return f"{zlib.crc32(_dump(self._checksums)):08x}"
+        text = json.dumps(self._checksums, indent=1) + "\n"
+        return f"{zlib.crc32(text.encode()):08x}"
 
     def episodes(self) -> Iterator[Rows]:
         """One after the other, each with the row of its final observation."""
@@ -454,22 +456,3 @@ def _bound(values: np.ndarray) -> Any:
         json.dumps((values.flat[0] if same else values).tolist()),
         parse_constant=lambda name: name.replace("Infinity", "inf"),
     )
-
-
-def seal(content: dict[str, Any]) -> bytes:
-    """JSON with a checksum of itself."""
-    return _dump({**content, "crc32": zlib.crc32(_dump(content))})
-
-
-def unseal(sealed: Any) -> dict[str, Any]:
-    """What was sealed, of the JSON that was read. Raises `ValueError` where it has changed."""
-    if not isinstance(sealed, dict) or "crc32" not in sealed:
-        raise ValueError("it has no checksum")
-    content = {name: value for name, value in sealed.items() if name != "crc32"}
-    if zlib.crc32(_dump(content)) != sealed["crc32"]:
-        raise ValueError("its checksum is wrong")
-    return content
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()

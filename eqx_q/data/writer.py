@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
-from ..saving.files import cannot_write, write_whole
+from ..saving.files import cannot_write, seal, unseal, write_whole
 from ..spaces import select
 from .dataset import (
     BLOCK,
@@ -31,8 +31,6 @@ from .dataset import (
     Shard,
     checksum,
     no_action,
-    seal,
-    unseal,
 )
 
 _PROGRESS = "progress.json"

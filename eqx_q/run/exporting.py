@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ..agents import Agent, Population
-from ..errors import CorruptFileError, UsageError
+from ..errors import UsageError
 from ..policy import Policy
 from ..saving.exporting import export
 from ..saving.files import write_whole
@@ -215,8 +215,6 @@ def _versions(config: Config, summary: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise CorruptFileError(f"'{path}' is damaged: delete it") from None

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import itertools
+import json
+import logging
 import time
 import uuid
 import warnings
@@ -12,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptFileError, UsageError
+from ..saving.files import sealed, unseal
 from .space import Space, import_optuna
+
+logger = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "random", "grid")
 STUDY = "study.journal"
@@ -53,7 +58,10 @@ class SharedStudy:
         self.alone = _Lock(directory / ".alone.lock")
         self._name = uuid.uuid4().hex
         self._alive = _Lock(self._workers / self._name)
-        self._alive.acquire()
+        with self.alone:  # nobody is taken for dead who is about to lock
+            for worker in self._workers.iterdir():
+                self._is_alive(worker.name)  # what the dead left goes
+            self._alive.acquire()
         try:
             self.study = _open(directory / STUDY, "maximize" if maximize else "minimize")
         except BaseException:
@@ -202,10 +210,15 @@ def _open(path: Path, direction: str) -> Any:
     """The study that a file holds, made where there is none."""
     optuna = import_optuna()
     lock = _Lock(path.with_name(f"{path.name}.lock"))
-    with lock:
-        _drop_half_line(path)
-    backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)  # pyright: ignore
+
+    class Journal(optuna.storages.journal.JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            super().append_logs([sealed(log) for log in logs])
+
     try:
+        with lock:
+            _check_lines(path)
+        backend = Journal(str(path), lock_obj=lock)  # pyright: ignore
         return optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
             study_name="search",
@@ -216,16 +229,23 @@ def _open(path: Path, direction: str) -> Any:
         raise
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         raise CorruptFileError(
-            f"'{path}' is damaged ({type(error).__name__}: {error}): delete the lines that are no "
-            "JSON, or begin the search anew in another directory"
+            f"'{path}' is damaged ({type(error).__name__}: {error}): delete that line, or "
+            "begin the search anew in another directory"
         ) from None
 
 
-def _drop_half_line(path: Path) -> None:
-    """What a killed process did not write to the end; the next line would follow on it."""
-    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+def _check_lines(path: Path) -> None:
+    """Raises `ValueError` where one is damaged. Half of one, at the end, a killed process left."""
+    *lines, half = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            unseal(json.loads(line), required=False)  # earlier versions have no checksum
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    if half:  # the next line would follow on it
+        logger.warning("the last line of '%s' is half written: it is left out", path)
         with open(path, "r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+            file.truncate(path.stat().st_size - len(half))
 
 
 class _Lock:

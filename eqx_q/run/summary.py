@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -12,26 +13,44 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..errors import CorruptFileError
 from ..loops.evaluation import Episodes
-from ..saving.files import write_whole
+from ..saving.files import seal, unseal, write_whole
 from ..wrappers.registry import SUITES
+
+logger = logging.getLogger(__name__)
 
 _SUITE_PACKAGES = (*(suite.package for suite in SUITES.values()), "mpe2")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON; what is not finite becomes `null`."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    write_whole(path, [text.encode()])
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes indented JSON with a checksum of itself; what is not finite becomes `null`."""
+    write_whole(path, [seal(_finite(value))])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, or an earlier version without a checksum.
+
+    **Raises:** `CorruptFileError` where it is damaged, `OSError` where it cannot be read.
+    """
+    try:
+        return unseal(json.loads(path.read_bytes()), required=False)
+    except ValueError as error:
+        raise CorruptFileError(
+            f"'{path}' is damaged or was edited ({error}): make it anew, or delete it"
+        ) from error
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
     """The summary of a run that came to its end and whose agent is there, else `None`."""
     try:
-        summary = json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError):
+        summary = read_json(directory / "summary.json")
+    except CorruptFileError as error:
+        logger.warning("%s; the run counts as not finished, and a resume ends it again", error)
         return None
-    is_done = isinstance(summary, dict) and summary.get("status") == "done"
+    except OSError:
+        return None
+    is_done = summary.get("status") == "done"
     return summary if is_done and (directory / "agent.eqx").exists() else None
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from ..clock import clock
 from ..errors import MissingExtraError, UnknownNameError, UsageError
 from ..saving.files import write_whole
+from ..tracking import read_metrics
 from .settings import Config, env_name, flat
 from .statistics import human_normalised, interval, iqm
 from .summary import finished, write_json
@@ -131,12 +131,15 @@ def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, 
 
 def _results(config: Config, directory: Path, setting: str, metric: str) -> Iterator[Result]:
     """Of every seed of a run, if it is finished."""
-    values = (finished(directory) or {}).get(f"{metric}_per_seed")
+    summary = finished(directory) or {}
+    values = summary.get(f"{metric}_per_seed")
     if values is None:
         return
     suite, name = config["env"]["suite"], config["env"]["name"]
     game = name.partition("-v")[0] if suite == "envpool" else ""
-    curves = _read_curves(directory / "metrics.jsonl", METRICS[metric], len(values))
+    done = summary.get("env_steps") or summary.get("num_updates", 0)
+    rows = read_metrics(directory / "metrics.jsonl", done)
+    curves = _curves_of(rows, METRICS[metric], len(values))
     for member, value in enumerate(values):
         if value is not None:
             normalised = human_normalised(game, np.array(value))
@@ -152,10 +155,11 @@ def _results(config: Config, directory: Path, setting: str, metric: str) -> Iter
             )
 
 
-def _read_curves(path: Path, name: str, members: int) -> list[list[tuple[int, float]]]:
+def _curves_of(
+    rows: Iterable[dict[str, Any]], name: str, members: int
+) -> list[list[tuple[int, float]]]:
     curves = [[] for _ in range(members)]
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in rows:
         if row.get(name) is not None:
             for curve, value in zip(curves, np.atleast_1d(row[name]), strict=True):
                 if value is not None:

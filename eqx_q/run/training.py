@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import time
@@ -37,7 +36,7 @@ from ..processes import is_first_process
 from ..saving.checkpoint import load_latest, save
 from ..saving.files import alone_in
 from ..sharding import OneDevice, Placement, place_on
-from ..tracking import JsonlTracker, Tracker, Trackers
+from ..tracking import JsonlTracker, Tracker, Trackers, read_metrics
 from ..wrappers import Env, Exact
 from ..wrappers.host import closing
 from ..wrappers.registry import SUITES
@@ -56,7 +55,7 @@ from .making import (
 )
 from .replaying import keep_diverged
 from .settings import ONLINE, Config, Kind, PBTSettings, Settings, env_name, given, read_settings
-from .summary import episode_means, provenance, write_json
+from .summary import episode_means, provenance, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,17 +119,15 @@ def train_run(
             )
         has_learnt = run_state is not None and _done(run_state) >= settings.total
         if not is_first_process():  # the first one writes, evaluates, and says when to stop
-            with (
-                Interrupt(place) as interrupt,
-                contextlib.suppress(DivergedError),
-            ):  # the first tells it
+            told = contextlib.suppress(DivergedError)  # by the first one
+            with Interrupt(place) as interrupt, told:
                 if not has_learnt:
                     learn(callbacks=[interrupt])
             return None
         crew = _crew(settings, directory, env, run_state, evolution, place, stack)
         on_start()
         if has_learnt:
-            _end_again(settings, directory, crew, run_state)
+            _end_again(settings, crew, run_state)
         else:
             logger.info("compiling, and making the first steps")
             try:
@@ -286,20 +283,18 @@ def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> An
 def _has_results(kind: Kind, directory: Path, done: int) -> bool:
     """Whether the agent and the summary of a run that came so far are there."""
     try:
-        summary = json.loads((directory / "summary.json").read_text())
+        summary = read_json(directory / "summary.json")
         return summary[kind.unit] >= done and (directory / "agent.eqx").exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _end_again(settings: Settings, directory: Path, crew: "_Crew", run_state: Any) -> None:
+def _end_again(settings: Settings, crew: "_Crew", run_state: Any) -> None:
     """What was left to do where a run was killed after its last checkpoint.
 
     How long training took is not known any more.
     """
     kind, total = settings.kind, settings.total
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        crew.recorder(run_state, json.loads(line) | {kind.metric: total})
     metrics = {
         kind.unit: _done(run_state),
         kind.metric: total,
@@ -339,11 +334,10 @@ def _crew(
     budget = TimeBudget(np.inf if limit is None else limit)
     begin = 0 if run_state is None else _done(run_state)
     tracker = close_later(stack, _tracker(settings, directory, begin))
-    lines = (directory / "metrics.jsonl").read_text().splitlines()  # of before a resume
     evaluation = make_evaluation(settings, env, budget, stack)
     recorder = _Recorder(begin)
-    for line in lines:
-        recorder.remember_best(json.loads(line))
+    for row in read_metrics(directory / "metrics.jsonl", begin):  # of before a resume
+        recorder(run_state, row | {settings.kind.metric: settings.total})
     keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(settings, env, directory)
     interrupt = stack.enter_context(Interrupt(place))
@@ -352,9 +346,9 @@ def _crew(
         evaluation,
         evolution,
         recorder,
+        tracker,  # a line for each step that is resumed from; later ones are dropped then
         keeper,
         checkpoint,
-        tracker,
         close_later(stack, Progress()),
         _video(settings, env, directory, tracker, budget, stack),
     ]

@@ -1,10 +1,13 @@
-"""Writing files so that they are there whole or not at all."""
+"""Writing files so that they are there whole or not at all, and knowing when they are damaged."""
 
 import contextlib
 import fcntl
+import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 
@@ -55,6 +58,36 @@ def alone_in(directory: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is to be JSON, with a checksum of itself."""
+    return {**content, "crc32": zlib.crc32(_dump(content))}
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """JSON with a checksum of itself."""
+    return _dump(sealed(content))
+
+
+def unseal(content: Any, *, required: bool = True) -> dict[str, Any]:
+    """What was sealed, of the JSON that was read.
+
+    Raises `ValueError` where it has changed; where it has no checksum, if that is `required`.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no object of JSON")
+    content = dict(content)
+    found = content.pop("crc32", None)
+    if found is None and required:
+        raise ValueError("it has no checksum")
+    if found is not None and zlib.crc32(_dump(content)) != found:
+        raise ValueError("its checksum is wrong")
+    return content
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:

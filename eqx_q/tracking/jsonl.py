@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..clock import clock
-from ..saving.files import cannot_write, write_whole
+from ..saving.files import cannot_write, sealed, unseal, write_whole
 from .tracker import Tracker
 
 _logger = logging.getLogger(__name__)
@@ -19,8 +19,9 @@ _logger = logging.getLogger(__name__)
 class JsonlTracker(Tracker):
     """Appends one JSON object per call of `log` to a file, which is complete at any moment.
 
-    What is not finite becomes `null`; samples become a few statistics. A half line that a killed
-    run left is dropped. Where the disk is full, lines are lost, and the run goes on.
+    What is not finite becomes `null`; samples become a few statistics; `crc32` is a checksum of the
+    line. What is half written or damaged is dropped when a run is taken up, and a warning says so.
+    Where the disk is full, lines are lost, and the run goes on.
 
     **Arguments:**
 
@@ -41,7 +42,12 @@ class JsonlTracker(Tracker):
         self._path = Path(path)
         self._value_axes = 0 if num_members is None else 1
         self._warned = False
-        write_whole(self._path, _good_lines(self._path, resume_step))
+        lines = (
+            line
+            for line, row in _good_lines(self._path)
+            if resume_step is None or clock(row).done <= resume_step
+        )
+        write_whole(self._path, lines)
         try:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -51,7 +57,8 @@ class JsonlTracker(Tracker):
         """Appends a line."""
         values = {name: self._plain(value) for name, value in metrics.items()}
         unit = clock({"env_steps": step, **metrics}).unit
-        line = json.dumps({unit: step, **values}, default=str).encode() + b"\n"
+        row = json.loads(json.dumps({unit: step, **values}, default=str))
+        line = json.dumps(sealed(row)).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) < len(line):
@@ -94,15 +101,31 @@ def _finite(array: Any) -> Any:
     return array.tolist()
 
 
-def _good_lines(path: Path, resume_step: int | None) -> Iterator[bytes]:
-    """The lines of a file that are whole, and not later than `resume_step`."""
+def read_metrics(path: str | os.PathLike, until: int = 0) -> Iterator[dict[str, Any]]:
+    """What was logged to a file, line by line; a warning tells what is damaged or missing.
+
+    **Arguments:** `until`: how far the run has come, which the last line should tell.
+    """
+    done = 0
+    for _, row in _good_lines(Path(path)):
+        done = max(done, clock(row).done)
+        yield row
+    if done < until:
+        _logger.warning("'%s' ends at %d of %d: later lines are missing", path, done, until)
+
+
+def _good_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file that are whole, and what they say."""
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
-                step = clock(json.loads(line)).done
-            except (ValueError, KeyError, TypeError, AttributeError):  # no metrics of ours
+                row = unseal(json.loads(line), required=False)  # earlier versions have no checksum
+                clock(row)
+            except (ValueError, KeyError, TypeError):  # no metrics of ours
+                _logger.warning(
+                    "line %d of '%s' is damaged or half written: it is left out", number, path
+                )
                 continue
-            if line.endswith(b"\n") and (resume_step is None or step <= resume_step):
-                yield line
+            yield line.removesuffix(b"\n") + b"\n", row

@@ -1,0 +1,185 @@
+"""A file system that fails: calls that change files are counted, and one of them goes wrong.
+
+It stands before `open`, the files that are opened to write, and `os`: by these eqx_q, Hydra, Optuna
+and Matplotlib change files. It does not see what C code writes by itself (HDF5, maps of memory).
+"""
+
+import builtins
+import errno
+import functools
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KILLED = 137
+_OPENS_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_ON_PATHS = ("mkdir", "rmdir", "unlink", "remove", "truncate")
+_ON_TWO_PATHS = ("rename", "replace", "link", "symlink")  # the second of which is made
+_ON_FILES = ("write", "fsync", "fdatasync", "ftruncate")
+# A full disk refuses the others not.
+_NEEDS_SPACE = {"open", "write", "mkdir", *_ON_TWO_PATHS, "fsync", "fdatasync"}
+
+
+class Faults:
+    """Counts calls that change files below a directory, and lets one of them go wrong.
+
+    **Arguments:** `root`: the directory. `point`: which call it is, from 0; `None`: none. `mode`:
+    what goes wrong there; `trace`: a file elsewhere that gets a line for each call. Of `mode`
+
+    - `"kill"` ends the process before that call, and nothing is cleaned up;
+    - `"torn"` ends it after that call, or after half of what it writes;
+    - `"full"` is a full disk: half of that write fits, and nothing after it;
+    - `"stop"` stops the process before that call, until somebody continues it.
+    """
+
+    def __init__(
+        self, root: Path, point: int | None = None, mode: str = "kill", trace: Path | None = None
+    ):
+        self._root, self._point, self._mode = f"{root.resolve()}{os.sep}", point, mode
+        self._count, self._lock = 0, threading.RLock()
+        self._write = os.write  # before it is replaced
+        self._trace = trace and os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def install(self) -> None:
+        """Stands before the calls, for the rest of the process."""
+        self._open = builtins.open
+        builtins.open = io.open = self._opened
+        for names, which in ((_ON_PATHS, 0), (_ON_TWO_PATHS, 1), (_ON_FILES, 0)):
+            for name in names:
+                setattr(os, name, self._guarded(name, getattr(os, name), which))
+        opens = os.open
+        guarded = self._guarded("open", opens, 0)
+
+        def os_open(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+            call = guarded if flags & _OPENS_TO_WRITE else opens
+            return call(path, flags, *arguments, **options)
+
+        os.open = os_open
+
+    def call(self, name: str, path: Any, whole: Callable[[], Any], half: Any = None) -> Any:
+        """Makes a call, unless it goes wrong. `half`: makes half of it, where it has one."""
+        if not self._concerns(path):
+            return whole()
+        with self._lock:
+            number, self._count = self._count, self._count + 1
+            if self._trace:
+                self._write(self._trace, f"{name} {_path(path)}\n".encode())
+            if self._mode == "full":
+                is_full = self._point is not None and number >= self._point
+                if is_full and name in _NEEDS_SPACE:
+                    if half is not None and number == self._point:
+                        return half()
+                    which = () if name in _ON_FILES else (_path(path),)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *which)
+            elif number == self._point and self._mode == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif number == self._point:
+                try:
+                    if self._mode == "torn":
+                        (half or whole)()
+                finally:
+                    os._exit(KILLED)
+            return whole()
+
+    def _concerns(self, path: Any) -> bool:
+        name = _path(path)
+        is_stream = isinstance(path, int) and not name.startswith(os.sep)  # as "pipe:[12]"
+        return not is_stream and f"{os.path.abspath(name)}{os.sep}".startswith(self._root)
+
+    def _guarded(self, name: str, call: Any, which: int) -> Any:
+        @functools.wraps(call)
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            whole = functools.partial(call, *arguments, **options)
+            half = None
+            if name == "write":
+                file, data = arguments
+                half = functools.partial(call, file, data[: len(data) // 2])
+            return self.call(name, arguments[which], whole, half)
+
+        return guarded
+
+    def _opened(
+        self,
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        closefd: bool = True,
+        opener: Any = None,
+    ) -> Any:
+        if not set(mode) & set("wax+") or not self._concerns(file):
+            return self._open(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        raw_mode = mode.replace("b", "").replace("t", "")
+        raw = self.call("open", file, lambda: _File(self, file, raw_mode, closefd, opener))
+        if buffering == 0:
+            return raw
+        buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+        if "b" in mode:
+            return buffered
+        return io.TextIOWrapper(buffered, encoding, errors, newline, line_buffering=buffering == 1)
+
+
+class _File(io.FileIO):
+    """A file whose writes may go wrong."""
+
+    def __init__(self, faults: Faults, *arguments: Any):
+        self._faults = faults
+        super().__init__(*arguments)
+
+    def write(self, data: Any) -> int:
+        data, write = memoryview(data).cast("B"), super().write
+        half = functools.partial(write, data[: len(data) // 2])
+        return self._faults.call("write", self.fileno(), functools.partial(write, data), half)
+
+    def truncate(self, size: int | None = None) -> int:
+        whole = functools.partial(super().truncate, size)
+        return self._faults.call("ftruncate", self.fileno(), whole)
+
+
+def _path(path: Any) -> str:
+    return os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)
+
+
+def start(
+    action: Callable[[], Any], faults: Faults | None = None, output: Path = Path(os.devnull)
+) -> int:
+    """Begins an action in a process of its own, with faults; the number of the process.
+
+    What it prints is in `output`. It is forked, so that imports cost nothing: before JAX begins.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        if faults is not None:
+            faults.install()
+        action()
+        status = 0
+    except SystemExit as exit:
+        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        if isinstance(exit.code, str):
+            print(exit.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def wait(process: int) -> int:
+    """How it ended: its exit status, or less than 0 where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
