@@ -111,6 +111,12 @@ def test_keeps_the_newest(tmp_path):
     assert (tmp_path / "c" / "000000000300.ckpt").exists()
 
 
+def test_what_a_killed_process_left_of_a_checkpoint_goes_with_the_next(tmp_path):
+    (tmp_path / ".000000000001.ckpt.tmp").write_bytes(b"half of one")
+    save_checkpoint(tmp_path, 1, 2)  # which is at another step
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000002.ckpt"]
+
+
 @pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-3])])
 def test_falls_back_to_the_one_before(tmp_path, caplog, damage):
     for step in (1, 2):

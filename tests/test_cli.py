@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 import eqx_q
+from eqx_q.loops import callbacks
 from eqx_q.run import make_agent, make_env, provenance
 from eqx_q.run.making import emulator_seed
-from eqx_q.saving.checkpoint import checkpoints, load, save
+from eqx_q.saving.checkpoint import checkpoints, load, save, save_checkpoint
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
 
@@ -113,6 +114,29 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.adam_epsilon=1e-5")
     assert status == 1
     assert "leave out 'agent.optimizer.eps=1e-5' (of the agent" in err
+
+
+def test_killed_after_a_checkpoint_a_run_tells_the_same(script, tmp_path, monkeypatch):
+    command = [*SMALL, *QUIET, "total_steps=704", "checkpoint.every=64", "log_every=1"]
+    assert script("train", *command, "hydra.run.dir=whole")[0] == 0
+
+    def save_and_die(directory, run_state, step, keep):
+        path = save_checkpoint(directory, run_state, step, keep)
+        if step == 640:  # in the last tenth
+            raise KeyboardInterrupt
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "save_checkpoint", save_and_die)
+        assert script("train", *command, "hydra.run.dir=killed")[0] == 1
+    assert script("train", "resume=killed")[0] == 0
+    told = []
+    for name in ("whole", "killed"):
+        rows = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        returns = [(row["env_steps"], row["episode_return"]) for row in rows]
+        told.append((returns, summary["train_return_per_seed"]))
+    assert told[0] == told[1] and told[0][1] != [None]
 
 
 @pytest.mark.parametrize("where", [[], ["hydra.run.dir=run"]])

@@ -219,6 +219,9 @@ def test_processes_share_a_search_and_give_up_what_the_dead_left(tmp_path):
     states = [t.state.name for t in one.study.get_trials()]
     assert states == ["RUNNING"] * 3 + ["COMPLETE"] * 2 + ["FAIL", "RUNNING"]
     one.close()
+    (tmp_path / "workers" / "killed").touch()  # before it had trials
+    open_study(tmp_path).close()
+    assert list((tmp_path / "workers").iterdir()) == []
 
 
 def test_a_grid_is_every_combination_once(tmp_path):
@@ -273,6 +276,15 @@ def test_a_storage_that_is_locked_damaged_or_half_written(tmp_path, monkeypatch)
         with pytest.raises(CorruptFileError, match=r"study.journal' is damaged"):
             open_study(tmp_path)
     assert not list((tmp_path / "workers").iterdir())
+    lines = whole.splitlines(keepends=True)
+    for number, line in enumerate(lines):  # of each, one bit in the middle is another
+        at = len(line) // 2
+        flipped = line[:at] + bytes([line[at] ^ 1]) + line[at + 1 :]
+        journal.write_bytes(b"".join([*lines[:number], flipped, *lines[number + 1 :]]))
+        with pytest.raises(
+            CorruptFileError, match=rf"study.journal' is damaged .*line {number + 1}: "
+        ):
+            open_study(tmp_path)
 
 
 # ---- searches

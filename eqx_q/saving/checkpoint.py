@@ -96,7 +96,7 @@ def save_checkpoint(
         raise UsageError(f"keep={keep}: give a whole number of checkpoints to keep, 1 or more")
     path = Path(directory) / f"{step:012d}.ckpt"
     save(path, tree)
-    for half in path.parent.glob(".*.ckpt.tmp"):  # of a killed process, at another step
+    for half in path.parent.glob(".[0-9]*.ckpt.tmp"):  # of a killed process, at another step
         half.unlink(missing_ok=True)
     if keep is None:
         return path
