@@ -17,12 +17,14 @@ or somebody says that it is not.
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import os
 import random
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -439,10 +441,11 @@ def writers(harness: Harness, name: str) -> dict[str, Any]:
 
 def _digest(tree: Any) -> str:
     import jax
+    import jax.numpy as jnp
 
     digest = hashlib.sha256()
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         digest.update(np.asarray(x).tobytes() if hasattr(x, "dtype") else repr(x).encode())
     return digest.hexdigest()
@@ -456,16 +459,20 @@ def _read_data(directory: Path) -> Any:
     return dataset.description.as_json(), dataset.shards, _digest(dataset.rows)
 
 
+def _stored(directory: Path) -> Any:
+    """The configuration of a run, as scripts read it."""
+    app: Any = importlib.import_module("_app")
+    return app.settings(app.stored_config(directory))
+
+
 def _read_run(directory: Path) -> Any:
     """All that training, evaluating, summarizing, recording and exporting read of a run."""
-    from _app import settings, stored_config
-
     from eqx_q.run import finished
     from eqx_q.run.evaluation import trained_agent
     from eqx_q.saving.checkpoint import load_latest
     from eqx_q.tracking import read_metrics
 
-    config = settings(stored_config(directory))
+    config = _stored(directory)
     summary = finished(directory)
     state, path = load_latest(directory / "checkpoints")
     rows = list(read_metrics(directory / "metrics.jsonl", int(path.stem)))
@@ -473,13 +480,11 @@ def _read_run(directory: Path) -> Any:
 
 
 def _read_search(directory: Path) -> Any:
-    from _app import settings, stored_config
-
     from eqx_q.run import finished
     from eqx_q.run.space import read_space
     from eqx_q.run.study import SharedStudy
 
-    config = settings(stored_config(directory))
+    config = _stored(directory)
     study = SharedStudy(directory, read_space(config), sampler="tpe", maximize=False)
     try:
         trials = [(t.number, t.value, t.params, t.state.name) for t in study.finished]
@@ -515,7 +520,7 @@ def _flip_all(harness: Harness, number: int, result: Path) -> None:
     told: dict[str, Any] = {}
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
+    handler.emit = records.append  # pyright: ignore[reportAttributeAccessIssue]
     logging.getLogger().addHandler(handler)
     for name, (read, share) in _READS.items():
         directory = harness.references / name
@@ -583,7 +588,9 @@ def warm() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join([*PROGRAMS, "writers", "flips"]))
     parser.add_argument("--points", type=int, help="of each program and mode; default: all")
     parser.add_argument("--flips", type=int, default=2000)

@@ -18,6 +18,7 @@ from .evaluation import trained_agent
 from .making import learnt
 from .parts import chosen_options
 from .settings import Config, env_name, given, in_use
+from .summary import read_json
 
 
 def export_run(
