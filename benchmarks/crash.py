@@ -427,7 +427,7 @@ def writers(harness: Harness, name: str) -> dict[str, Any]:
             os.kill(first, signal.SIGCONT)
             # It may find that the other one has done it all.
             found += _unclear(wait(first), harness.said("crash"))
-        found += harness.mend(name, None)
+        found += harness.mend(name, PROGRAMS[name].before(harness.place, "full"))
         if found:
             failed.append({"call": f"{point} {calls[point]}", "found": found})
             print(f"\n{name} {failed[-1]}", flush=True)
