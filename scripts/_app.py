@@ -65,6 +65,18 @@ _KINDS: list[tuple[Any, str]] = [
 ]
 
 
+class LogFile(logging.FileHandler):
+    """A file of messages, which the terminal has too: a full disk takes none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes, if that can be."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
+
+
 def launch(main: Callable[[], Any]) -> None:
     """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
