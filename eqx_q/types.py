@@ -52,6 +52,9 @@ class Count(eqx.Module):
     def __int__(self) -> int:
         return int(np.asarray(self))
 
+    def __float__(self) -> float:
+        return float(np.asarray(self))
+
 
 class Episode(eqx.Module):
     """Statistics of the game's own episode: unclipped rewards, lost lives do not end it.

@@ -100,7 +100,7 @@ def lanes(found):
         "difference": difference(one, eight),
         "resumed on one": difference(one, continued),
         "half": int(half.num_updates),
-        "devices of the result": len(eight.learnt.devices()),
+        "devices of the result": len(eight.learnt.low.devices()),
         "metrics": [[h[-1]["loss"], h[-1]["transitions"]] for h in (history, history_of_eight)],
         "collectives": exchanged,
         "arrays": len(jax.tree.leaves(eqx.filter(agent.network, eqx.is_inexact_array))),

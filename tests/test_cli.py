@@ -177,7 +177,7 @@ def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
 
 def test_a_sweep_ends_where_one_of_its_runs_is_stopped(script, monkeypatch):
     summary = {"status": "stopped", "env_steps": 1, "steps_per_second": 1.0}
-    summary |= {"eval_return_per_seed": None, "eval_return_mean": None}
+    summary |= {"eval_return_per_seed": None, "eval_return_mean": None, "preempted": False}
     runs = []
     train_run = lambda *arguments, **options: runs.append(arguments) or summary  # noqa: E731
     monkeypatch.setattr("eqx_q.run.train_run", train_run)
@@ -354,7 +354,7 @@ def test_a_missing_extra_is_named(script, monkeypatch):
 
 
 class Spoiled(gymnasium.Env):
-    """Rewards are not a number from some step of the process on."""
+    """From some step of the process on rewards are so large that their squares are infinite."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -366,11 +366,10 @@ class Spoiled(gymnasium.Env):
 
     def step(self, action):
         Spoiled.steps_left -= 1
-        reward = 1.0 if Spoiled.steps_left > 0 else np.nan
+        reward = 1.0 if Spoiled.steps_left > 0 else 1e30
         return np.zeros(2, np.float32), reward, Spoiled.steps_left % 7 == 0, False, {}
 
 
-@pytest.mark.filterwarnings("ignore:.*reward is a NaN")
 def test_a_diverged_run_names_its_last_good_checkpoint(script, tmp_path, monkeypatch):
     gymnasium.register("Spoiled-v0", entry_point=Spoiled)
     options = [*SMALL, *QUIET, "env=gymnasium", "env.name=Spoiled-v0", "env.vectorization=sync"]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -88,6 +89,7 @@ class GymnasiumHost(Host):
             return function(*arguments, **options)
         except (EOFError, OSError) as error:
             processes = getattr(self.vector, "processes", [])
+            multiprocessing.connection.wait([one.sentinel for one in processes], timeout=5)
             dead = [str(lane) for lane, one in enumerate(processes) if not one.is_alive()]
             if not dead:
                 raise

@@ -121,7 +121,7 @@ def test_a_process_that_raises_or_hangs_is_restarted_and_one_that_dies_is_told()
     np.testing.assert_array_equal(seen.obs[:, :, 0], [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]])
     np.testing.assert_array_equal(seen.first[:, 0], [True, False, True, False, True])
     dying = wrappers.make(InProcess, 2, vectorization="async", how="dies")
-    with pytest.raises(LaneError, match="the process of lane 0, 1 died"), closing(dying) as env:
+    with pytest.raises(LaneError, match=r"the process of lane (0|1|0, 1) died"), closing(dying) as env:
         play(env, 4)
 
 
