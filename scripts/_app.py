@@ -88,6 +88,7 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [here, *paths])))
     # As Ctrl-C, with which joblib ends those runs too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    noticed = signal.signal(signal.SIGUSR1, _notice)
     try:
         main()
     except _RunFailed:
@@ -105,6 +106,15 @@ def launch(main: Callable[[], Any]) -> None:
         _fail(str(interruption) or _INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, noticed)
+
+
+def _notice(number: int, frame: object) -> None:
+    """Of preemption, where there is nothing to save yet, or no more: the job starts again."""
+    if f"resume={AUTO}" in sys.argv and os.environ.get("SLURM_PROCID", "0") == "0":
+        with contextlib.suppress(UsageError):
+            requeue()
+    raise KeyboardInterrupt
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -135,14 +145,14 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     return wrapped
 
 
-def end_preempted(config: DictConfig, summary: Mapping[str, Any]) -> None:
+def end_preempted(summary: Mapping[str, Any], *, goes_on: bool) -> None:
     """Where Slurm gave notice that it ends this job, asks it to start the job again.
 
-    Not where the same command would begin anew, instead of going on.
+    Not unless the same command `goes_on`, instead of beginning anew.
     """
     if not summary["preempted"]:
         return
-    if not goes_on(config):
+    if not goes_on:
         logger.warning("not requeued, since that would start anew: resume=auto goes on")
         return
     try:

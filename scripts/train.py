@@ -39,6 +39,7 @@ def main(config: DictConfig) -> float | None:
         begin(config)
     if config.get("data"):
         config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
+    again = resume or goes_on(config)
     directory = run_directory(config, resume=resume)
     if goes_on(config):
         summary = finished(directory)
@@ -62,7 +63,7 @@ def main(config: DictConfig) -> float | None:
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
-        end_preempted(config, summary)
+        end_preempted(summary, goes_on=again)
         end_sweep()
     return summary["eval_return_mean"]
 

@@ -10,6 +10,7 @@ from _app import (
     CONF,
     begin,
     end_preempted,
+    goes_on,
     hydra,
     launch,
     overridden,
@@ -61,7 +62,7 @@ def main(config: DictConfig) -> float | None:
         logger.info("best: %s %.4g in trial %d, %s", config.metric, *_of(best), best["params"])
     if summary["status"] == "stopped":
         logger.info("stopped: go on with `python scripts/tune.py resume=%s`", directory)
-        end_preempted(config, summary)
+        end_preempted(summary, goes_on=resume or goes_on(config))
     elif config.install and best is not None:
         path = CONF / "tuned" / f"{config.chosen.agent}_{config.chosen.env}.yaml"
         shipped = hydra.compose("tune", groups) if path.exists() else None

@@ -255,3 +255,18 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):
         assert not left and "once more to quit at once" in capsys.readouterr().err
         signal.raise_signal(signal.SIGINT)
     assert left == [130]
+
+
+def test_a_notice_is_no_first_signal_and_comes_too_late_after_one(monkeypatch):
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    with Interrupt() as interrupt:
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert interrupt.received and interrupt.noticed and not left
+        signal.raise_signal(signal.SIGTERM)
+    assert left == [143]
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGUSR1)
+        assert interrupt.received and not interrupt.noticed

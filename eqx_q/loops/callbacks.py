@@ -232,7 +232,9 @@ def without_env(run_state: AbstractRunState) -> AbstractRunState:
 
 def with_env(run_state: AbstractRunState, env: Env) -> AbstractRunState:
     """A run state that was saved, to go on in `env`; see `restore`."""
-    if not (isinstance(run_state, RunState) and env.on_host):
+    if not isinstance(run_state, RunState):
+        return run_state
+    if not env.on_host and run_state.timestep is not None:
         return run_state
     if isinstance(env, Exact):
         if not isinstance(run_state.env_state, Past):
@@ -373,7 +375,7 @@ class Interrupt:
     """
 
     def __init__(self, place: Placement = OneDevice()):  # noqa: B008
-        self.received = self.noticed = False
+        self.received = self.noticed = self._asked = False
         self._place = place
         self._previous: dict[int, Any] = {}
 
@@ -397,8 +399,11 @@ class Interrupt:
             raise StopTraining
 
     def _receive(self, number: int, frame: object) -> None:
-        notice = number == signal.SIGUSR1
-        if self.received and not notice and not self.noticed:
+        if number == signal.SIGUSR1:
+            self.noticed |= not self._asked
+        elif self._asked:
             os._exit(128 + number)
-        self.received, self.noticed = True, self.noticed or notice
+        else:
+            self._asked = True
+        self.received = True
         print("\nstopping at the next boundary (once more to quit at once)", file=sys.stderr)

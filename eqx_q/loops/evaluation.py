@@ -178,7 +178,9 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
         key, act_key, env_key = jax.random.split(state.key, 3)
         decision = decide(agent, state.timestep, state.memory, epsilon=epsilon, key=act_key)
         env_state, timestep = env.step(state.env_state, decision.action, env_key)
-        episode, anew = timestep.episode, state.timestep.episode.ended  # not `first`: see lives
+        # Not where `first` alone is: a lost life ends no episode. But where a lane broke.
+        broken = timestep.first & ~state.timestep.ended
+        episode, anew = timestep.episode, state.timestep.episode.ended | broken
         cut_length = jnp.where(anew, 0, state.cut_length)
         cut_return = jnp.where(anew, 0.0, state.cut_return)
         length = episode.length - cut_length

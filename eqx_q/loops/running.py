@@ -1,6 +1,7 @@
 """What every training does on the host: cut it into chunks, tell callbacks, keep a history."""
 
 import concurrent.futures
+import contextlib
 import functools
 import math
 import time
@@ -76,7 +77,6 @@ def run(
     started = time.perf_counter()
     state, _ = jax.block_until_ready(advance(state, 0))
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
-    observe = None  # what observers still have to do for the boundary before
     stopped = False
     rescuing = _Rescue(boundaries.callbacks)
     with rescuing, concurrent.futures.ThreadPoolExecutor(1) as waiter:
@@ -85,7 +85,7 @@ def run(
             dispatched = time.perf_counter()
             state, on_device = advance(state, length)
             ready = waiter.submit(_time_when_ready, on_device)
-            stopped = bool(place.agreed(observe is not None and observe()))
+            stopped = bool(place.agreed(rescuing.observe()))
             seconds = ready.result() - dispatched
             times["train_seconds"] += seconds
             times["wall_seconds"] = time.perf_counter() - started
@@ -107,9 +107,8 @@ def run(
             good = seen if boundaries.callbacks else None  # else its memory has been reused
             rescuing.last = good, metrics
             observers = _observers(boundaries.callbacks if stopped else due)
-            observe = functools.partial(_observe, observers, seen, metrics)
-    if observe is not None:
-        observe()
+            rescuing.pending = functools.partial(_observe, observers, seen, metrics)
+    rescuing.observe()
     return state, history.rows
 
 
@@ -119,6 +118,12 @@ class _Rescue:
     def __init__(self, callbacks: list[Callback]):
         self._callbacks = callbacks
         self.last: tuple[Any, Metrics] | None = None
+        self.pending: Callable[[], bool] | None = None  # what observers have to do for it
+
+    def observe(self) -> bool:
+        """Has observers do what they still have to; tells whether one of them stopped the run."""
+        pending, self.pending = self.pending, None
+        return pending is not None and pending()
 
     def __enter__(self) -> None:
         pass
@@ -126,6 +131,8 @@ class _Rescue:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self.last is None or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
             return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # of an evaluation
+            self.observe()
         for callback in self._callbacks:
             if rescue := getattr(callback, "rescue", None):
                 rescue(*self.last)

@@ -85,7 +85,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
         memory=memory,
         key=key,
         num_updates=jnp.zeros((), jnp.int32),
-        transitions=Count.of(jnp.zeros_like(agent.learnt.low)),
+        transitions=Count.of(np.zeros(np.shape(np.asarray(agent.learnt)), np.uint32)),
         burn_in=_empty_burn_in(agent, rollouts.burn_in, timestep, memory),
     )
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from ..agents import Population
 from ..clock import clock
 from ..data import Dataset
-from ..errors import MissingExtraError, UnknownNameError, UsageError
+from ..errors import LaneError, MissingExtraError, UnknownNameError, UsageError
 from ..loops.callbacks import Evaluation, Interrupt, TimeBudget
 from ..loops.offline import train_offline
 from ..loops.running import Metrics
@@ -189,7 +189,7 @@ class _Search:
         tracker = _tracker(self._config, batch, self.space)
         try:
             self._climb(batch, study, callbacks, tracker, began)
-        except _Fatal:
+        except (_Fatal, LaneError):
             raise
         except UsageError as error:  # of these static values: others may do
             self.failure = error

@@ -151,14 +151,11 @@ def train_run(
 
 @contextlib.contextmanager
 def _naming_checkpoint(checkpoints: Path) -> Iterator[None]:
-    """Where a lane breaks inside, it is told what is left, and how to go on."""
+    """Where a lane breaks inside, it is told what is left."""
     try:
         yield
     except LaneError as error:
-        raise LaneError(
-            f"{error}; {last_in_words(checkpoints)}; on_env_error=restart makes such a lane anew, "
-            "and goes on"
-        ) from error
+        raise LaneError(f"{error}; {last_in_words(checkpoints)}") from error
 
 
 def _in_rounds(
@@ -251,6 +248,12 @@ def _exact(settings: Settings, agent: Any, env: Env) -> Env:
         return env
     if jax.process_count() > 1:
         raise UsageError("exact_resume=true is for one process: leave it out, or distributed")
+    config = settings.config
+    if config.get("env_timeout") is not None or config.get("on_env_error", "stop") != "stop":
+        raise UsageError(
+            "exact_resume=true replays what environments did, and cannot replay that they broke: "
+            "leave it out, or on_env_error=restart and env_timeout"
+        )
     if settings.pbt is not None and settings.pbt.fitness.startswith("eval/"):
         raise UsageError(
             "exact_resume=true does not hold for evaluations, which begin new episodes, and by "

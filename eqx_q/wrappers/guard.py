@@ -43,6 +43,7 @@ class Guard:
         which costs about 15 µs; `None`: no limit, and no thread.
     - `max_restarts`: of one lane in 1,000 of its steps. Where it breaks more often, `LaneError` is
         raised.
+    - `finite`: whether observations must be.
 
     **Raises:** `UsageError` for other values.
     """
@@ -50,6 +51,7 @@ class Guard:
     on_error: str = "stop"
     timeout: float | None = None
     max_restarts: int = 10
+    finite: bool = True
 
     def __post_init__(self):
         require_choice("on_error", self.on_error, get_args(OnError))
@@ -87,20 +89,22 @@ class Guarded(Generic[E]):
 
     def __init__(self, create: Callable[[], E], lane: int, guard: Guard):
         self.env = create()
-        self._create, self._lane, self._guard = create, lane, guard
-        self._seed = lane
+        self._create, self._lane, self.guard = create, lane, guard
+        self._seed, self._hangs = lane, False
         self._steps, self._num_restarts = 0, 0
         self._restarted_at: collections.deque[int] = collections.deque(maxlen=guard.max_restarts)
         self._thread = None if guard.timeout is None else _Thread()
 
-    def reset(self, reset: Callable[[E, int | None], Result], seed: int | None) -> Result:
+    def reset(
+        self, reset: Callable[[E, int | None], Result], seed: int | None
+    ) -> Result | Restarted:
         """What a reset gives, with that seed; where it breaks, with new ones."""
         if seed is not None:
             self._seed = seed
         try:
             return self._within_time(lambda: reset(self.env, seed))
-        except Exception as error:
-            return self._restart(error, reset).fresh
+        except (Exception, SystemExit) as error:
+            return self._restart(error, reset)
 
     def step(
         self, step: Callable[[E], Result], reset: Callable[[E, int | None], Any]
@@ -109,36 +113,48 @@ class Guarded(Generic[E]):
         self._steps += 1
         try:
             return self._within_time(lambda: step(self.env))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._restart(error, reset)
+
+    def close(self) -> None:
+        """Closes the environment, unless it is busy for ever."""
+        if not self._hangs:
+            self._within_time(lambda: self.env.close())  # pyright: ignore[reportAttributeAccessIssue]
+        if self._thread is not None:
+            self._thread.end()
 
     def _within_time(self, function: Callable[[], Result]) -> Result:
         if self._thread is None:
             return function()
-        return self._thread.run(function, self._guard.timeout)
+        try:
+            return self._thread.run(function, self.guard.timeout)
+        except _Late:
+            self._hangs = True
+            raise
 
-    def _restart(self, error: Exception, reset: Callable[[E, int | None], Any]) -> Restarted:
+    def _restart(self, error: BaseException, reset: Callable[[E, int | None], Any]) -> Restarted:
         """What the first reset gives that does not break."""
         reason = _in_words(error)
         while True:
             self._give_up_or_count(error)
-            if isinstance(error, _Late):
-                self._thread = _Thread()  # the other one is still busy with it
-            else:
-                with contextlib.suppress(Exception):  # it is broken
-                    self.env.close()  # pyright: ignore[reportAttributeAccessIssue]
+            with contextlib.suppress(Exception, SystemExit):  # it is broken
+                self.close()
+            if self._thread is not None:
+                self._thread, self._hangs = _Thread(), False  # the other may be busy for ever
             (seed,) = np.random.SeedSequence([self._seed, self._num_restarts]).generate_state(1)
             try:
-                self.env = self._create()
+                self.env = self._within_time(self._create)
                 fresh = self._within_time(lambda: reset(self.env, int(seed) >> 1))  # noqa: B023
                 return Restarted(fresh, reason)
-            except Exception as another:
+            except (Exception, SystemExit) as another:
                 error = another
 
-    def _give_up_or_count(self, error: Exception) -> None:
+    def _give_up_or_count(self, error: BaseException) -> None:
         message = f"the environment of lane {self._lane} broke: {_in_words(error)}"
-        if self._guard.on_error == "stop":
-            raise LaneError(message) from error
+        if self.guard.on_error == "stop":
+            raise LaneError(
+                f"{message}; on_error=restart (of a run: on_env_error=restart) would make it anew"
+            ) from error
         recent = self._restarted_at
         if len(recent) == recent.maxlen and self._steps - recent[0] < _WINDOW:
             raise LaneError(
@@ -166,9 +182,15 @@ class GuardedEnv(gymnasium.Wrapper):
         self._seen = spaces.without(self.env.observation_space, leave_out)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        fresh = self._guarded.reset(self._reset, seed)
+        told = self._guarded.reset(self._reset, seed)
+        if not isinstance(told, Restarted):
+            return told
         self.env = self._guarded.env
-        return fresh
+        obs, info = told.fresh
+        return obs, {**info, BROKEN: told.reason}
+
+    def close(self) -> None:
+        self._guarded.close()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         told = self._guarded.step(lambda env: self._step(env, action), self._reset)
@@ -180,39 +202,45 @@ class GuardedEnv(gymnasium.Wrapper):
 
     def _reset(self, env: gymnasium.Env, seed: int | None) -> tuple[Any, dict[str, Any]]:
         obs, info = env.reset(seed=seed)
-        check(self._seen, obs)
+        check(self._seen, obs, finite=self._guarded.guard.finite)
         return obs, info
 
     def _step(self, env: gymnasium.Env, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        result = env.step(action)
-        obs, reward, *_ = result
-        check(self._seen, obs)
+        obs, reward, terminated, truncated, info = env.step(action)
+        check(self._seen, obs, finite=self._guarded.guard.finite)
         check_reward(reward)
-        return result
+        return obs, reward, bool(terminated), bool(truncated), info
 
 
-def check(space: gymnasium.Space, obs: Any, path: str = "") -> None:
-    """Raises `Unfit` where an observation is of another shape, or not finite."""
+def check(space: gymnasium.Space, obs: Any, path: str = "", *, finite: bool = True) -> None:
+    """Raises `Unfit` where an observation is of another shape, or not `finite` as `float32`."""
     if isinstance(space, gymnasium.spaces.Dict):
         for name, part in space.items():
-            check(part, obs[name], f"{path}.{name}" if path else name)
+            check(part, obs[name], f"{path}.{name}" if path else name, finite=finite)
     elif isinstance(space, gymnasium.spaces.Tuple):
         for index, part in enumerate(space):
-            check(part, obs[index], f"{path}.{index}" if path else str(index))
+            check(part, obs[index], f"{path}.{index}" if path else str(index), finite=finite)
     elif space.shape is not None:
         x, where = np.asarray(obs), f" at '{path}'" if path else ""
         if x.shape != space.shape:
             raise Unfit(
                 f"an observation has shape {x.shape}{where}, but its space says {space.shape}"
             )
-        if x.dtype.kind == "f" and not np.isfinite(x).all():
+        if finite and not _is_finite(x):
             raise Unfit(f"an observation is not finite{where}")
 
 
 def check_reward(reward: Any) -> None:
     """Raises `Unfit` where it is no finite number."""
-    if not math.isfinite(reward):
+    if not _is_finite(np.asarray(reward, float)):
         raise Unfit(f"the reward is {reward}")
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    if x.dtype.kind != "f":
+        return True
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(x.astype(np.float32, copy=False)).all())
 
 
 def report_restart(lane: int, reason: str) -> None:
@@ -220,13 +248,14 @@ def report_restart(lane: int, reason: str) -> None:
     logger.warning("the environment of lane %s was made anew: %s", lane, reason)
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     """An error, and where in whose code it was raised, in one line."""
     if isinstance(error, (Unfit, _Late)):
         return str(error)
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = traceback.extract_tb(error.__traceback__)
-    last = next((x for x in reversed(frames) if x.filename != __file__), None)
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
+    own = [x for x in frames if "site-packages" not in x.filename]
+    last = next(reversed(own or frames), None)
     return what if last is None else f"{what} ({Path(last.filename).name}:{last.lineno})"
 
 
@@ -244,16 +273,20 @@ class _Thread:
         try:
             result, error = self._answered.get(timeout=timeout)
         except queue.Empty:
-            self._asked.put(None)  # which ends the thread, should the function ever return
             raise _Late(f"no answer within {timeout:g} s") from None
         if error is not None:
             raise error
         return result
 
+    def end(self) -> None:
+        """Lets the thread end, as soon as it is free."""
+        self._asked.put(None)
+
     def _work(self) -> None:
         while (function := self._asked.get()) is not None:
             try:
                 answer = function(), None
-            except Exception as error:
+            except BaseException as error:
                 answer = None, error
             self._answered.put(answer)
+            del function, answer

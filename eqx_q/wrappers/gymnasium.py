@@ -89,12 +89,13 @@ class GymnasiumHost(Host):
             return function(*arguments, **options)
         except (EOFError, OSError) as error:
             processes = getattr(self.vector, "processes", [])
-            multiprocessing.connection.wait([one.sentinel for one in processes], timeout=5)
+            if processes:
+                multiprocessing.connection.wait([one.sentinel for one in processes], timeout=5)
             dead = [str(lane) for lane, one in enumerate(processes) if not one.is_alive()]
             if not dead:
                 raise
             for one in processes:  # the vector's own close would wait for the dead
-                one.terminate()
+                one.kill()
             self.vector.closed = True
             raise LaneError(f"the process of lane {', '.join(dead)} died") from error
 
@@ -161,8 +162,8 @@ def make(
     - `vectorization`: `"sync"` steps one environment after the other, `"async"` each in a process
         of its own, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
-    - `guard`: what to do where a lane breaks. One that restarts lanes rules out the environment's
-        vectorised version, whose lanes cannot be made anew one by one.
+    - `guard`: what to do where a lane breaks. One that restarts or times lanes rules out the
+        environment's vectorised version, whose lanes cannot be made anew one by one.
     - `options`: of `gymnasium.make` and of the environment, or keyword arguments of the function.
     """
     own = {"vectorization": vectorization, "leave_out": tuple(leave_out), "guard": guard}
@@ -230,9 +231,10 @@ def _one(create: Callable[..., gymnasium.Env], options: dict[str, Any]) -> gymna
 
 
 def _ignoring_interrupts(parent: int, create: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    """`create()`; a worker then leaves Ctrl-C, which every process gets, to its parent."""
+    """`create()`; a worker then leaves signals that every process may get to its parent."""
     if os.getpid() != parent:  # which makes one too, to see its spaces
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     return create()
 
 

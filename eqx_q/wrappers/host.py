@@ -83,7 +83,7 @@ class Host(abc.ABC):
 def _check_finite(reported: Reported) -> None:
     """Raises `LaneError` where a number that is learnt from is not finite."""
     for name, part in reported.items():
-        for x in jax.tree.leaves(part):
+        for x in jax.tree.leaves(part) if name != "obs" else ():  # some of which may be hidden
             if x.dtype.kind == "f" and not np.isfinite(x).all():
                 lanes = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))
                 raise LaneError(
@@ -191,7 +191,7 @@ def own_errors(env: Env) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:
         for host in _hosts(env):
             if host.failure is not None:
-                raise host.failure from None
+                raise host.failure from host.failure.__cause__
         raise
     finally:
         log.removeFilter(silence)

@@ -120,7 +120,9 @@ class PettingZooHost(Host):
         seeds = [seed + lane for lane in range(self.num_envs)]
         self._seeds: list[int | None] = [*seeds]
         self._ended = [False] * self.num_envs
+        self._finite = lanes[0].guard.finite
         first = [lane.reset(self._start, seed) for lane, seed in zip(lanes, seeds, strict=True)]
+        first = [told.fresh if isinstance(told, Restarted) else told for told in first]
         self.state_size = _state_size(lanes[0].env, global_state)
         self._has_mask = bool(spaces.factors(self.action_space)) and (
             len({player.num_choices for player in players}) > 1
@@ -155,11 +157,14 @@ class PettingZooHost(Host):
     def close(self) -> None:
         self.is_open = False
         for lane in self.lanes:
-            lane.env.close()
+            lane.close()
 
     def _reset(self, lane: int) -> Reported:
         seed, self._seeds[lane], self._ended[lane] = self._seeds[lane], None, False
         told = self.lanes[lane].reset(self._start, seed)
+        if isinstance(told, Restarted):
+            report_restart(lane, told.reason)
+            told = told.fresh
         return self._fresh(self.lanes[lane].env, *told)
 
     def _step(self, lane: int, action: Shaped[np.ndarray, "M *action"]) -> Reported:
@@ -190,20 +195,20 @@ class PettingZooHost(Host):
 
     def _start(self, env: ParallelEnv, seed: int | None) -> tuple[dict[Any, Any], dict[Any, Any]]:
         obs, info = env.reset(seed=seed)
-        self._check(obs)
+        self._check(obs, env.agents)
         return obs, info
 
     def _act(self, env: ParallelEnv, actions: dict[Any, Any]) -> tuple[dict[Any, Any], ...]:
-        told = env.step(actions)
-        self._check(told[0])
-        for reward in told[1].values():
-            check_reward(reward)
-        return told
+        obs, reward, terminated, truncated, info = env.step(actions)
+        self._check(obs, {*actions, *env.agents})  # what is said of the dead does not count
+        for agent in actions.keys() & reward.keys():
+            check_reward(reward[agent])
+        return obs, reward, terminated, truncated, info
 
-    def _check(self, obs: dict[Any, Any]) -> None:
-        for agent, one in obs.items():
-            if one is not None:
-                check(self._players[agent].sees, one, str(agent))
+    def _check(self, obs: dict[Any, Any], agents: Iterable[Any]) -> None:
+        for agent in agents:
+            if (one := obs.get(agent)) is not None:
+                check(self._players[agent].sees, one, str(agent), finite=self._finite)
 
     def _fresh(self, env: ParallelEnv, obs: dict[Any, Any], info: dict[Any, Any]) -> Reported:
         return self._report(env, obs, info, env.agents)

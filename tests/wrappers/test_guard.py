@@ -1,6 +1,7 @@
 """Environments that break: raise, hang, return what is no number or of another shape."""
 
 import os
+import threading
 import time
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import eqx_q
 from eqx_q import wrappers
 from eqx_q.data import Dataset, Writer
 from eqx_q.errors import LaneError, UsageError
+from eqx_q.loops.evaluation import play_episodes
 from eqx_q.loops.recording import describe, record
 from eqx_q.wrappers.host import closing
 
@@ -92,7 +94,7 @@ def play(env, steps):
 @pytest.mark.parametrize("how", MESSAGES)
 def test_by_default_the_lane_and_what_it_did_are_told(how):
     env = wrappers.make(lambda: Fragile(how), 2, **options(how))
-    message = f"the environment of lane 1 broke: {MESSAGES[how]}"
+    message = f"the environment of lane 1 broke: {MESSAGES[how]}; on_error=restart"
     with pytest.raises(LaneError, match=message), closing(env):
         play(env, 3)
 
@@ -121,7 +123,10 @@ def test_a_process_that_raises_or_hangs_is_restarted_and_one_that_dies_is_told()
     np.testing.assert_array_equal(seen.obs[:, :, 0], [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]])
     np.testing.assert_array_equal(seen.first[:, 0], [True, False, True, False, True])
     dying = wrappers.make(InProcess, 2, vectorization="async", how="dies")
-    with pytest.raises(LaneError, match=r"the process of lane (0|1|0, 1) died"), closing(dying) as env:
+    with (
+        pytest.raises(LaneError, match=r"the process of lane (0|1|0, 1) died"),
+        closing(dying) as env,
+    ):
         play(env, 4)
 
 
@@ -186,6 +191,123 @@ class Pair(ParallelEnv):
             obs["b"] = np.full(1, np.nan, np.float32)
         no = self._told(False)
         return obs, self._told(1.0), no, no, self._told({})
+
+
+class Stuck(gymnasium.Env):
+    """Its third step never ends, and holds the lock that closing it needs."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self):
+        self.lock, self.count = threading.Lock(), 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        with self.lock:
+            time.sleep(20 if self.count == 3 else 0)
+        return np.full(1, self.count, np.float32), 1.0, False, False, {}
+
+    def close(self):
+        with self.lock:
+            pass
+
+
+def test_nobody_waits_for_a_lane_that_hangs():
+    begin = time.monotonic()
+    stopping = wrappers.make(Stuck, 1, timeout=0.2)
+    with pytest.raises(LaneError, match=r"no answer within 0.2 s"), closing(stopping):
+        play(stopping, 3)
+    with closing(wrappers.make(Stuck, 1, on_error="restart", timeout=0.2)) as env:
+        assert play(env, 4).obs[:, 0, 0].tolist() == [0, 1, 2, 0, 1]
+    assert time.monotonic() - begin < 10
+
+
+def test_closed_lanes_leave_no_threads():
+    before = threading.active_count()
+    for _ in range(3):
+        env = wrappers.make(InProcess, 2, vectorization="sync", timeout=5.0)
+        play(env, 1)
+        env.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+class BreaksInReset(InProcess):
+    """Its second reset breaks."""
+
+    def __init__(self):
+        super().__init__()
+        self.resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.resets += 1
+        if self.resets == 3:  # the first one is asked for when it is made
+            raise RuntimeError("no third one")
+        return super().reset()
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, True, False, {}
+
+
+def test_a_reset_that_breaks_is_told(caplog):
+    with closing(wrappers.make(BreaksInReset, 1, on_error="restart")) as env:
+        seen = play(env, 2)
+    assert seen.first[:, 0].tolist() == [True, False, True]
+    (line,) = [x.getMessage() for x in caplog.records if "made anew" in x.getMessage()]
+    assert "RuntimeError: no third one" in line
+
+
+class HalfBlind(InProcess):
+    """What nobody sees is not finite."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.array([1, np.nan], np.float32), {}
+
+
+def test_what_is_hidden_may_be_anything():
+    with closing(wrappers.make(HalfBlind, 1, observe=[0])) as env:
+        assert play(env, 0).obs.tolist() == [[[1.0]]]
+    with pytest.raises(LaneError, match="an observation is not finite"):
+        wrappers.make(HalfBlind, 1)
+
+
+def test_an_evaluation_counts_no_part_of_a_broken_episode():
+    env = wrappers.make(lambda: Fragile("raises"), 2, on_error="restart")
+    agent = eqx_q.PQN.create(env.observation_space, env.action_space, key=jax.random.key(1))
+    with closing(env), pytest.warns(UserWarning, match="were cut at 2 steps"):
+        played = play_episodes(
+            agent, env, num_episodes=6, key=jax.random.key(0), max_episode_steps=2
+        )
+    assert (played.lengths > 0).all()
+    np.testing.assert_array_equal(played.returns, played.lengths)
+
+
+class Mourning(Pair):
+    """The second agent dies at once; what is said of it then is no number, and of a third one."""
+
+    def step(self, actions):
+        obs, reward, no, _, info = super().step(actions)
+        if "b" not in actions:
+            obs["b"], reward["b"] = np.full(1, np.nan, np.float32), None
+            reward["referee"] = obs["referee"] = None
+        terminated = no | {"b": "b" in actions}
+        self.agents = ["a"]
+        return obs, reward, terminated, no, info
+
+
+def test_what_is_said_of_the_dead_does_not_count():
+    _made["pair"] = [None]  # so that none breaks
+    with closing(wrappers.make(Mourning, 1)) as env:
+        seen = play(env, 3)
+    assert seen.obs[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_a_team_is_restarted():
