@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 import eqx_q
 from eqx_q.agents.hyperparameters import names
 from eqx_q.data import Description, Rows, Writer
-from eqx_q.errors import CorruptFileError, DivergedError, UsageError
+from eqx_q.errors import CorruptFileError, DivergedError, LaneError, UsageError
 from eqx_q.loops import source
 from eqx_q.loops.offline import OfflineState
 from eqx_q.run import make_agent, make_env, search as searches, study as studies
@@ -485,6 +485,16 @@ def test_static_values_that_cannot_work_cost_their_batch_alone(
     options[-1] = "+search.agent.num_minibatches=[7]"
     status, _, err = script("tune", *QUICK, *options, "hydra.run.dir=other")
     assert status == 1 and "every trial failed, the last one with: num_minibatches=7" in err
+
+
+def test_an_environment_that_breaks_is_no_fault_of_a_trial(script, monkeypatch):
+    def broken(*_, **__):
+        raise LaneError("lane 0 broke")
+
+    monkeypatch.setattr(searches, "train", broken)
+    options = ["total_steps=64", "trials=2", "population=1", "hydra.run.dir=search"]
+    status, out, err = script("tune", *QUICK, *options)
+    assert status == 1 and "error: lane 0 broke" in err and "failed" not in out
 
 
 def test_an_override_replaces_what_a_space_says(script, tmp_path, quick):
