@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptFileError, UsageError
-from ..saving.files import sealed, unseal
+from ..saving.files import cannot_write, sealed, unseal
 from .space import Space, import_optuna
 
 logger = logging.getLogger(__name__)
@@ -256,8 +256,11 @@ class _Lock:
         self._file: Any = None
 
     def acquire(self) -> bool:
-        """Waits. Raises `UsageError` where that takes too long."""
-        file = open(self._path, "a")  # noqa: SIM115
+        """Waits. Raises `UsageError` where that takes too long, or the file cannot be made."""
+        try:
+            file = open(self._path, "a")  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
         deadline = time.monotonic() + (_PATIENCE if self._patience is None else self._patience)
         while True:
             try:
