@@ -108,7 +108,7 @@ def run(
             rescuing.last = good, metrics
             observers = _observers(boundaries.callbacks if stopped else due)
             rescuing.pending = functools.partial(_observe, observers, seen, metrics)
-    rescuing.observe()
+        rescuing.observe()
     return state, history.rows
 
 

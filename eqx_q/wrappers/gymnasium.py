@@ -211,7 +211,11 @@ def _host(
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"Gymnasium cannot make {source!r}: {what}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
-    return GymnasiumHost(vector, seed, limit, recipe, leave_out)
+    try:
+        return GymnasiumHost(vector, seed, limit, recipe, leave_out)
+    except BaseException:
+        vector.close()
+        raise
 
 
 def _resolve(source: Any) -> tuple[EnvSpec | None, Callable[..., gymnasium.Env]]:

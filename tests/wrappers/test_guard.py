@@ -91,6 +91,16 @@ def play(env, steps):
     return jax.tree.map(lambda *x: np.stack(x), *timesteps)
 
 
+def make_agent(env, **options):
+    defaults = {
+        "rollout_length": 8,
+        "num_minibatches": 1,
+        "network_options": {"hidden_sizes": (8,)},
+    }
+    spaces = env.observation_space, env.action_space
+    return eqx_q.PQN.create(*spaces, key=jax.random.key(1), **(defaults | options))
+
+
 @pytest.mark.parametrize("how", MESSAGES)
 def test_by_default_the_lane_and_what_it_did_are_told(how):
     env = wrappers.make(lambda: Fragile(how), 2, **options(how))
@@ -281,7 +291,7 @@ def test_what_is_hidden_may_be_anything():
 
 def test_an_evaluation_counts_no_part_of_a_broken_episode():
     env = wrappers.make(lambda: Fragile("raises"), 2, on_error="restart")
-    agent = eqx_q.PQN.create(env.observation_space, env.action_space, key=jax.random.key(1))
+    agent = make_agent(env)
     with closing(env), pytest.warns(UserWarning, match="were cut at 2 steps"):
         played = play_episodes(
             agent, env, num_episodes=6, key=jax.random.key(0), max_episode_steps=2
@@ -339,16 +349,7 @@ def test_bad_options_are_told(given, message):
 def test_a_broken_episode_is_masked_out_of_learning():
     """Targets are those of an episode that is truncated where the environment was last sound."""
     env = wrappers.make(lambda: Fragile("raises"), 2, on_error="restart")
-    agent = eqx_q.PQN.create(
-        env.observation_space,
-        env.action_space,
-        key=jax.random.key(1),
-        rollout_length=8,
-        num_minibatches=1,
-        num_epochs=1,
-        lambda_=0.9,
-        network_options={"hidden_sizes": (8,)},
-    )
+    agent = make_agent(env, num_epochs=1, lambda_=0.9)
     with closing(env):
         timesteps = play(env, 8)
     actions = np.zeros((8, 2), np.int32)
@@ -370,41 +371,53 @@ def test_a_broken_episode_is_masked_out_of_learning():
 
 def test_training_counts_restarts_and_goes_on():
     with closing(wrappers.make(lambda: Fragile("raises"), 2, on_error="restart")) as env:
-        agent = eqx_q.PQN.create(
-            env.observation_space,
-            env.action_space,
-            key=jax.random.key(1),
-            rollout_length=8,
-            num_minibatches=1,
-        )
+        agent = make_agent(env)
         _, history = eqx_q.train(agent, env, total_steps=64, key=jax.random.key(2), log_every=1)
     assert [row["restarts"] for row in history] == [1, 0, 0, 0]
     assert history[-1]["transitions"] < 64
 
 
-def test_the_last_good_state_is_kept_where_a_lane_breaks(tmp_path):
-    kept = []
+class Keep:
+    """Notes what it is asked to rescue."""
 
-    class Keep:
-        def __call__(self, run_state, metrics):
-            pass
+    def __init__(self):
+        self.kept = []
 
-        def rescue(self, run_state, metrics):
-            kept.append((int(run_state.num_updates), metrics["env_steps"]))
+    def __call__(self, run_state, metrics):
+        pass
 
-    env = wrappers.make(lambda: Late(), 1)
-    agent = eqx_q.PQN.create(
-        env.observation_space,
-        env.action_space,
-        key=jax.random.key(1),
-        rollout_length=4,
-        num_minibatches=1,
-    )
+    def rescue(self, run_state, metrics):
+        self.kept.append((int(run_state.num_updates), metrics["env_steps"]))
+
+
+def test_the_last_good_state_is_kept_where_a_lane_breaks():
+    env, keep = wrappers.make(lambda: Late(), 1), Keep()
+    agent, how = make_agent(env, rollout_length=4), {"key": jax.random.key(2), "log_every": 1}
     with pytest.raises(LaneError, match="lane 0 broke: ValueError: too late"), closing(env):
-        eqx_q.train(
-            agent, env, total_steps=100, key=jax.random.key(2), log_every=1, callbacks=[Keep()]
-        )
-    assert kept == [(4, 16)]
+        eqx_q.train(agent, env, total_steps=100, callbacks=[keep], **how)
+    assert keep.kept == [(4, 16)]
+
+
+def test_the_last_state_is_kept_where_the_last_evaluation_breaks():
+    class Evaluate:
+        overlap = True
+
+        def __call__(self, run_state, metrics):
+            if metrics["done"]:
+                raise jax.errors.JaxRuntimeError("of its environment")
+
+    env, keep = wrappers.make(Calm, 1), Keep()
+    how = {"key": jax.random.key(2), "callbacks": [Evaluate(), keep]}
+    with pytest.raises(jax.errors.JaxRuntimeError), closing(env):
+        eqx_q.train(make_agent(env), env, total_steps=32, **how)
+    assert keep.kept == [(4, 32)]
+
+
+class Calm(InProcess):
+    """Never breaks."""
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
 class Late(gymnasium.Env):
@@ -428,7 +441,7 @@ class Late(gymnasium.Env):
 
 def test_a_recorded_episode_that_breaks_is_truncated_where_it_was_last_sound(tmp_path):
     with closing(wrappers.make(lambda: Fragile("raises"), 2, on_error="restart")) as env:
-        agent = eqx_q.PQN.create(env.observation_space, env.action_space, key=jax.random.key(1))
+        agent = make_agent(env)
         with Writer(tmp_path / "data", describe(env, "gymnasium/Fragile")) as writer:
             recorded = record(
                 agent, env, writer, num_steps=14, key=jax.random.key(0), shard="a", epsilon=1.0
