@@ -49,6 +49,18 @@ class Count(eqx.Module):
         words = np.asarray(self.low, np.uint64), np.asarray(self.high, np.uint64)
         return np.asarray(words[0] + (words[1] << np.uint64(32)), dtype)
 
+    def __eq__(self, other: object) -> Any:
+        """Whether they are the same numbers: `other` is a count, or whole numbers below 2^64."""
+        if isinstance(other, Count):
+            return (self.low == other.low) & (self.high == other.high)
+        number = np.asarray(other)
+        if number.dtype.kind not in "iu":
+            return NotImplemented
+        high, low = np.divmod(number.astype(np.uint64), np.uint64(2**32))
+        return (self.low == low.astype(np.uint32)) & (self.high == high.astype(np.uint32))
+
+    __hash__ = None  # like an array's
+
     def __int__(self) -> int:
         return int(np.asarray(self))
 

@@ -10,6 +10,19 @@ from eqx_q.errors import UsageError
 from eqx_q.saving.files import alone_in, write_whole
 
 
+def test_a_power_failure_does_not_undo_it(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def tell(file):
+        calls.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", tell)
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    write_whole(tmp_path / "a", [b"new"])
+    assert calls == [f"{tmp_path}/.a.tmp", "replace", str(tmp_path)]
+
+
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_failing_call_leaves_the_old_file(tmp_path, monkeypatch, call):
     def full(*_):

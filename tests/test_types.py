@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from eqx_q.types import Rollout, TimeStep
+from eqx_q.types import Count, Rollout, TimeStep
 
 
 def collect(num_steps: int = 200, num_lanes: int = 5, seed: int = 0):
@@ -52,3 +52,13 @@ def test_types_do_not_change_along_the_way():
     later = first.then(first.obs, np.ones(2), no, no).then(first.obs, np.ones(2), ~no, no)
     dtypes = [jax.tree.map(lambda x: x.dtype, timestep) for timestep in (first, later)]
     assert dtypes[0] == dtypes[1]
+
+
+def test_counts_compare_as_numbers():
+    count = Count.of(2**32 - 1).plus(3)
+    assert count == 2**32 + 2 and count != 2 and count != 2**32 + 3
+    assert count == Count.of(2**32 - 2).plus(4) and count != Count.of(2)
+    assert count != -1 and count != 0.5 and count != "many"
+    several = Count.of(np.array([5, 6], np.uint32))
+    assert (several == np.array([5, 7])).tolist() == [True, False]
+    assert jax.jit(lambda count: count == 5)(Count.of(5))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, PyTree, Shaped
 
 from ..errors import CorruptFileError, UsageError
-from ..saving.files import cannot_write, seal, unseal, write_whole
+from ..saving.files import cannot_write, move, seal, unseal, write_whole
 from ..spaces import select
 from .dataset import (
     BLOCK,
@@ -185,7 +185,7 @@ class Writer:
                 os.fsync(file.fileno())
             self._close_files()
             write_whole(self._partial / HEADER, [seal(header)])
-            os.replace(self._partial, self.path)
+            move(self._partial, self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         finally:
@@ -319,7 +319,7 @@ class Writer:
         # A crash between these leaves nothing that another writer could take for whole.
         progress.unlink(missing_ok=True)
         source.close()
-        os.replace(temporary, self._partial / f"{name}.npy")
+        move(temporary, self._partial / f"{name}.npy")
         self._files[name] = file
         if state is not None:
             state["dtypes"][name], state["checksums"][name] = wide.str, checksums[1]

@@ -20,13 +20,14 @@ import jax
 import numpy as np
 
 from ..clock import clock
-from ..errors import UsageError
+from ..errors import LaneError, UsageError
 from ..progress import Display
 from ..saving.checkpoint import load_latest, newest_checkpoint, save_checkpoint
 from ..sharding import OneDevice, Placement
 from ..tracking import Tracker
 from ..wrappers import Env, Exact
 from ..wrappers.exact import Past
+from ..wrappers.host import own_errors
 from .evaluation import Episodes, compile_evaluation, play_episodes
 from .media import record_episode, write_gif
 from .running import Metrics, StopTraining
@@ -127,9 +128,13 @@ class Evaluation:
             self._compiled = True
         started = time.perf_counter()
         key = jax.random.fold_in(self._key, int(run_state.num_updates))
-        self.last = play_episodes(
-            run_state.agent, self._env, key=key, min_steps=self._min_steps, **self._options
-        )
+        try:
+            with own_errors(self._env):
+                self.last = play_episodes(
+                    run_state.agent, self._env, key=key, min_steps=self._min_steps, **self._options
+                )
+        except LaneError as error:
+            raise LaneError(f"in an evaluation, {error}") from error
         seconds = time.perf_counter() - started
         self._budget.charge("evaluation", seconds)
         metrics["eval/return"] = self.last.returns.mean(-1)

@@ -28,12 +28,23 @@ def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) ->
                 file.writelines(chunks)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            move(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def move(source: Path, path: Path) -> None:
+    """Renames, and waits for the disk, so that a power failure does not undo it."""
+    os.replace(source, path)
+    with contextlib.suppress(OSError):  # not every file system can wait for a directory
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import gymnasium
 import jax
 import numpy as np
 import pettingzoo
-from jaxtyping import Bool, PyTree, Shaped
+from jaxtyping import Bool, Float, PyTree, Shaped
 from pettingzoo import EnvSpec
 from pettingzoo.utils import AECEnv, ParallelEnv, aec_to_parallel
 
@@ -23,7 +23,7 @@ from ..types import AnyArray
 from .conversion import Senses, as_taken
 from .drawing import quiet_pygame
 from .env import kinds_of
-from .guard import Guard, Guarded, Restarted, check, check_reward, report_restart
+from .guard import Guard, Guarded, Restarted, Unfit, check, check_reward, report_restart
 from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
 
@@ -120,18 +120,20 @@ class PettingZooHost(Host):
         seeds = [seed + lane for lane in range(self.num_envs)]
         self._seeds: list[int | None] = [*seeds]
         self._ended = [False] * self.num_envs
-        self._finite = lanes[0].guard.finite
+        self._finite, self.state_size = lanes[0].guard.finite, None
         first = [lane.reset(self._start, seed) for lane, seed in zip(lanes, seeds, strict=True)]
         first = [told.fresh if isinstance(told, Restarted) else told for told in first]
         self.state_size = _state_size(lanes[0].env, global_state)
         self._has_mask = bool(spaces.factors(self.action_space)) and (
             len({player.num_choices for player in players}) > 1
             or any(player.senses.tells_mask for player in players)
-            or any("action_mask" in info for _, infos in first for info in infos.values())
+            or any("action_mask" in info for _, infos, _ in first for info in infos.values())
         )
-        self.shapes = shapes_of(
-            _stack([self._fresh(lane.env, *told) for lane, told in zip(lanes, first, strict=True)])
-        )
+        reports = [
+            self._fresh(lane.env, obs, info, self._state(lane.env))
+            for lane, (obs, info, _) in zip(lanes, first, strict=True)
+        ]
+        self.shapes = shapes_of(_stack(reports))
 
     def reset(self) -> Reported:
         return _stack([self._reset(lane) for lane in range(self.num_envs)])
@@ -178,46 +180,59 @@ class PettingZooHost(Host):
         if isinstance(told, Restarted):
             report_restart(lane, told.reason)
             return self._fresh(env, *told.fresh) | {"broken": np.array(True)}
-        obs, reward, terminated, truncated, info = told
+        obs, reward, terminated, truncated, info, state = told
         present = {*acting, *env.agents}
         alive = [x for x in env.agents if not (terminated.get(x) or truncated.get(x))]
         cut_off = [x for x in acting if truncated.get(x) and not terminated.get(x)]
         self._ended[lane] = ended = not alive
         return self._report(
-            env,
             {agent: one for agent, one in obs.items() if agent in present},
             info,
+            state,
             alive or cut_off,
             reward={agent: reward[agent] for agent in acting if agent in reward},
             terminated=ended and not cut_off,
             truncated=ended and bool(cut_off),
         )
 
-    def _start(self, env: ParallelEnv, seed: int | None) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    def _start(self, env: ParallelEnv, seed: int | None) -> tuple[Any, ...]:
         obs, info = env.reset(seed=seed)
         self._check(obs, env.agents)
-        return obs, info
+        return obs, info, self._state(env)
 
-    def _act(self, env: ParallelEnv, actions: dict[Any, Any]) -> tuple[dict[Any, Any], ...]:
+    def _act(self, env: ParallelEnv, actions: dict[Any, Any]) -> tuple[Any, ...]:
         obs, reward, terminated, truncated, info = env.step(actions)
         self._check(obs, {*actions, *env.agents})  # what is said of the dead does not count
         for agent in actions.keys() & reward.keys():
             check_reward(reward[agent])
-        return obs, reward, terminated, truncated, info
+        return obs, reward, terminated, truncated, info, self._state(env)
+
+    def _state(self, env: ParallelEnv) -> Float[np.ndarray, " state"] | None:
+        """What the environment reports as its state, if it does."""
+        if self.state_size is None:
+            return None
+        state = np.asarray(env.state(), np.float32).ravel()
+        if state.size != self.state_size:
+            raise Unfit(f"its state() has {state.size} numbers, and had {self.state_size}")
+        if self._finite and not np.isfinite(state).all():
+            raise Unfit("its state() is not finite")
+        return state
 
     def _check(self, obs: dict[Any, Any], agents: Iterable[Any]) -> None:
         for agent in agents:
             if (one := obs.get(agent)) is not None:
                 check(self._players[agent].sees, one, str(agent), finite=self._finite)
 
-    def _fresh(self, env: ParallelEnv, obs: dict[Any, Any], info: dict[Any, Any]) -> Reported:
-        return self._report(env, obs, info, env.agents)
+    def _fresh(
+        self, env: ParallelEnv, obs: dict[Any, Any], info: dict[Any, Any], state: np.ndarray | None
+    ) -> Reported:
+        return self._report(obs, info, state, env.agents)
 
     def _report(
         self,
-        env: ParallelEnv,
         obs: dict[Any, Any],
         info: dict[Any, Any],
+        state: np.ndarray | None,
         alive: list[Any],
         reward: dict[Any, float] | None = None,
         terminated: bool = False,
@@ -234,8 +249,8 @@ class PettingZooHost(Host):
             "agent_mask": np.array([x in alive for x in agents]),
             "agent_reward": np.array([reward.get(x, 0) for x in agents], np.float32),
         }
-        if self.state_size is not None:
-            report["global_state"] = np.asarray(env.state(), np.float32).ravel()
+        if state is not None:
+            report["global_state"] = state
         if self._has_mask:
             choices = sum(spaces.factors(self.action_space))
             report["action_mask"] = np.zeros((len(agents), choices), bool)

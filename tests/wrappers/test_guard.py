@@ -15,6 +15,7 @@ import eqx_q
 from eqx_q import wrappers
 from eqx_q.data import Dataset, Writer
 from eqx_q.errors import LaneError, UsageError
+from eqx_q.loops.callbacks import Evaluation
 from eqx_q.loops.evaluation import play_episodes
 from eqx_q.loops.recording import describe, record
 from eqx_q.wrappers.host import closing
@@ -331,6 +332,30 @@ def test_a_team_is_restarted():
         play(env, 3)
 
 
+class Stateful(Pair):
+    """In its second lane the state breaks in the third step."""
+
+    def __init__(self):
+        super().__init__()
+        self.breaks, self.loses = False, len(_made["pair"]) == 2
+
+    def state(self):
+        if self.loses and self.count == 3:
+            raise RuntimeError("nobody knows")
+        return np.array([self.count], np.float32)
+
+
+def test_a_team_whose_state_breaks_is_restarted():
+    with closing(wrappers.make(Stateful, 2, on_error="restart")) as env:
+        seen = play(env, 4)
+    np.testing.assert_array_equal(np.argwhere(seen.first), [[0, 0], [0, 1], [3, 1]])
+    np.testing.assert_array_equal(seen.global_state[:, 1, 0], [0, 1, 2, 0, 1])
+    _made.clear()
+    message = "the environment of lane 1 broke: RuntimeError: nobody knows"
+    with pytest.raises(LaneError, match=message), closing(wrappers.make(Stateful, 2)) as env:
+        play(env, 3)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -411,6 +436,15 @@ def test_the_last_state_is_kept_where_the_last_evaluation_breaks():
     with pytest.raises(jax.errors.JaxRuntimeError), closing(env):
         eqx_q.train(make_agent(env), env, total_steps=32, **how)
     assert keep.kept == [(4, 32)]
+
+
+def test_it_is_told_whether_an_evaluation_broke():
+    env, other = wrappers.make(Calm, 1), wrappers.make(lambda: Late(), 1)
+    evaluation = Evaluation(other, every=32, num_episodes=1)
+    how = {"key": jax.random.key(2), "callbacks": [evaluation]}
+    message = "^in an evaluation, the environment of lane 0 broke: ValueError: too late"
+    with pytest.raises(LaneError, match=message), closing(other), closing(env):
+        eqx_q.train(make_agent(env), env, total_steps=32, **how)
 
 
 class Calm(InProcess):
