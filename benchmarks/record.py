@@ -20,14 +20,40 @@ from eqx_q.wrappers.registry import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_CURVE = 20  # a longer list is one
 LOAD = os.getloadavg()[0]  # before the benchmark adds its own
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Writes a result with its provenance as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    path.write_text(as_json({**provenance(), **result}))
     print(f"written to {path}", flush=True)
+
+
+def as_json(result: Any) -> str:
+    """JSON with a line for each list; a long one, a curve, has numbers of five digits."""
+    return _lines(_rounded(result)) + "\n"
+
+
+def _lines(part: Any, indent: str = "") -> str:
+    inner = f"\n{indent} "
+    if isinstance(part, dict) and part:
+        rows = [
+            f"{json.dumps(str(name))}: {_lines(value, inner[1:])}" for name, value in part.items()
+        ]
+        return f"{{{inner}{f',{inner}'.join(rows)}\n{indent}}}"
+    if isinstance(part, list) and any(isinstance(value, dict) for value in part):
+        return f"[{inner}{f',{inner}'.join(_lines(x, inner[1:]) for x in part)}\n{indent}]"
+    return json.dumps(part, separators=(",", ": "))
+
+
+def _rounded(part: Any, in_curve: bool = False) -> Any:
+    if isinstance(part, dict):
+        return {name: _rounded(value) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_rounded(value, in_curve or len(part) > _CURVE) for value in part]
+    return float(f"{part:.5g}") if in_curve and isinstance(part, float) else part
 
 
 def provenance() -> dict[str, Any]:
