@@ -20,7 +20,7 @@ def small_file(path):
 def test_header_is_readable(tmp_path):
     data = small_file(tmp_path / "a")
     text = data[:2000].decode("ascii", errors="replace")
-    assert text.startswith("eqx_q-file 0001 ")
+    assert text.startswith("eqx_q-file 0002 ")
     assert (
         '{"path": "[\'a\']", "kind": "numpy", "dtype": "int16", "shape": [3], "offset": 0}' in text
     )
@@ -28,6 +28,20 @@ def test_header_is_readable(tmp_path):
     assert header["versions"]["jax"] == jax.__version__ and "eqx_q" in header["versions"]
     assert data.endswith(np.arange(3, dtype="<i2").tobytes())
     assert (len(data) - 6) % 64 == 0
+
+
+def test_zeros_have_no_bytes(tmp_path):
+    tree = {
+        "moment": np.zeros((1000, 3), np.float32),
+        "sign": np.full(3, -0.0, np.float32),
+        "none": np.zeros((0, 4), np.int8),
+        "b": jax.numpy.zeros(2, jax.numpy.bfloat16),
+    }
+    save(tmp_path / "a", tree)
+    assert read_header(tmp_path / "a")["payload"]["bytes"] == 12
+    for name, found in load(tmp_path / "a").items():
+        assert type(found) is type(tree[name]) and found.dtype == tree[name].dtype
+        assert found.shape == tree[name].shape and found.tobytes() == tree[name].tobytes()
 
 
 def test_every_flipped_bit_is_detected(tmp_path):
@@ -75,7 +89,7 @@ def test_says_what_is_wrong(tmp_path):
     for content, message in [
         (b"\x80\x04pickle", "not a file of eqx_q"),
         (b"", "not a file of eqx_q"),
-        (data.replace(b"eqx_q-file 0001", b"eqx_q-file 0002"), "format 2.*upgrade eqx_q"),
+        (data.replace(b"eqx_q-file 0002", b"eqx_q-file 0003"), "format 3.*upgrade eqx_q"),
         (data[:200], "ends inside its header"),
         (data[:-1], "truncated"),
         (data[:-1] + b"!", "checksum of its arrays"),

@@ -2,11 +2,11 @@
 
 A file is a line of magic, a JSON header that `head -c 2000` shows, and the arrays' bytes:
 
-    eqx_q-file 0001 0000012345 <SHA-256 of the header>
+    eqx_q-file 0002 0000012345 <SHA-256 of the header>
     {"versions": …, "payload": {"bytes": …, "sha256": …},
      "arrays": [{"path", "kind", "dtype", "shape", "offset"}, …],
      "tree": …}
-    <little-endian arrays, each aligned to 64 bytes>
+    <little-endian arrays, each aligned to 64 bytes; those of zeros alone have no offset, nor bytes>
 
 Nothing is pickled: `tree` is JSON; see `eqx_q.saving.structure` for what loading it may do.
 """
@@ -32,9 +32,9 @@ from ..errors import CorruptFileError, UsageError
 from .files import write_whole
 from .structure import decode, dtype_of, encode
 
-_FORMAT = 1
+_FORMAT = 2  # in 1, arrays of zeros had bytes too
 _PREAMBLE = re.compile(rb"eqx_q-file ([0-9]{4}) ([0-9]{10}) ([0-9a-f]{64})\n")
-_PREAMBLE_SIZE = len("eqx_q-file ") + len("0001 ") + len("0000012345 ") + 64 + len("\n")
+_PREAMBLE_SIZE = len("eqx_q-file ") + len("0002 ") + len("0000012345 ") + 64 + len("\n")
 _ALIGNMENT = 64
 _CHECKPOINT_NAME = re.compile(r"[0-9]{12,}\.ckpt")
 _logger = logging.getLogger(__name__)
@@ -53,9 +53,10 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
     arrays = [np.asarray(x, x.dtype.newbyteorder("<"), order="C") for x in arrays]
     end = 0
     for entry, array in zip(table, arrays, strict=True):
-        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        entry |= {"dtype": array.dtype.name, "shape": array.shape, "offset": offset}
-        end = offset + array.nbytes
+        entry |= {"dtype": array.dtype.name, "shape": array.shape}
+        if array.reshape(-1).view(np.uint8).any():
+            entry["offset"] = offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = offset + array.nbytes
     digest = hashlib.sha256()
     for chunk in _payload(table, arrays):
         digest.update(chunk)
@@ -168,14 +169,17 @@ def _payload(table: list[dict[str, Any]], arrays: list[np.ndarray]) -> Iterator[
     """The bytes of the arrays, and of the gaps between them."""
     position = 0
     for entry, array in zip(table, arrays, strict=True):
-        yield bytes(entry["offset"] - position)
-        yield array.reshape(-1).view(np.uint8).data
-        position = entry["offset"] + array.nbytes
+        if "offset" in entry:
+            yield bytes(entry["offset"] - position)
+            yield array.reshape(-1).view(np.uint8).data
+            position = entry["offset"] + array.nbytes
 
 
 def _view(entry: dict[str, Any], payload: memoryview) -> np.ndarray:
-    """The array of an entry, in the payload itself."""
-    dtype, start = dtype_of(entry["dtype"]), entry["offset"]
+    """The array of an entry, in the payload itself if it has any bytes there."""
+    dtype, start = dtype_of(entry["dtype"]), entry.get("offset")
+    if start is None:
+        return np.zeros(entry["shape"], dtype)
     data = payload[start : start + math.prod(entry["shape"]) * dtype.itemsize]
     array = np.frombuffer(data, dtype.newbyteorder("<")).reshape(entry["shape"])
     return array.astype(dtype, copy=False)
@@ -197,9 +201,9 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
     if preamble is None:
         raise CorruptFileError(f"'{path}' is not a file of eqx_q, or its first line is damaged")
     version, header_size, header_digest = preamble.groups()
-    if int(version) != _FORMAT:
+    if not 1 <= int(version) <= _FORMAT:
         raise CorruptFileError(
-            f"'{path}' has format {int(version)}, and this eqx_q reads format {_FORMAT}: "
+            f"'{path}' has format {int(version)}, and this eqx_q reads formats 1 to {_FORMAT}: "
             "upgrade eqx_q"
         )
     text = data[preamble.end() : preamble.end() + int(header_size)]
