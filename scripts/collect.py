@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from eqx_q.data import Dataset
 from eqx_q.errors import UsageError
 from eqx_q.run import collect_run, fraction, whole, whole_or_none
+from eqx_q.saving.hub import locate
 
 logger = logging.getLogger("eqx_q")
 
@@ -22,7 +23,7 @@ def main(config: DictConfig) -> None:
         if OmegaConf.is_missing(config, key):
             raise UsageError(f"there is no {what}: give {key}=DIR")
     given = settings(config)
-    directories = [Path(str(run)) for run in _listed(given["run"])]
+    directories = [locate(str(run)) for run in _listed(given["run"])]
     epsilons = [0.0] if given["epsilon"] is None else _listed(given["epsilon"])
     if not directories or not epsilons:
         raise UsageError("an empty list records nothing: give a run, and an epsilon or none")

@@ -1,7 +1,6 @@
 """Evaluates a trained agent: `python scripts/evaluate.py --help`."""
 
 import logging
-from pathlib import Path
 
 from _app import hydra, launch, settings, stored_config, task
 from hydra.core.hydra_config import HydraConfig
@@ -9,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
 from eqx_q.run import evaluate_run, fraction, whole, whole_or_none, write_json
+from eqx_q.saving.hub import locate, results_of
 
 logger = logging.getLogger("eqx_q")
 
@@ -19,7 +19,7 @@ def main(config: DictConfig) -> float:
     """Evaluates; returns the mean return."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to evaluate: give run=DIR")
-    directory = Path(config.run)
+    directory, results = locate(str(config.run)), results_of(str(config.run))
     stored, given = settings(stored_config(directory)), settings(config)
     protocol = HydraConfig.get().runtime.choices.get("protocol")
     protocol = protocol or stored.get("chosen", {}).get("protocol", "as_trained")
@@ -33,9 +33,9 @@ def main(config: DictConfig) -> float:
         max_episode_steps=whole_or_none(given, "max_episode_steps"),
         min_steps=whole_or_none(given, "min_steps") or 0,
         protocol=given.get("protocol"),
-        video=directory / "media" / f"evaluation_{protocol}.gif" if given["video"] else None,
+        video=results / "media" / f"evaluation_{protocol}.gif" if given["video"] else None,
     )
-    path = directory / f"evaluation_{protocol}.json"
+    path = results / f"evaluation_{protocol}.json"
     write_json(path, {"protocol": protocol, **result})
     print(_table(result))
     logger.info("written to %s", path)

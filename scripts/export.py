@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eqx_q.errors import UsageError
 from eqx_q.run import export_run, whole
+from eqx_q.saving.hub import locate, results_of
 
 logger = logging.getLogger("eqx_q")
 
@@ -18,11 +19,12 @@ def main(config: DictConfig) -> None:
     """Exports."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to export: give run=DIR")
-    directory, given = Path(str(config.run)), settings(config)
+    run, given = str(config.run), settings(config)
+    directory = locate(run)
     path = export_run(
         settings(stored_config(directory)),
         directory,
-        directory / "export" if given["out"] is None else Path(str(given["out"])),
+        results_of(run) / "export" if given["out"] is None else Path(str(given["out"])),
         member=None if given["member"] is None else whole(given, "member"),
         platforms=given["platforms"],
     )

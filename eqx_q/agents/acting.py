@@ -1,5 +1,6 @@
 """From observations to decisions: what every agent that computes Q-values has in common."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from .. import spaces
 from ..errors import UsageError
 from ..nets import AbstractQNetwork
+from ..nets.parameters import split_parameters
 from ..spaces import Leaf
 from ..types import AnyArray, Decision, Memory, Observation, Rollout, Scalar
 from . import hyperparameters
@@ -21,6 +23,7 @@ from .agent import Agent
 from .exploration import AbstractExploration
 from .mixers import AbstractMixer
 from .model import Model
+from .optimizers import Optimizer
 from .values import AbstractValue
 
 
@@ -49,7 +52,9 @@ class QAgent(Agent):
     mixer: AbstractVar[AbstractMixer]
     value: AbstractVar[AbstractValue]
     exploration: AbstractVar[AbstractExploration]
+    optimizer: AbstractVar[Optimizer]
     statistics: AbstractVar[PyTree[Array]]
+    optimizer_state: AbstractVar[PyTree[Array]]
     bins: AbstractVar[Bins]
     epsilon: AbstractVar[Float[Array, ""]]
 
@@ -164,6 +169,14 @@ class QAgent(Agent):
     ) -> "QAgent":
         """See `Agent`."""
         return hyperparameters.replace(self, values)
+
+    def with_fresh_optimizer(self) -> "QAgent":
+        """The same agent with its optimiser as before the first step.
+
+        What is only to act is a third as large in a file, since moments of zeros take no bytes.
+        """
+        parameters, _ = split_parameters((self.network, self.mixer))
+        return dataclasses.replace(self, optimizer_state=self.optimizer.init(parameters))
 
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
         """See `Agent`."""

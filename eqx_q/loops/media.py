@@ -3,7 +3,7 @@
 import io
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import equinox as eqx
@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray, PyTree, UInt8
 from ..agents import Agent, decide
 from ..errors import MissingExtraError, UsageError
 from ..saving.files import write_whole
-from ..types import Memory, TimeStep
+from ..types import Memory, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.drawing import picture_in
 
@@ -100,31 +100,59 @@ def record_episode(
     **Returns:** the frames, or pictures among the observations where the environment cannot draw,
     or none; and the return so far.
     """
-    frames, stride = [], 1
-    key, reset_key = jax.random.split(key)
-    state, timestep = env.reset(reset_key)
-    memory = agent.initial_memory(env.num_envs)
-    for step in itertools.count():
-        ended = bool(timestep.episode.ended[0])
-        if step % stride == 0 or ended:
-            frame = env.render(state, 0)
-            if frame is None:
-                frame = picture_in(env.observation_space, timestep.obs)
+    frames, stride, returns = [], 1, 0.0
+    for step, (state, timestep) in enumerate(play(agent, env, key=key, max_steps=max_steps)):
+        returns = float(timestep.episode.returns[0])
+        if step % stride == 0 or timestep.episode.ended[0]:
+            frame = draw(env, state, timestep)
             if frame is not None:
                 frames.append(frame)
         if len(frames) > max_frames:
             frames, stride = frames[::2], 2 * stride
-        if ended or step == max_steps:
-            break
+    return frames, returns
+
+
+def play(
+    agent: Agent,
+    env: Env,
+    *,
+    key: PRNGKeyArray,
+    max_steps: int | None = None,
+    epsilon: Scalar | None = None,
+) -> Iterator[tuple[PyTree, TimeStep]]:
+    """States and timesteps of one episode of the game in the first lane, from reset to end.
+
+    **Arguments:** `epsilon`: probability of a random action; `None` is greedy. See
+    `record_episode` for the rest.
+    """
+    key, reset_key = jax.random.split(key)
+    state, timestep = env.reset(reset_key)
+    memory = agent.initial_memory(env.num_envs)
+    for step in itertools.count():
+        yield state, timestep
+        if timestep.episode.ended[0] or step == max_steps:
+            return
         key, step_key = jax.random.split(key)
-        state, timestep, memory = _step(agent, env, state, timestep, memory, step_key)
-    return frames, float(timestep.episode.returns[0])
+        state, timestep, memory = _step(agent, env, state, timestep, memory, step_key, epsilon)
+
+
+def draw(env: Env, state: PyTree, timestep: TimeStep) -> Frame | None:
+    """The first lane as the environment draws it, else a picture that is observed, if any."""
+    frame = env.render(state, 0)
+    return picture_in(env.observation_space, timestep.obs) if frame is None else frame
 
 
 @eqx.filter_jit
 def _step(
-    agent: Agent, env: Env, state: PyTree, timestep: TimeStep, memory: Memory, key: PRNGKeyArray
+    agent: Agent,
+    env: Env,
+    state: PyTree,
+    timestep: TimeStep,
+    memory: Memory,
+    key: PRNGKeyArray,
+    epsilon: Scalar | None,
 ) -> tuple[PyTree, TimeStep, Memory]:
-    decision = decide(agent, timestep, memory)
+    act_key = None if epsilon is None else jax.random.fold_in(key, 0)
+    decision = decide(agent, timestep, memory, epsilon=epsilon, key=act_key)
     state, timestep = env.step(state, jnp.asarray(decision.action), key)
     return state, timestep, decision.memory

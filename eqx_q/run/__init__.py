@@ -13,6 +13,7 @@ from .making import (
     make_agent as make_agent,
     make_env as make_env,
 )
+from .publishing import publish_run as publish_run
 from .replaying import replay_run as replay_run
 from .search import search_run as search_run
 from .settings import (
@@ -27,3 +28,4 @@ from .settings import (
 from .summary import finished as finished, provenance as provenance, write_json as write_json
 from .sweeps import as_markdown as as_markdown, summarize_sweep as summarize_sweep
 from .training import train_run as train_run
+from .watching import watch_run as watch_run

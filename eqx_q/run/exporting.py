@@ -1,7 +1,5 @@
 """Exporting what a run left behind, with a card that says what it is."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,9 @@ from ..agents import Agent, Population
 from ..errors import UsageError
 from ..policy import Policy
 from ..saving.exporting import export
-from ..saving.files import write_whole
-from ..wrappers.registry import SUITES
+from .card import table, write_card
 from .evaluation import trained_agent
-from .making import learnt
-from .parts import chosen_options
-from .settings import Config, env_name, given, in_use
-from .summary import read_json
+from .settings import Config
 
 
 def export_run(
@@ -38,89 +32,44 @@ def export_run(
     **Raises:** `UsageError` where the run is not finished, or has no such member.
     """
     agent = trained_agent(directory)
-    members = agent.num_members or 1
-    if member is not None and not 0 <= member < members:
-        raise UsageError(f"member={member}: this run has the members 0 to {members - 1}")
-    if isinstance(agent, Population) and member is not None:
-        agent = agent.member(member)
+    if member is not None:
+        agent = member_of(agent, member)
     path = export(out, agent, platforms=platforms)
-    card = _card(config, directory, agent, Policy(path), member)
-    write_whole(out / "README.md", [card.encode()])
+    policy = Policy(path)
+    exported = f"jax {jax.__version__}, for {', '.join(policy.platforms)}"
+    write_card(
+        out,
+        config,
+        directory,
+        agent,
+        member,
+        opening="An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.",
+        use=_use(agent, policy),
+        facts={"exported with": exported},
+    )
     return path
 
 
-def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member: int | None) -> str:
-    """Scores, what goes in and out, how to use it, configuration and versions."""
-    summary = _read(directory / "summary.json")
-    ((unit, amount),) = learnt(agent).items()
-    stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
-    of_all = f", member {member} of {config['num_seeds']}" if member is not None else ""
-    if agent.num_members:
-        of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
-    facts = {
-        "agent": f"`{config['agent']['_target_']}`{of_all}",
-        "environment": f"`{env_name(config)}`",
-        "options of the environment": f"`{_json(given(config['env']))}`",
-        "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
-        "data": _of_data(summary.get("data")),
-        "seed": config["seed"],
-        "trained on": summary.get("device"),
-        "trained with": _versions(config, summary),
-        "commit": summary.get("commit"),
-        "exported with": f"jax {jax.__version__}, for {', '.join(policy.platforms)}",
-    }
+def member_of(agent: Agent, member: int) -> Agent:
+    """One member of what a run trained. Raises `UsageError` where it has no such member."""
+    members = agent.num_members or 1
+    if not 0 <= member < members:
+        raise UsageError(f"member={member}: this run has the members 0 to {members - 1}")
+    return agent.member(member) if isinstance(agent, Population) else agent
+
+
+def _use(agent: Agent, policy: Policy) -> str:
+    """How to act, and what goes in."""
     inputs = {name: kind for name, kind in policy.inputs.items() if name != "memory"}
     inputs |= {f"memory[{i}]": kind for i, kind in enumerate(policy.inputs["memory"])}
-    used = in_use(config) | {"agent": chosen_options(given(config["agent"]))}
-    return f"""# {config["agent"]["_target_"].split(".")[-1]} in {env_name(config)}
-
-An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.
-
-{_table(("", ""), [(name, fact) for name, fact in facts.items() if fact not in (None, "")])}
-## Scores
-
-{_table(("return", "mean", "each seed"), _scores(config, directory, learnt(agent), member))}
-## Use
-
-In this directory, or with it in `sys.path`:
+    return f"""In this directory, or with it in `sys.path`:
 
 ```python
 {_example(agent, policy)}```
 
 `policy.py` documents all arguments. `n` is any number of lanes.
 
-{_table(("input", "shape", "type"), _kinds(inputs))}
-## Configuration
-
-```json
-{_json(used, indent=1)}
-```
-"""
-
-
-def _of_data(data: Any) -> str | None:
-    """What a summary says of a data set; one of earlier versions knows its path only."""
-    if not isinstance(data, Mapping):
-        return data and f"`{data}`"
-    source = f", from `{_json(data['source'])}`" if data["source"] else ""
-    return (
-        f"{data['transitions']:,} transitions in {data['episodes']:,} episodes of "
-        f"`{data['env']}`{source}, checksum `{data['checksum']}`"
-    )
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no number for what is infinite: a word says so."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: finite(part) for name, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(part) for part in value]
-        is_number = isinstance(value, float)
-        return str(value) if is_number and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+{table(("input", "shape", "type"), _kinds(inputs))}"""
 
 
 def _example(agent: Agent, policy: Policy) -> str:
@@ -155,36 +104,6 @@ def _zeros(kind: Any, lanes: int) -> str:
     return f"np.zeros({(lanes, *map(int, kind.shape[1:]))}, np.{kind.dtype})"
 
 
-def _scores(
-    config: Config, directory: Path, amount: Mapping[str, int], member: int | None
-) -> list[tuple[str, str, str]]:
-    """What training and evaluations afterwards came to, of an agent that has learnt so much."""
-    epsilon = given(config.get("eval", {})).get("epsilon", 0.0)
-    how = f"with ε = {epsilon}" if epsilon else "greedy"
-    names = {
-        "eval_return_per_seed": f"at the end of training, {how}",
-        "best_eval_return_per_seed": f"the best during training, {how}",
-        "train_return_per_seed": "in training, with exploration",
-    }
-    summary = _read(directory / "summary.json")
-    results = [(name, summary, key) for key, name in names.items()]
-    for path in sorted(directory.glob("evaluation_*.json")):
-        result = _read(path)
-        name = f"{result['protocol']}: {result['episodes']} episodes, ε = {result['epsilon']}"
-        results.append((name, result, "return_per_seed"))
-    rows = []
-    for name, result, key in results:
-        values = result.get(key) or []
-        if member is not None:
-            values = values[member : member + 1]
-        known = [x for x in values if x is not None]
-        # A run may have gone on since, and been evaluated before.
-        if known and amount.items() <= result.items():
-            each = ", ".join("–" if x is None else f"{x:.4g}" for x in values)
-            rows.append((name, f"{sum(known) / len(known):.4g}", each))
-    return rows
-
-
 def _kinds(inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (f"`{name}`", f"`[{', '.join(map(str, kind.shape))}]`", str(kind.dtype))
@@ -200,22 +119,3 @@ def _flat(path: str, kinds: Any) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{path}.{name}".lstrip("."), child)
     else:
         yield path, kinds
-
-
-def _table(head: Sequence[str], rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def _versions(config: Config, summary: Mapping[str, Any]) -> str:
-    """Of what the agent and its environment are made of."""
-    packages = ("eqx_q", "python", "jax", "equinox", SUITES[config["env"]["suite"]].package)
-    versions = summary.get("versions", {})
-    return ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return {}

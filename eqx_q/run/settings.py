@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
@@ -246,6 +247,15 @@ def in_use(config: Config) -> dict[str, Any]:
     if not given(config.get("pbt") or {}).get("every"):
         idle.add("pbt")
     return {name: value for name, value in given(config).items() if name not in idle}
+
+
+def without_paths(value: Any) -> Any:
+    """Of a configuration or a summary what others may see: of absolute paths their last part."""
+    if isinstance(value, Mapping):
+        return {name: without_paths(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from jaxtyping import PyTree
 
 from ..errors import CorruptFileError, UsageError
 from .files import write_whole
+from .hub import AGENT, is_name, locate
 from .structure import decode, dtype_of, encode
 
 _FORMAT = 2  # in 1, arrays of zeros had bytes too
@@ -68,10 +69,13 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
 def load(path: str | os.PathLike) -> PyTree:
     """Reads what `save` wrote, bit for bit; JAX arrays come back as such, NumPy's as NumPy's.
 
+    **Arguments:** `path`: of a file; or the name of an agent: `zoo:AGENT/ENV` of those that come
+    with eqx_q, `hf:USER/NAME` or `hf:USER/NAME@REVISION` of the Hugging Face hub.
+
     **Raises:** `CorruptFileError` where the file is damaged or not ours; `UsageError` where it is
     missing, or names a class that cannot be imported or has other fields by now.
     """
-    path = Path(path)
+    path = locate(path) / AGENT if is_name(path) else Path(path)
     header, payload = _read(path)
     try:
         table, structure = header["arrays"], header["tree"]
