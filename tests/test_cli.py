@@ -324,9 +324,9 @@ def test_bad_input_of_an_evaluation(script, arguments, message):
 def test_without_hydra_the_extra_is_named(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.delitem(sys.modules, "_app", raising=False)
-    for name in ("train", "evaluate", "collect", "convert", "export", "summarize", "tune"):
+    for path in (ROOT / "scripts").glob("[!_]*.py"):
         with pytest.raises(SystemExit, match=r"run `pip install 'eqx_q\[train\]'`"):
-            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def test_lanes_of_emulators_never_share_a_seed():

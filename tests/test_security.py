@@ -1,6 +1,7 @@
 """Files that somebody sent: what they hold is read, and nothing of theirs is run."""
 
 import hashlib
+import pickle
 import sys
 
 import equinox as eqx
@@ -9,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from hubs import serving
 from recordings import describe, random_episodes, write
 
 import eqx_q
 from eqx_q.data import Dataset
 from eqx_q.errors import CorruptFileError, UsageError
+from eqx_q.saving.hub import locate
 
 AGENT = eqx_q.PQN.create(
     gymnasium.spaces.Box(-1, 1, (4,), np.float32),
@@ -21,6 +24,14 @@ AGENT = eqx_q.PQN.create(
     key=jax.random.key(0),
     network_options={"hidden_sizes": [4]},
 )
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+NAMES_OF_PQN = b"eqx_q:PQN", b"eqx_q.agents.pqn:PQN"
 
 
 @pytest.fixture
@@ -58,10 +69,29 @@ def test_an_agent(evil, tmp_path, old, new):
     assert eqx.tree_equal(eqx_q.load(tmp_path / "a.eqx")["agent"], AGENT)
     text = (tmp_path / "a.eqx").read_bytes()
     if old not in text:  # by the name that the file has
-        old = b"eqx_q.agents.pqn:PQN"
+        old = NAMES_OF_PQN[1]
     rewrite(tmp_path / "a.eqx", old, new)
     with pytest.raises(UsageError, match=r"import evil.* first, if you trust who made that file"):
         eqx_q.load(tmp_path / "a.eqx")
+
+
+def test_an_agent_of_the_hub(evil, tmp_path, monkeypatch, script):
+    """Beside it lies what other libraries would unpickle or import."""
+    eqx_q.save(tmp_path / "a.eqx", AGENT)
+    data = (tmp_path / "a.eqx").read_bytes()
+    rewrite(tmp_path / "a.eqx", next(x for x in NAMES_OF_PQN if x in data), b"evil:Agent")
+    config = b"env: {suite: gymnax, name: CartPole-v1}\nagent: {_target_: evil.Agent}\n"
+    config += b"protocol: !!python/object/apply:os.system ['touch executed']\n"
+    with serving(monkeypatch, tmp_path) as hub:
+        files = {"agent.eqx": (tmp_path / "a.eqx").read_bytes(), "config.yaml": config}
+        hub.commit(
+            "you/thing", {**files, "evil.py": b"", "pytorch_model.bin": pickle.dumps(Bomb())}
+        )
+        with pytest.raises(UsageError, match="import evil first, if you trust who made that file"):
+            eqx_q.load("hf:you/thing")
+        status, _, err = script("evaluate", "run=hf:you/thing")
+        assert status == 1 and "config.yaml' is damaged" in err
+        assert {path.name for path in locate("hf:you/thing").iterdir()} == set(files)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +124,6 @@ def test_a_configuration_of_python(script, tmp_path):
     status, _, err = script("evaluate", "run=run")
     assert status == 1 and "config.yaml' is damaged" in err
     assert not (tmp_path / "executed").exists()
-
-
-class Bomb:
-    def __reduce__(self):
-        return open, ("executed", "w")
 
 
 def test_a_data_set_with_pickles(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def run_alone(site: Path, script: str, *arguments: object) -> str:
 def test_extras_are_out_of_sight(site):
     script = "import importlib.util as u; print([u.find_spec(n) for n in sys.argv[1:]])"
     extras = ["gymnax", "envpool", "craftax", "jaxmarl", "pettingzoo", "hydra", "aim", "tqdm"]
-    extras += ["PIL", "matplotlib", "flax", "chex", "optuna", "yaml"]
+    extras += ["PIL", "matplotlib", "flax", "chex", "optuna", "yaml", "huggingface_hub"]
     assert run_alone(site, script, *extras).strip() == str([None] * len(extras))
 
 
@@ -76,6 +76,8 @@ def test_wheel_holds_the_library_only(site):
     tops = {line.split("/")[0] for line in record.read_text().splitlines()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"eqx_q"}
     assert "eqx_q/py.typed" in record.read_text()
+    for file in ("agent.eqx", "config.yaml", "summary.json", "README.md"):
+        assert f"eqx_q/zoo/pqn/CartPole-v1/{file}" in record.read_text()
 
 
 def test_imports_need_no_extra(site):
@@ -134,3 +136,17 @@ print(json.dumps([decision.action.tolist(), decision.value.tolist()]))
     expected = eqx.filter_jit(agent.act)(obs)
     np.testing.assert_array_equal(actions, expected.action)
     np.testing.assert_allclose(values, expected.value, rtol=1e-5, atol=1e-6)
+
+
+def test_loads_an_agent_of_the_zoo(site):
+    script = """
+import eqx_q, numpy
+print(eqx_q.load("zoo:pqn/CartPole-v1").act(numpy.array([0, 0, 0.2, 1], "float32")).action)
+try:
+    eqx_q.load("hf:me/thing")
+except eqx_q.errors.MissingExtraError as error:
+    print(error)
+"""
+    action, error = run_alone(site, script).splitlines()
+    assert action == "1"  # it runs after the pole
+    assert "run `pip install 'eqx_q[hub]'`" in error

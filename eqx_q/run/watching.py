@@ -119,6 +119,7 @@ def _of_pygame(title: str, fps: float) -> tuple[Show, Callable[[], Any]] | None:
     except pygame.error:  # DISPLAY names a screen that is not there
         return None
     if pygame.display.get_driver() in ("dummy", "offscreen"):
+        pygame.display.quit()
         return None
     clock = pygame.time.Clock()
 

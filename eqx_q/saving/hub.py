@@ -92,9 +92,8 @@ def push(directory: Path, name: str, *, private: bool = False) -> str:
             model_name=agent,
             eval_results=None if score is None else [result],
         )
-        card = ModelCard((directory / "README.md").read_text())
-        card.data = metadata
-        card.save(directory / "README.md")
+        text = (directory / "README.md").read_text()
+        ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(directory / "README.md")
         api = HfApi(library_name="eqx_q")
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
