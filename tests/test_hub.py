@@ -1,8 +1,10 @@
 """Agents by name: published, pushed, pulled, and found in the zoo."""
 
 import json
+import sys
 
 import equinox as eqx
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +156,7 @@ def test_without_evaluations_a_member_must_be_named(run, script, tmp_path):
     assert eqx.tree_equal(networks(eqx_q.load(tmp_path / "out" / "agent.eqx")), networks(member))
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 def test_pushed_and_pulled(run, script, tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     status, out, err = script("publish", f"run={run}", "to=hf:me/thing", "private=true")
@@ -208,6 +211,25 @@ def test_what_the_hub_does_not_give(hub, name, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "cannot be kept here ([Errno 28] No space left"),
+        (OSError("the line broke"), "was not transferred (the line broke): try again"),
+    ],
+)
+def test_what_goes_wrong_on_the_way(hub, monkeypatch, error, message):
+    hub.commit("me/thing", {"agent.eqx": b"x"})
+
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UsageError) as raised:
+        eqx_q.load("hf:me/thing")
+    assert message in str(raised.value)
+
+
 def test_what_the_hub_does_not_take(run, script, hub, monkeypatch):
     def error(*arguments):
         status, _, err = script("publish", f"run={run}", *arguments)
@@ -224,7 +246,7 @@ def test_what_the_hub_does_not_take(run, script, hub, monkeypatch):
     assert "the hub cannot be reached for hf:me/thing" in error("to=hf:me/thing")
     with pytest.raises(UsageError, match="the hub cannot be reached for hf:me/thing: check"):
         eqx_q.load("hf:me/thing")
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "run `pip install 'eqx_q[hub]'`" in error("to=hf:me/thing")
 
 

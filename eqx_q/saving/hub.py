@@ -163,10 +163,10 @@ def _explained(name: str) -> Iterator[None]:
         raise UsageError(
             f"the hub answers {status} for {name}{f' ({said})' if said else ''}: {mend}"
         ) from error
-    except RuntimeError as error:  # an upload of a large file that breaks off
-        raise UsageError(f"{name} was not transferred ({error}): try again") from error
-    except OSError as error:  # of its cache
+    except (RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) is None:  # a transfer of a large file that breaks off
+            raise UsageError(f"{name} was not transferred ({error}): try again") from error
         raise UsageError(
-            f"{name} cannot be kept here ({error.strerror or error}): free space, or choose "
-            "another place with HF_HOME"
+            f"{name} cannot be kept here ({error}): free space, or choose another place with "
+            "HF_HOME"
         ) from error
