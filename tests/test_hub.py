@@ -149,9 +149,12 @@ def test_without_evaluations_a_member_must_be_named(run, script, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("agent.eqx", "config.yaml"):
         (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
+    summary = {"env_steps": 32, "train_return_per_seed": [1.0, 2.0, 3.0]}  # it went on since
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     status, _, err = script("publish", "run=run", "out=out")
     assert status == 1 and "choose one with member=0" in err
     assert script("publish", "run=run", "out=out", "member=2")[0] == 0
+    assert "in training" not in (tmp_path / "out" / "README.md").read_text()
     member = eqx_q.load(run / "agent.eqx").member(2)
     assert eqx.tree_equal(networks(eqx_q.load(tmp_path / "out" / "agent.eqx")), networks(member))
 
