@@ -59,8 +59,6 @@ class Count(eqx.Module):
         high, low = np.divmod(number.astype(np.uint64), np.uint64(2**32))
         return (self.low == low.astype(np.uint32)) & (self.high == high.astype(np.uint32))
 
-    __hash__ = None  # like an array's
-
     def __int__(self) -> int:
         return int(np.asarray(self))
 
