@@ -258,9 +258,9 @@ def test_schedules_follow_progress():
 @pytest.mark.parametrize(
     ("obs_space", "act_space", "options", "message"),
     [
-        (OBS, OBS, {}, "actions of a Box are cut into bins, and .* has no bounds"),
+        (OBS, OBS, {}, "a Box of actions is divided into bins, but .* has no bounds"),
         (OBS, gymnasium.spaces.Dict(a=ACT), {}, "MultiBinary or a bounded Box, got Dict"),
-        (gymnasium.spaces.Text(3), ACT, {}, "nothing can be learnt from a space of kind Text"),
+        (gymnasium.spaces.Text(3), ACT, {}, "a space of kind Text is not supported"),
         (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": 1}, "bins=1: give a whole number of at"),
         (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": [2, 3, 4]}, "3 numbers, and .* 2 dimen"),
         (OBS, ACT, {"rollout_length": 0}, "rollout_length must be a whole number"),

@@ -372,7 +372,7 @@ def test_spaces_that_nothing_is_learnt_from(tmp_path):
     (one,) = vectors([2])
     endless = one._replace(action=np.zeros((2, 3), np.float32))
     write_theirs("endless-v0", [endless], VECTOR, VECTOR)
-    with pytest.raises(UsageError, match="actions of a Box are cut into bins"):
+    with pytest.raises(UsageError, match="a Box of actions is divided into bins"):
         from_minari("endless-v0")
     said = [{"place": one.frames[t], "mission": "go"} for t in range(3)]
     buffer = EpisodeBuffer(

@@ -121,7 +121,7 @@ def test_entries_that_are_not_there(observe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "a space of kind Text: leave it out by its name (leave_out=['word'])"),
+        ({}, "('word') is not supported: leave it out by its name (leave_out=['word'])"),
         ({"leave_out": "word"}, "give a list of paths"),
         ({"leave_out": ["wrod"]}, "entry of observations 'wrod': the nearest are word"),
         ({"leave_out": ["word"], "observe": [0]}, "give lists by path, such as {'image': [0]}"),
