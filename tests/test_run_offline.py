@@ -121,7 +121,7 @@ BAD = {
     ("agent=cql", "data=data", "sampling.runs=[7]"): "has no run 7: it has 0",
     ("agent=cql", "data=data", "sampling.memory_gb=1e-9"): "raise memory_gb",
     ("agent=cql", "data=data", "agent.td_loss=hubert"): "unknown td_loss 'hubert': the nearest",
-    ("agent=cql", "data=data", "agent.alpha=-1"): "alpha=-1 makes no sense",
+    ("agent=cql", "data=data", "agent.alpha=-1"): "alpha=-1 is out of range",
     ("agent=cql", "data=data", "num_updates=0"): "give a whole number of at least 1",
 }
 

@@ -116,7 +116,7 @@ BAD_SPACES = [
     ({"agent": {"lambda_": ["much"]}}, "give numbers"),
     ({"agent": {"learning_rate": {"low": 1.0, "high": 0.1}}}, "search.agent.learning_rate: "),
     ({"agent": {"num_epochs": {"low": 1, "high": 2, "hihg": 3}}}, "with log or step"),
-    ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 makes no sense"),
+    ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 is out of range"),
     ({"agent": {"network": ["mlp", "mpl"]}}, "unknown network 'mpl'"),
     ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma is of agent.value=hl_gauss"),
     ({}, "there is nothing to search"),
