@@ -404,7 +404,7 @@ def test_what_an_environment_in_python_says_is_one_line(script, tmp_path):
 
     def check(status, out, err):
         assert status == 1
-        assert err.startswith("error: team_reward=shared, but agents were paid ")
+        assert err.startswith("error: team_reward=shared, but agents got rewards ")
         assert err.count("\n") == 1 and "Traceback" not in out
 
     check(*script("train", *SMALL, *QUIET, *options))
