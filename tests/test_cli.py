@@ -61,7 +61,7 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
     assert status == 0
     result = json.loads((run / "evaluation_as_trained.json").read_text())
     best = int(np.argmax(result["return_per_seed"]))
-    assert f"written to run/media/evaluation_as_trained.gif (member {best})" in out
+    assert f"wrote run/media/evaluation_as_trained.gif (member {best})" in out
     assert (run / "media" / "evaluation_as_trained.gif").read_bytes().startswith(b"GIF89a")
     agent = load(run / "agent.eqx")
     env = eqx_q.make("gymnax/CartPole-v1", num_envs=12)
@@ -80,7 +80,7 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
         assert again[key] == summary[key]
     np.testing.assert_allclose(again["train_return_per_seed"], summary["train_return_per_seed"])
     status, _, err = script("train", "resume=run")
-    assert status == 1 and "give a larger total_steps to go on" in err
+    assert status == 1 and "give a larger total_steps to continue" in err
 
 
 def test_total_steps_stretch_the_schedules(script, tmp_path):
@@ -230,7 +230,7 @@ def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_pa
     resumed, whole = load(tmp_path / "run" / "agent.eqx"), load(tmp_path / "whole" / "agent.eqx")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     status, _, err = script("train", "resume=run")
-    assert status == 1 and "give a larger total_steps to go on" in err
+    assert status == 1 and "give a larger total_steps to continue" in err
 
 
 BAD_INPUT = {
@@ -275,7 +275,7 @@ BAD_INPUT = {
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
     "agent.network_options.hidden_sizes=[0]": "cannot have hidden_sizes=(0,), ",
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
-    "agent.value.sigma=0.5": "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen",
+    "agent.value.sigma=0.5": "agent.value.sigma needs agent.value=hl_gauss, but scalar is chosen",
     "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
     "data=5": "/5' is no data set",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",

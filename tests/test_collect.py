@@ -139,7 +139,7 @@ def test_what_was_interrupted_goes_on(script, tmp_path, monkeypatch):
         patch.setattr(Progress, "__call__", interrupt)
         status, _, err = script(*command, "out=data")
     assert status == 1
-    assert "stopped: 1 of 3 shards are kept beside 'data'; the same command goes on" in err
+    assert "stopped: 1 of 3 shards are kept next to 'data'; the same command continues" in err
     assert not (tmp_path / "data").exists() and shows[-1] < 600
     status, _, err = script(*command, "steps=901", "out=data")
     assert status == 1 and "the beginning of another data set" in err
@@ -223,7 +223,7 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     check("unknown option 'step'", "run=run", "out=data", "step=5")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    check("takes about 0.027 GB, and 0.01 GB are free", "run=run", "out=deep/data")
+    check("takes about 0.027 GB, but 0.01 GB are free", "run=run", "out=deep/data")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     check("there are no checkpoints in 'run'", "run=run", "out=data", "checkpoints=all")
 

@@ -99,7 +99,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
     for ours, theirs in zip(*map(_leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     status, _, err = script("train", "resume=cut")
-    assert status == 1 and "has made its 120 updates: give a larger num_updates" in err
+    assert status == 1 and "has completed its 120 updates: give a larger num_updates" in err
     best = [json.loads((tmp_path / x / "summary.json").read_text()) for x in ("whole", "cut")]
     for name in ("best_eval_return_per_seed", "best_eval_num_updates_per_seed"):
         assert best[0][name] == best[1][name]
@@ -112,9 +112,9 @@ def _leaves(agent):
 
 BAD = {
     ("agent=cql",): "this agent learns from recorded data: give data=DIR",
-    ("data=data",): "this agent learns from environments, and data=... is no use to it",
+    ("data=data",): "this agent learns from environments, so data=... is not supported",
     ("agent=cql", "data=nothing"): "nothing' is no data set: there is no header.json in it",
-    ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, and the environment is",
+    ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, but the environment is",
     ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "data' has observations",
     ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a share above 0, up to 1",
     ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode,",
@@ -153,7 +153,7 @@ def test_from_data_the_update_that_diverged_is_found_again(data, script, tmp_pat
     status, out, err = script("replay", "run=run")
     assert status == 0, err
     assert "the loss is not finite after " in out and "100 updates" not in out
-    assert "all that the update begins with is finite" in out
+    assert "all inputs of the update are finite" in out
     update = load(tmp_path / "run" / "diverged_update.eqx")
     assert update["experience"].weight is not None
     agent, metrics = update["agent"].update(update["experience"], key=update["key"])

@@ -118,8 +118,8 @@ BAD_SPACES = [
     ({"agent": {"num_epochs": {"low": 1, "high": 2, "hihg": 3}}}, "with log or step"),
     ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 is out of range"),
     ({"agent": {"network": ["mlp", "mpl"]}}, "unknown network 'mpl'"),
-    ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma is of agent.value=hl_gauss"),
-    ({}, "there is nothing to search"),
+    ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma needs agent.value=hl_gauss"),
+    ({}, "the search space is empty"),
 ]
 
 
@@ -571,7 +571,7 @@ BAD_INPUT = {
     "search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
     "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
     "direction=up": "direction=up: choose maximize or minimize",
-    "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
+    "eval.every=0": "needs evaluations, but eval.every=0",
     "trials=0": "trials=0: give a whole number of at least 1",
     "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
     "pbt.every=64": "leave out pbt",

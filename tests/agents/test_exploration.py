@@ -215,5 +215,5 @@ def test_what_cannot_be_says_what_can(given, message):
 
 
 def test_memory_of_other_rows_is_refused():
-    with pytest.raises(UsageError, match=r"remembers \(5, 1\) rows and factors, not \(5, 2\)"):
+    with pytest.raises(UsageError, match=r"memory has \(5, 1\) rows and factors, not \(5, 2\)"):
         draw(EpsilonZGreedy(), rows(VALUES, 5), 0.1, memory=EpsilonZGreedy().initial_memory(5))
