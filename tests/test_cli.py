@@ -226,7 +226,7 @@ def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:-100])
     status, out, err = script("train", "resume=run")
     assert status == 0, err
-    assert f"{damaged}" in out + err and "trying the checkpoint before it" in out + err
+    assert f"{damaged}" in out + err and "trying the previous checkpoint" in out + err
     resumed, whole = load(tmp_path / "run" / "agent.eqx"), load(tmp_path / "whole" / "agent.eqx")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     status, _, err = script("train", "resume=run")
@@ -277,7 +277,7 @@ BAD_INPUT = {
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
     "agent.value.sigma=0.5": "agent.value.sigma needs agent.value=hl_gauss, but scalar is chosen",
     "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
-    "data=5": "/5' is no data set",
+    "data=5": "/5' is not a data set",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",
     "+agent.lamda=1": "unknown hyperparameter 'lamda': the nearest are lambda_",
     "agent": "missing EQUAL",

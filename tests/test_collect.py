@@ -209,7 +209,7 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     check("there is no place for the data set: give out=DIR", "run=run")
     check("'nowhere' is not a run directory", "run=nowhere", "out=data")
     check("finish it with", "run=begun", "out=data")
-    check("there is something at 'there' already", "run=run", "out=there")
+    check("'there' exists already", "run=run", "out=there")
     check("epsilon=1.5: give a number from 0 to 1", "run=run", "out=data", "epsilon=1.5")
     check("epsilon=2.0: give a number from 0 to 1", "run=run", "out=data", "epsilon=[0.1,2]")
     check("epsilon=much: give a number", "run=run", "out=data", "epsilon=much")

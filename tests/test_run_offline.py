@@ -113,10 +113,10 @@ def _leaves(agent):
 BAD = {
     ("agent=cql",): "this agent learns from recorded data: give data=DIR",
     ("data=data",): "this agent learns from environments, so data=... is not supported",
-    ("agent=cql", "data=nothing"): "nothing' is no data set: there is no header.json in it",
+    ("agent=cql", "data=nothing"): "nothing' is not a data set, since it has no header.json",
     ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, but the environment is",
     ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "data' has observations",
-    ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a share above 0, up to 1",
+    ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a number above 0, up to 1",
     ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode,",
     ("agent=cql", "data=data", "sampling.runs=[7]"): "has no run 7: it has 0",
     ("agent=cql", "data=data", "sampling.memory_gb=1e-9"): "raise memory_gb",
@@ -138,7 +138,7 @@ def test_bad_input_ends_with_one_line(data, script, tmp_path):
     bytes_[-1] ^= 1
     path.write_bytes(bytes_)
     status, _, err = script("train", "agent=cql", "data=data", "hydra.run.dir=bad")
-    assert status == 1 and "obs.npy' is damaged: its checksum is wrong" in err
+    assert status == 1 and "obs.npy' is damaged, its checksum is wrong" in err
 
 
 @pytest.mark.parametrize("learning_rate", [100, 1e30])

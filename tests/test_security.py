@@ -60,7 +60,7 @@ def test_an_agent(evil, tmp_path, old, new):
     if old not in text:  # by the name that the file has
         old = b"eqx_q.agents.pqn:PQN"
     rewrite(tmp_path / "a.eqx", old, new)
-    with pytest.raises(UsageError, match=r"import evil.* first, if you trust who made that file"):
+    with pytest.raises(UsageError, match=r"import evil.* first, if you trust the author of"):
         eqx_q.load(tmp_path / "a.eqx")
 
 

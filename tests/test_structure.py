@@ -375,12 +375,12 @@ def test_no_constructor_runs(tmp_path):
     ("old", "new", "error", "message"),
     [
         (b'"x"', b'"z"', UsageError, r"has changed.*gone: \['z'\], new: \['x'\]"),
-        (b":Point", b":Pont", UsageError, "Pont.*not there"),
+        (b":Point", b":Pont", UsageError, "Pont.*was not found"),
         (b'"shape": [3]', b'"shape": [9]', CorruptFileError, "no sense"),
         (b'"offset": 0', b'"offset": 64', CorruptFileError, "no sense"),
         (b'"int16"', b'"linalg"', CorruptFileError, "no sense"),
         (b'"array": 0', b'"array": 7', CorruptFileError, "no sense"),
-        (b'"array": 0', b'"arrow": 0', CorruptFileError, "unknown here"),
+        (b'"array": 0', b'"arrow": 0', CorruptFileError, "unknown node"),
         (b'"tree"', b'"trie"', CorruptFileError, "no sense"),
     ],
 )

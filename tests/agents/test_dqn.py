@@ -488,7 +488,7 @@ def test_the_network_of_an_online_agent_learns_offline():
             "num_quantiles is an option of the value",
         ),
         ({"value": {"name": "quantile", "num_quantiles": 0}}, "num_quantiles must be a"),
-        ({"value": "quantile"}, "must be 200 for each choice"),
+        ({"value": "quantile"}, "must return 200 for each choice"),
         ({"burn_in": 2}, "burn_in=2 warms up memory, but this network has none"),
         (
             {"network": "mlp", "network_options": {"memory": "gru"}, "burn_in": -1},

@@ -262,7 +262,7 @@ def test_schedules_follow_progress():
         (OBS, gymnasium.spaces.Dict(a=ACT), {}, "MultiBinary or a bounded Box, got Dict"),
         (gymnasium.spaces.Text(3), ACT, {}, "a space of kind Text is not supported"),
         (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": 1}, "bins=1: give a whole number of at"),
-        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": [2, 3, 4]}, "3 numbers, and .* 2 dimen"),
+        (OBS, gymnasium.spaces.Box(-1, 1, (2,)), {"bins": [2, 3, 4]}, "3 numbers, but .* 2 dimen"),
         (OBS, ACT, {"rollout_length": 0}, "rollout_length must be a whole number"),
         (OBS, ACT, {"discount": 5}, "discount=5 is out of range: give a value from 0 to 1"),
         (OBS, ACT, {"learning_rate": float("nan")}, "learning_rate=nan is out of range"),
@@ -291,7 +291,7 @@ def test_bad_input_of_update_and_act():
     agent, rollout = make_agent(), make_rollout()
     short = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
     with pytest.raises(
-        UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .* one more timestep"
+        UsageError, match=r"obs has leading axes \(6, 2\), not \(7, 2\): .*one more timestep"
     ):
         agent.update(eqx_q.Rollout(short, rollout.actions), key=jax.random.key(0))
     step = jax.tree.map(lambda x: x[0], rollout.timesteps)
