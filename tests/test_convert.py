@@ -30,7 +30,7 @@ def flat(shards):
 def test_rlu(script, pong, tmp_path):
     status, out, err = script("convert", *RUN, "source=rlu/Pong")
     assert (status, err) == (0, "")
-    assert "written to out: 27 transitions of envpool/Pong-v5; episodes: 6, shards: 3" in out
+    assert "wrote out: 27 transitions of envpool/Pong-v5; episodes: 6, shards: 3" in out
     assert stored_transitions(Dataset(tmp_path / "out")) == flat(pong[1])
     options = ["run=[2,1]", "shards=[1]", "rows_per_shard=8", "num_workers=1", "env=atari"]
     status, _, err = script("convert", "format=rlu", "source=rlu/Pong", "out=some", *options)
@@ -54,7 +54,7 @@ def test_minari_there_and_back(script, pong, tmp_path, monkeypatch):
     script("convert", *RUN, "source=rlu/Pong")
     status, out, err = script("convert", "format=to_minari", "source=out", "out=atari/pong-v0")
     assert (status, err) == (0, "")
-    assert "written: the Minari data set 'atari/pong-v0'" in out
+    assert "wrote the Minari data set 'atari/pong-v0'" in out
     status, _, err = script("convert", "format=minari", "source=atari/pong-v0", "out=back")
     assert (status, err) == (0, "")
     before, after = Dataset(tmp_path / "out").rows, Dataset(tmp_path / "back").rows
@@ -131,7 +131,7 @@ def test_interrupted(script, pong, tmp_path, monkeypatch):
         ),
         ([*RUN, "source=rlu/Pong", "out=rlu"], "'rlu' exists already"),
         ([*RUN, "source=rlu/Pong", "shard=[0]"], "unknown option 'shard': the nearest are shards"),
-        (["format=minari", "source=x-v0", "out=out", "run=1"], "has no use for run: leave it out"),
+        (["format=minari", "source=x-v0", "out=out", "run=1"], "does not support run: leave it"),
         (["format=minari", "source=x-v0", "out=out"], "unknown Minari data set 'x-v0'"),
         (["format=to_minari", "source=rlu", "out=x-v0"], "'rlu' is not a data set"),
     ],

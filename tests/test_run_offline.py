@@ -88,7 +88,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(Evaluation, "__call__", interrupt)
         status, out, _ = script("train", *options, "hydra.run.dir=cut", "log_every=30")
-        assert status == 0 and "stopped: go on with `python scripts/train.py resume=" in out
+        assert status == 0 and "stopped: continue with `python scripts/train.py resume=" in out
     assert json.loads((tmp_path / "cut/summary.json").read_text())["status"] == "stopped"
     status, _, err = script("train", "resume=cut", "sampling.fraction=0.5")
     assert status == 1 and "leave out 'sampling.fraction=0.5'" in err

@@ -518,11 +518,11 @@ def test_a_sweep_of_searches_goes_on_with_its_own(script, tmp_path, quick):
     status, _, err = script("tune", *command)
     assert status == 0 and rows_of(tmp_path / "sweep" / "0") == rows, err
     status, _, err = script("tune", *command, "num_seeds=2")
-    assert status == 1 and "there is a run with num_seeds=1, not 2, in" in err
+    assert status == 1 and "holds a run with num_seeds=1, not 2" in err
     # As training would, it refuses what would be another search, in a directory of the sweep's.
     for name in ("tune", "train"):
         status, _, err = script(name, "-m", "resume=sweep/0", "hydra.sweep.dir=other")
-        assert status == 1 and "resume goes on with one run, in its own directory" in err
+        assert status == 1 and "resume continues one run, in its own directory" in err
     assert not (tmp_path / "other" / "0" / "study.journal").exists()
 
 
