@@ -74,7 +74,7 @@ def test_the_same_trials_are_timed_alone(scripts, tmp_path, monkeypatch):
 
 def test_what_was_stopped_goes_on_and_its_seconds_add_up(scripts, tmp_path):
     directory = tmp_path / "search"
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="stopped: run the same command to continue"):
         search.run("tune", directory, "stop")
     assert search.run("tune", directory, "stop")[0] == 4.0
     assert scripts[1][1:] == [f"resume={directory}", "tracker=jsonl"]
