@@ -132,7 +132,7 @@ def _steps(done: int, planned: int) -> str:
 
 
 def atari_table(result: dict[str, Any]) -> str | None:
-    """Both protocols with human-normalised scores, and the median over several games."""
+    """Both protocols with human-normalised scores, and the IQM over several games."""
     rows = []
     for protocol, meaning in _PROTOCOLS.items():
         normalised = []

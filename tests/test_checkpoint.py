@@ -1,4 +1,4 @@
-"""Files of trees: damage of every kind is detected, and the checkpoint before is used."""
+"""Files of trees: any damage is detected, and the previous checkpoint is used."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""The scripts: what they leave behind, how they go on, and what they say to bad input."""
+"""The scripts: their files, their continuation, and their messages for bad input."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`scripts/collect.py`: what it records of runs, how it goes on, and what it refuses."""
+"""`scripts/collect.py`: what it records, its continuation, and what it refuses."""
 
 import json
 import os

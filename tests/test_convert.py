@@ -1,4 +1,4 @@
-"""`scripts/convert.py`: what it leaves behind, how it goes on, and what it says to bad input."""
+"""`scripts/convert.py`: its files, its continuation, and its messages for bad input."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""Population-based training: who copies whom, what is copied and perturbed, and that it resumes."""
+"""Population-based training: who copies whom, what is copied and perturbed, and resuming."""
 
 import dataclasses
 import json

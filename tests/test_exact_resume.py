@@ -1,4 +1,4 @@
-"""Runs outside JAX that are killed and resumed with `exact_resume=true`."""
+"""Host runs that are killed and resumed with `exact_resume=true`."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""Exported agents act as they do here, where nothing is installed but JAX and NumPy."""
+"""Exported agents act as they do here, with only JAX and NumPy installed."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""The offline loop: what it learns, that it can be cut and taken up anywhere, what it refuses."""
+"""The offline loop: what it learns, resuming anywhere, what it refuses."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""A run that diverges leaves the update that did it."""
+"""A run that diverges saves the update that diverged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs from data, as the scripts make them: what they leave, how they go on, what they refuse."""
+"""Offline runs by the scripts: their files, their continuation, what they refuse."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parts in a configuration: short forms, options of what was not chosen, earlier versions' keys."""
+"""Parts in a configuration: short forms, options of other choices, earlier versions' keys."""
 
 import equinox as eqx
 import jax

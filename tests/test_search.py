@@ -1,4 +1,4 @@
-"""Search: what is varied, who proposes, what is learnt and told, and what survives a kill."""
+"""Search: what varies, who proposes, what is learnt and reported, and surviving a kill."""
 
 import csv
 import json

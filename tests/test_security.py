@@ -1,4 +1,4 @@
-"""Files that somebody sent: what they hold is read, and nothing of theirs is run."""
+"""Files from untrusted sources are read, and nothing in them is executed."""
 
 import hashlib
 import sys

@@ -1,4 +1,4 @@
-"""Configurations read once: defaults that depend on the run, and numbers that make no sense."""
+"""Configurations are read once: defaults that depend on the run, and invalid numbers."""
 
 from pathlib import Path
 

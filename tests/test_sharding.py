@@ -1,4 +1,4 @@
-"""Many devices and many processes, simulated on CPU: the same results, and what is exchanged."""
+"""Many devices and processes, simulated on CPU: equal results, and what they exchange."""
 
 import json
 import os

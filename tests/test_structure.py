@@ -1,4 +1,4 @@
-"""Trees come back exactly, or are refused with a reason; and nothing is executed."""
+"""Trees are restored exactly, or refused with a reason; nothing is executed."""
 
 import functools
 import hashlib

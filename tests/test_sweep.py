@@ -1,4 +1,4 @@
-"""Sweeps: skipped, gone on with, started by launchers, and summarized."""
+"""Sweeps: skipped, continued, started by launchers, and summarized."""
 
 import csv
 import importlib

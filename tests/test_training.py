@@ -1,4 +1,4 @@
-"""The loop: what it computes, what it compiles, what it keeps, what it tells."""
+"""The loop: what it computes, compiles, keeps and logs."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""Choices of factors against brute force over every joint action."""
+"""Choices of factored actions against brute force over every joint action."""
 
 import itertools
 

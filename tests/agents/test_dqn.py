@@ -1,4 +1,4 @@
-"""DQN, CQL and behaviour cloning against slow computations in NumPy, and their acting."""
+"""DQN, CQL and behaviour cloning against plain NumPy, and their acting."""
 
 import equinox as eqx
 import gymnasium

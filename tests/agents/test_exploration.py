@@ -1,4 +1,4 @@
-"""Explorations: how often each choice comes against its probability, and memory step by step."""
+"""Explorations: frequencies of choices against probabilities, and memory step by step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Hyperparameters by their path: found, read, replaced; of one agent and of members of many."""
+"""Hyperparameters by path: found, read and replaced, of single agents and populations."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Every part of an agent with every other: a few cells of the matrix that have every pair."""
+"""Combinations of an agent's parts: a few cells of the matrix that cover every pair."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Optimisers by name are optax's, bit for bit; what optax cannot do is refused when it is named."""
+"""Optimisers by name equal optax's, bit for bit; invalid options are refused at creation."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""PQN's update against a slow computation in NumPy, and its acting."""
+"""PQN's update against plain NumPy, and its acting."""
 
 import equinox as eqx
 import gymnasium

@@ -1,4 +1,4 @@
-"""The benchmark of search: what is timed and compared, and that it goes on where it stopped."""
+"""The benchmark of search: what it times and compares, and its continuation."""
 
 import json
 import sys

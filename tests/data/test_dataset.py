@@ -1,4 +1,4 @@
-"""Data sets on disk: what is written is what is read, and what is damaged is refused."""
+"""Data sets on disk: reading returns what was written, and damage is refused."""
 
 import json
 import os

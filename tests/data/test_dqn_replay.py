@@ -1,4 +1,4 @@
-"""Dopamine's replay files, against the raw episodes that a ring buffer was filled with."""
+"""Dopamine's replay files against the raw episodes that filled the ring buffer."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Minari's data sets and ours, in both directions."""
+"""Conversion from and to Minari's data sets."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""RL Unplugged's files, against the raw episodes that they were written from."""
+"""RL Unplugged's files against the raw episodes that they hold."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""What of a data set is learnt from, and in which blocks it comes."""
+"""Sampling of a data set: which transitions are used, and in which blocks they come."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Recurrences against loops written from their equations, and the network that is made of them."""
+"""Recurrences against loops written from their equations, and the networks built from them."""
 
 import equinox as eqx
 import flax.linen as nn

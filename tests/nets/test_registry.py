@@ -1,4 +1,4 @@
-"""Networks by name: the choice, the options and what is said of wrong ones."""
+"""Networks by name: choices, options and error messages."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Networks of teams against single networks, applied agent by agent."""
+"""Team networks against single networks applied agent by agent."""
 
 import equinox as eqx
 import gymnasium

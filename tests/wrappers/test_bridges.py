@@ -1,4 +1,4 @@
-"""Ways out, against the environments they lead out of, and by the checks of where they lead."""
+"""Bridges to other libraries, against the wrapped environments and by those libraries' checks."""
 
 import warnings
 

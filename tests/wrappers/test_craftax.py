@@ -1,4 +1,4 @@
-"""Craftax as it is, under the contract, against itself stepped by hand."""
+"""Craftax under the contract, against itself stepped by hand."""
 
 import dataclasses
 import functools

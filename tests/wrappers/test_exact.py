@@ -1,4 +1,4 @@
-"""Environments outside JAX that are brought back: they go on as if nothing had been."""
+"""Host environments that are restored continue as if never interrupted."""
 
 import dataclasses
 

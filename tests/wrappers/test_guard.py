@@ -1,4 +1,4 @@
-"""Environments that break: raise, hang, return what is no number or of another shape."""
+"""Environments that fail: raise, hang, return NaN or another shape."""
 
 import os
 import threading

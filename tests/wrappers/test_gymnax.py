@@ -1,4 +1,4 @@
-"""gymnax as it is, under the contract. Every environment, against itself stepped by hand."""
+"""gymnax under the contract. Every environment, against itself stepped by hand."""
 
 import gymnasium
 import gymnax

@@ -1,4 +1,4 @@
-"""JaxMARL as it is, under the contract. Every environment, against itself stepped by hand."""
+"""JaxMARL under the contract. Every environment, against itself stepped by hand."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Hidden entries of the observation, against the same environment seen whole."""
+"""Hidden entries of the observation, against the fully observed environment."""
 
 import functools
 

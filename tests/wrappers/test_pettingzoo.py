@@ -1,4 +1,4 @@
-"""Teams of PettingZoo's, against themselves stepped by hand."""
+"""PettingZoo's teams, against themselves stepped by hand."""
 
 import inspect
 import re
