@@ -164,7 +164,7 @@ def check(cell: Cell) -> None:
     learnt, metrics = update(agent, batch)
     assert jax.tree.structure(learnt) == jax.tree.structure(agent), "update changes its structure"
     _check_finite("the agent that has learnt", learnt)
-    _check_finite("what update tells", metrics)
+    _check_finite("metrics of update", metrics)
     before, after = (jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array)) for x in (agent, learnt))
     assert any(np.any(x != y) for x, y in zip(before, after, strict=True)), "nothing was learnt"
     team = () if agent.num_agents is None else (agent.num_agents,)
@@ -186,7 +186,7 @@ def check(cell: Cell) -> None:
         shape = act_space.shape or ()
         assert actions.shape == (_LANES, *team, *shape), f"actions of shape {actions.shape}"
         for action in actions.reshape(-1, *shape):
-            assert act_space.contains(action), f"{action} is no action of {act_space}"
+            assert act_space.contains(action), f"{action} is not an action of {act_space}"
     with tempfile.TemporaryDirectory() as directory:
         eqx_q.save(Path(directory) / "agent.eqx", learnt)
         loaded = eqx_q.load(Path(directory) / "agent.eqx")
