@@ -84,7 +84,7 @@ def test_says_what_is_wrong(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CorruptFileError, match=message):
             load(path)
-    with pytest.raises(UsageError, match=r"no file .*did you mean agent\.eqx"):
+    with pytest.raises(UsageError, match=r"does not exist: did you mean agent\.eqx"):
         load(tmp_path / "agnet.eqx")
     with pytest.raises(UsageError, match="give a file"):
         load(tmp_path)
