@@ -276,7 +276,7 @@ BAD_INPUT = {
     "agent.network_options.hidden_sizes=[0]": "cannot have hidden_sizes=(0,), ",
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
     "agent.value.sigma=0.5": "agent.value.sigma needs agent.value=hl_gauss, but scalar is chosen",
-    "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
+    "agent.optimizer=sgd agent.optimizer.b1=0.9": "but sgd is chosen: leave it out, or choose",
     "data=5": "/5' is not a data set",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",
     "+agent.lamda=1": "unknown hyperparameter 'lamda': the nearest are lambda_",
