@@ -1,12 +1,12 @@
 """Draws curves and writes tables from the JSON in benchmarks/results.
 
   python benchmarks/report.py                      # into the README, between its two markers
-  python benchmarks/report.py --into report.md     # into a file of its own
+  python benchmarks/report.py --into report.md     # into another file
 
 Tables give the interquartile mean over seeds with 95 % intervals from a stratified bootstrap
 (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", arXiv 2108.13264:
-rliable's method), each seed's return, and the peers' values from references.json. Atari is also
-given human-normalised, from the no-op scores of `eqx_q.run.statistics`.
+rliable's method), each seed's return, and the peers' values from references.json. Atari scores are
+also human-normalised, with the no-op scores of `eqx_q.run.statistics`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _PROTOCOLS = {
 
 
 def estimate(scores: np.ndarray, digits: int = 1) -> str:
-    """Interquartile mean and interval of `[seeds, tasks]`, as text."""
+    """Interquartile mean and interval of `[seeds, tasks]` as text."""
     if not scores.size:
         return "–"
     if len(scores) == 1:
@@ -44,13 +44,13 @@ def estimate(scores: np.ndarray, digits: int = 1) -> str:
 
 
 def _column(seeds: list[dict[str, Any]], name: str) -> np.ndarray:
-    """`[seeds, 1]`, of those seeds that have the value."""
+    """`[seeds, 1]`: the value of the seeds that have it."""
     values = [seed[name] for seed in seeds if seed.get(name) is not None]
     return np.array(values, float).reshape(-1, 1)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Without the columns in which there is nothing."""
+    """A table without empty columns."""
     filled = [any(column) for column in zip(*rows, strict=True)]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(itertools.compress(line, filled))} |" for line in lines)
@@ -116,7 +116,7 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
 
 
 def _on_the_way(environment: dict[str, Any], digits: int) -> str:
-    """What each seed came to greedily where others publish their returns, if that is on the way."""
+    """Greedy returns of each seed at the steps at which peers publish theirs, if within the run."""
     at = environment.get("also_at") or 0
     if not 0 < at < environment["total_steps"]:
         return ""
@@ -126,13 +126,13 @@ def _on_the_way(environment: dict[str, Any], digits: int) -> str:
 
 
 def _steps(done: int, planned: int) -> str:
-    """In millions; of how many, where the run is not finished."""
+    """Steps in millions, with the total if the run is not finished."""
     rest = f" of {planned / 1e6:.3g}" if done < planned else ""
     return f"{done / 1e6:.3g}{rest} M"
 
 
 def atari_table(result: dict[str, Any]) -> str | None:
-    """Both protocols, with human-normalised scores; and over all games where there are several."""
+    """Both protocols with human-normalised scores, and the IQM over several games."""
     rows = []
     for protocol, meaning in _PROTOCOLS.items():
         normalised = []
@@ -198,7 +198,7 @@ def conversion_table(result: dict[str, Any]) -> str:
 
 
 def offline_table(result: dict[str, Any]) -> str:
-    """What each learner came to at the end; and CQL's lead over DQN, with an interval."""
+    """Final returns of each learner, and CQL's lead over DQN with an interval."""
     rows = []
     for game, of_game in result["games"].items():
         for kind, of_data in of_game["data"].items():
@@ -226,7 +226,7 @@ def offline_table(result: dict[str, Any]) -> str:
 
 
 def search_table(results: list[dict[str, Any]]) -> str:
-    """What searches found, with seeds that they had not seen, and how long they took."""
+    """Results of searches with unseen seeds, and their durations."""
     rows = []
     for result in results:
         found, shipped = (
@@ -252,7 +252,7 @@ def search_table(results: list[dict[str, Any]]) -> str:
 
 
 def pbt_table(results: list[dict[str, Any]]) -> str:
-    """The best and the median member of populations, with and without their training."""
+    """The best and the median member of populations, with and without population-based training."""
     rows = []
     for result in results:
         for name, how in (("pbt", "population-based"), ("random", "random search")):
@@ -266,7 +266,7 @@ def pbt_table(results: list[dict[str, Any]]) -> str:
 
 
 def _lead(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> str:
-    """The difference of two means over seeds; of several with a 95 % bootstrap interval."""
+    """The difference of two means over seeds, with a 95 % bootstrap interval if several."""
     if len(ours) == len(theirs) == 1:
         return f"{ours.mean() - theirs.mean():+.1f}"
     rng = np.random.default_rng(0)
@@ -300,7 +300,7 @@ def memory_line(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None:
-    """Training and greedy returns over steps: every seed thin, their mean thick, peers dashed."""
+    """Plots training and greedy returns: seeds as thin lines, means thick, peers dashed."""
     environments = {name: e for name, e in result["environments"].items() if e["seeds"]}
     figure, axes = plt.subplots(
         1, len(environments), figsize=(3.2 * len(environments), 2.6), squeeze=False
@@ -331,7 +331,7 @@ def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None
 
 
 def draw_offline(result: dict[str, Any], path: Path) -> None:
-    """Greedy returns over updates: every seed thin, their mean thick; the teacher dashed."""
+    """Plots greedy returns over updates: seeds as thin lines, means thick, the teacher dashed."""
     panels = [
         (f"{game}, {kind}", of_game["teacher"], of_data)
         for game, of_game in result["games"].items()
@@ -363,7 +363,7 @@ def draw_offline(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_pbt(result: dict[str, Any], path: Path) -> None:
-    """Training returns of the best and of the median member, against random search."""
+    """Plots training returns of the best and the median member against random search."""
     figure, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
     for name, color in (("pbt", "tab:blue"), ("random", "tab:orange")):
         for member, style in (("best", "-"), ("median", "--")):
@@ -379,7 +379,7 @@ def draw_pbt(result: dict[str, Any], path: Path) -> None:
 
 
 def report(results: Path, into: Path) -> str:
-    """The whole report as markdown, and the pictures beside the results."""
+    """Returns the whole report as markdown, and writes the pictures next to the results."""
     references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
     read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     parts = []
@@ -432,20 +432,20 @@ def report(results: Path, into: Path) -> str:
 
 
 def insert(page: Path, text: str) -> None:
-    """Puts the report between the page's two markers; a page without them becomes the report."""
+    """Inserts the report between the page's two markers, or replaces a page without markers."""
     before, after = f"{_BEGIN}\n", f"\n{_END}\n"
     if page.exists() and _BEGIN in (old := page.read_text()):
         before = old[: old.index(_BEGIN)] + before
         after = "\n" + old[old.index(_END) :]
     page.write_text(before + text + after)
-    print(f"written to {page}")
+    print(f"wrote {page}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON lies")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON files")
     parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the file to write")
     args = parser.parse_args()
     insert(args.into, report(args.results, args.into))

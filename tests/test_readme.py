@@ -1,4 +1,4 @@
-"""What the README says is true: its Python runs, its commands compose, its files exist."""
+"""The README is true: its Python runs, its commands compose, its files exist."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""From observations to decisions: what every agent that computes Q-values has in common."""
+"""From observations to decisions: the code that all agents with Q-values share."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,10 +25,10 @@ from .values import AbstractValue
 
 
 class AgentMemory(eqx.Module):
-    """What an agent remembers, a row per lane and agent.
+    """An agent's memory, with a row per lane and agent.
 
-    That is the network's memory, the last choice of each factor (-1 where there was none), and what
-    exploration remembers.
+    It holds the network's memory, the last choice of each factor (-1 if there was none), and the
+    memory of the exploration.
     """
 
     network: PyTree[Array]
@@ -39,9 +39,8 @@ class AgentMemory(eqx.Module):
 class QAgent(Agent):
     """Acts by the Q-values of a network.
 
-    **Attributes:** the parts of it; see their classes. `statistics`: running statistics of the
-    network's normalisation. `bins`: see `Actions`. `epsilon`: of acting with a key, where none is
-    given.
+    **Attributes:** its parts; see their classes. `statistics`: running statistics of the network's
+    normalisation. `bins`: see `Actions`. `epsilon`: the default for acting with a key.
     """
 
     action_space: AbstractVar[Leaf]
@@ -65,7 +64,7 @@ class QAgent(Agent):
 
     @property
     def model(self) -> Model:
-        """What is computed of observations."""
+        """The agent's computation as a `Model`."""
         return Model(self.network, self.mixer, self.value, self.actions, self.observation_space)
 
     @property
@@ -99,7 +98,7 @@ class QAgent(Agent):
         epsilon: Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
-        """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
+        """See `Agent`. Raises `UsageError` if `obs` does not fit the observation space."""
         space, actions = self.observation_space, self.actions
         obs = spaces.cast(space, spaces.select(space, obs))
         lanes = self._lanes(obs)
@@ -131,7 +130,7 @@ class QAgent(Agent):
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             is_legal = actions.legal(mask)
-            if is_legal is not None:  # of every row, which draws its own
+            if is_legal is not None:  # one per row, since each row draws its own
                 is_legal = jnp.broadcast_to(is_legal, q_values.shape)
             starts = None if starts is None else starts[0]
             index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
@@ -144,7 +143,7 @@ class QAgent(Agent):
         )
 
     def _lanes(self, obs: Observation) -> tuple[int, ...]:
-        """The axes before those of one agent's observation: lanes, if any; agents, in a team."""
+        """The leading axes of an observation: lanes, if any, then the agents of a team."""
         lanes = spaces.leading_axes(self.observation_space, obs)
         team = () if self.num_agents is None else (self.num_agents,)
         if len(lanes) - len(team) not in (0, 1) or lanes[len(lanes) - len(team) :] != team:
@@ -170,9 +169,9 @@ class QAgent(Agent):
         return fn(rollout)
 
     def _checked_memory(self, memory: Memory, rows: int) -> Memory:
-        """The memory that is given, or else that of an episode's start.
+        """The given memory, or that of an episode's start.
 
-        **Raises:** `UsageError` where it is not of this agent, or of so many rows.
+        **Raises:** `UsageError` if it does not match this agent or the number of rows.
         """
         num_lanes = rows // (self.num_agents or 1)
         start = self.initial_memory(num_lanes)
@@ -180,8 +179,8 @@ class QAgent(Agent):
             return start
         if _shapes(memory) != _shapes(start):
             raise UsageError(
-                f"memory does not match {num_lanes} lanes of this agent: give what "
-                "agent.initial_memory or the decision before gave"
+                f"memory does not match {num_lanes} lanes of this agent: pass the result of "
+                "agent.initial_memory or the memory of the previous decision"
             )
         return memory
 
@@ -193,6 +192,6 @@ def _shapes(memory: Memory) -> tuple[Any, list[tuple[int, ...]]]:
 def _check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> None:
     if mask is not None and jnp.shape(mask) != shape:
         raise UsageError(
-            f"action_mask has shape {jnp.shape(mask)}, not {shape}: axes are lanes, agents of a "
-            "team, then choices"
+            f"action_mask has shape {jnp.shape(mask)}, not {shape}: give it axes for lanes, agents "
+            "of a team, and choices"
         )

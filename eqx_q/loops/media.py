@@ -1,4 +1,4 @@
-"""Pictures of an agent at work."""
+"""GIFs of an agent's episodes."""
 
 import io
 import itertools
@@ -22,8 +22,8 @@ from ..wrappers.drawing import picture_in
 Frame = UInt8[np.ndarray, "height width 3"]
 
 _COLOURS = 128
-_FEW_FRAMES, _SMALLEST_SIDE = 100, 32  # with less a picture shows nothing
-_SHORTEST_FRAME = 20  # ms: browsers slow down what is shorter
+_FEW_FRAMES, _SMALLEST_SIDE = 100, 32  # smaller pictures would be useless
+_SHORTEST_FRAME = 20  # ms: browsers slow down shorter frames
 
 
 def write_gif(
@@ -36,17 +36,17 @@ def write_gif(
 ) -> None:
     """Writes frames of one size as a looping GIF.
 
-    It is scaled down to `max_side` pixels, and further, with fewer frames, until it has no more
-    than `max_bytes`; its duration stays.
+    It is scaled down to `max_side` pixels. If it is still larger than `max_bytes`, frames are left
+    out and it is scaled down further; its duration stays.
 
-    **Raises:** `UsageError` where there is no frame, or `path` cannot be written.
+    **Raises:** `UsageError` if there is no frame, or `path` cannot be written.
     """
     try:
         from PIL import Image
     except ImportError:
         raise MissingExtraError("pillow", "train") from None
     if not frames:
-        raise UsageError("there is no frame to draw: record at least one")
+        raise UsageError("frames is empty: record at least one frame")
     images = [Image.fromarray(np.asarray(frame)) for frame in frames]
     scale = min(1.0, max_side / max(images[0].size))
     while True:
@@ -67,7 +67,7 @@ def write_gif(
 def _encode(images: list, seconds: float) -> bytes:
     from PIL import Image
 
-    # One palette for all, from a few frames side by side: less flicker, and smaller differences.
+    # One palette for all frames, from a sample of them: less flicker and better compression.
     samples = images[:: max(1, len(images) // 8)]
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(samples), height))
@@ -89,16 +89,16 @@ def record_episode(
     max_steps: int = 1000,
     max_frames: int = 300,
 ) -> tuple[list[Frame], float]:
-    """One greedy episode of the game, in the first lane (which is a population's first member).
+    """Plays one greedy episode of the game in the first lane (of a population's first member).
 
     **Arguments:**
 
-    - `env`: for this alone; a lane, or a lane per member of a population.
-    - `max_steps`: where a longer episode is cut.
-    - `max_frames`: of a longer one, every second frame is kept, or every fourth, and so on.
+    - `env`: for this alone, with one lane, or one lane per member of a population.
+    - `max_steps`: longer episodes are cut here.
+    - `max_frames`: if there are more, every second frame is kept, or every fourth, and so on.
 
-    **Returns:** the frames, or pictures among the observations where the environment cannot draw,
-    or none; and the return so far.
+    **Returns:** the frames (images in the observations if the environment cannot draw, or none),
+    and the return so far.
     """
     frames, stride = [], 1
     key, reset_key = jax.random.split(key)

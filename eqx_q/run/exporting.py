@@ -1,4 +1,4 @@
-"""Exporting what a run left behind, with a card that says what it is."""
+"""Exports the agent of a finished run, with a model card."""
 
 import json
 import math
@@ -29,18 +29,18 @@ def export_run(
     member: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda"),
 ) -> Path:
-    """Exports the agent that a run left behind, with a model card, `README.md`, beside it.
+    """Exports the agent of a finished run, with a model card, `README.md`.
 
-    **Arguments:** `out`: a directory. `member`: of several seeds the one to export, by default all
+    **Arguments:** `out`: a directory. `member`: the one to export of several seeds; by default all
     as one population.
 
-    **Returns:** the path of the artefact; see `eqx_q.export`, which says what else is there.
-    **Raises:** `UsageError` where the run is not finished, or has no such member.
+    **Returns:** the path of the artefact; see `eqx_q.export` for the other files.
+    **Raises:** `UsageError` if the run is not finished, or has no such member.
     """
     agent = trained_agent(directory)
     members = agent.num_members or 1
     if member is not None and not 0 <= member < members:
-        raise UsageError(f"member={member}: this run has the members 0 to {members - 1}")
+        raise UsageError(f"member={member}: choose one of this run's members 0 to {members - 1}")
     if isinstance(agent, Population) and member is not None:
         agent = agent.member(member)
     path = export(out, agent, platforms=platforms)
@@ -50,17 +50,17 @@ def export_run(
 
 
 def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member: int | None) -> str:
-    """Scores, what goes in and out, how to use it, configuration and versions."""
+    """The model card: scores, inputs, usage, configuration and versions."""
     summary = _read(directory / "summary.json")
     ((unit, amount),) = learnt(agent).items()
-    stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
+    stopped = ", then training was stopped" if summary.get("status") == "stopped" else ""
     of_all = f", member {member} of {config['num_seeds']}" if member is not None else ""
     if agent.num_members:
-        of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
+        of_all = f", {agent.num_members} seeds as one population: lanes go member by member"
     facts = {
         "agent": f"`{config['agent']['_target_']}`{of_all}",
         "environment": f"`{env_name(config)}`",
-        "options of the environment": f"`{_json(given(config['env']))}`",
+        "environment options": f"`{_json(given(config['env']))}`",
         "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
         "data": _of_data(summary.get("data")),
         "seed": config["seed"],
@@ -74,15 +74,15 @@ def _card(config: Config, directory: Path, agent: Agent, policy: Policy, member:
     used = in_use(config) | {"agent": chosen_options(given(config["agent"]))}
     return f"""# {config["agent"]["_target_"].split(".")[-1]} in {env_name(config)}
 
-An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.
+An exported agent of eqx_q. It needs only JAX and NumPy.
 
 {_table(("", ""), [(name, fact) for name, fact in facts.items() if fact not in (None, "")])}
 ## Scores
 
-{_table(("return", "mean", "each seed"), _scores(config, directory, learnt(agent), member))}
+{_table(("return", "mean", "per seed"), _scores(config, directory, learnt(agent), member))}
 ## Use
 
-In this directory, or with it in `sys.path`:
+In this directory, or with it on `sys.path`:
 
 ```python
 {_example(agent, policy)}```
@@ -99,7 +99,7 @@ In this directory, or with it in `sys.path`:
 
 
 def _of_data(data: Any) -> str | None:
-    """What a summary says of a data set; one of earlier versions knows its path only."""
+    """A summary's description of a data set; earlier versions have only its path."""
     if not isinstance(data, Mapping):
         return data and f"`{data}`"
     source = f", from `{_json(data['source'])}`" if data["source"] else ""
@@ -110,7 +110,7 @@ def _of_data(data: Any) -> str | None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no number for what is infinite: a word says so."""
+    """JSON with non-finite numbers as strings."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -124,7 +124,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _example(agent: Agent, policy: Policy) -> str:
-    """Lines of Python that act a few times."""
+    """Example code that acts a few times."""
     lanes = 2 * (agent.num_members or 1)
     obs = _zeros(policy.inputs["obs"], lanes)
     act = """decision = policy.act(obs)  # greedy
@@ -132,7 +132,7 @@ decision = policy.act(obs, epsilon=0.05, key=jax.random.key(0))
 """
     if policy.inputs["memory"]:
         act = f"""decision = policy.act(obs)  # greedy, at the start of an episode in every lane
-first = np.zeros({lanes}, bool)  # where one starts
+first = np.zeros({lanes}, bool)  # lanes in which an episode starts
 decision = policy.act(obs, decision.memory, first=first)
 """
     return f"""import jax
@@ -140,13 +140,13 @@ import numpy as np
 from policy import Policy
 
 policy = Policy("agent.jaxexport")
-obs = {obs}  # of {lanes} lanes
+obs = {obs}  # {lanes} lanes
 {act}print(decision.action, decision.value)
 """
 
 
 def _zeros(kind: Any, lanes: int) -> str:
-    """Python that makes arrays of a kind, in its dicts and tuples."""
+    """Code that makes arrays of a kind, in its dicts and tuples."""
     if isinstance(kind, dict):
         entries = (f'"{name}": {_zeros(child, lanes)}' for name, child in kind.items())
         return f"{{{', '.join(entries)}}}"
@@ -158,12 +158,12 @@ def _zeros(kind: Any, lanes: int) -> str:
 def _scores(
     config: Config, directory: Path, amount: Mapping[str, int], member: int | None
 ) -> list[tuple[str, str, str]]:
-    """What training and evaluations afterwards came to, of an agent that has learnt so much."""
+    """Rows of scores from training and later evaluations of an agent that has learnt `amount`."""
     epsilon = given(config.get("eval", {})).get("epsilon", 0.0)
     how = f"with ε = {epsilon}" if epsilon else "greedy"
     names = {
         "eval_return_per_seed": f"at the end of training, {how}",
-        "best_eval_return_per_seed": f"the best during training, {how}",
+        "best_eval_return_per_seed": f"best during training, {how}",
         "train_return_per_seed": "in training, with exploration",
     }
     summary = _read(directory / "summary.json")
@@ -178,7 +178,7 @@ def _scores(
         if member is not None:
             values = values[member : member + 1]
         known = [x for x in values if x is not None]
-        # A run may have gone on since, and been evaluated before.
+        # Skips evaluations from before a resume.
         if known and amount.items() <= result.items():
             each = ", ".join("–" if x is None else f"{x:.4g}" for x in values)
             rows.append((name, f"{sum(known) / len(known):.4g}", each))
@@ -193,7 +193,7 @@ def _kinds(inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _flat(path: str, kinds: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of dicts and tuples, by path; memory stays a list."""
+    """Yields the arrays of dicts and tuples with their paths."""
     if isinstance(kinds, dict | tuple):
         entries = kinds.items() if isinstance(kinds, dict) else enumerate(kinds)
         for name, child in entries:
@@ -208,7 +208,7 @@ def _table(head: Sequence[str], rows: Any) -> str:
 
 
 def _versions(config: Config, summary: Mapping[str, Any]) -> str:
-    """Of what the agent and its environment are made of."""
+    """Versions of the packages of the agent and its environment."""
     packages = ("eqx_q", "python", "jax", "equinox", SUITES[config["env"]["suite"]].package)
     versions = summary.get("versions", {})
     return ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)

@@ -1,4 +1,4 @@
-"""What holds for every suite. A new suite adds its cases here, and nothing else."""
+"""The contract of every suite. A new suite only adds its cases here."""
 
 import functools
 from typing import ClassVar

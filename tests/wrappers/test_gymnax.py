@@ -1,4 +1,4 @@
-"""gymnax as it is, under the contract. Every environment, against itself stepped by hand."""
+"""gymnax under the contract. Every environment, against itself stepped by hand."""
 
 import gymnasium
 import gymnax
@@ -29,7 +29,7 @@ def test_ids_are_all_but_the_download():
 
 
 def test_a_download_that_fails_is_told():
-    with pytest.raises(UsageError, match="'MNISTBandit-bsuite' needs data that cannot be had"):
+    with pytest.raises(UsageError, match="'MNISTBandit-bsuite' needs data that is not available"):
         wrappers.make("gymnax/MNISTBandit-bsuite", 2)
 
 
