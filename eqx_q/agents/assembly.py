@@ -18,7 +18,7 @@ from .actions import Actions, as_bins
 from .exploration import AbstractExploration, make_exploration
 from .mixers import AbstractMixer, make_mixer
 from .model import size_of_observations
-from .optimizers import Optimizer, make_optimizer
+from .optimizers import AnyOptimizer, make_optimizer
 from .values import AbstractValue, make_value
 
 Choice = str | Mapping[str, Any]  # of a part: its name, or {"name": ..., **options}
@@ -37,7 +37,7 @@ def make_parts(
     bins: int | Sequence[int],
     mixer: Choice | AbstractMixer,
     exploration: Choice | AbstractExploration,
-    optimizer: Choice | Optimizer,
+    optimizer: AnyOptimizer,
 ) -> dict[str, Any]:
     """The fields of an agent that are its parts, and their first state.
 

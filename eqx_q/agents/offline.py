@@ -32,7 +32,7 @@ from .gradients import descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
-from .optimizers import OPTIMIZERS, Optimizer
+from .optimizers import OPTIMIZERS, AnyOptimizer, Optimizer
 from .parts import with_default
 from .regression import Items, average, fit, items_of, outcome
 from .sequences import as_team, part, unroll, warmed_up
@@ -132,7 +132,7 @@ class OfflineQ(QAgent):
         bins: int | Sequence[int] = 2,
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
-        optimizer: Choice | Optimizer = "adam",
+        optimizer: AnyOptimizer = "adam",
         batch_size: int = 32,
         n_step: int = 1,
         sequence_length: int | None = None,

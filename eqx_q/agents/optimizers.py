@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -84,9 +84,12 @@ class Optimizer(Part):
         return self.transformation(learning_rate)
 
 
-def make_optimizer(
-    given: str | Mapping[str, Any] | optax.GradientTransformation | Callable | Optimizer,
-) -> Optimizer:
+AnyOptimizer: TypeAlias = (
+    str | Mapping[str, Any] | optax.GradientTransformation | Callable | Optimizer
+)
+
+
+def make_optimizer(given: AnyOptimizer) -> Optimizer:
     """An optimiser by its name in optax, by a mapping `{"name": ..., **options}`, or one's own.
 
     Options are those of optax's function of that name; those that are `None` keep their default. A

@@ -31,7 +31,7 @@ from .gradients import descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
-from .optimizers import Optimizer
+from .optimizers import AnyOptimizer, Optimizer
 from .regression import Items, acting_in, average, fit, items_of, outcome
 from .schedules import linear
 from .sequences import as_team, unroll, warmed_up
@@ -116,7 +116,7 @@ class PQN(QAgent):
         bins: int | Sequence[int] = 2,
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
-        optimizer: Choice | Optimizer = "radam",
+        optimizer: AnyOptimizer = "radam",
         rollout_length: int = 32,
         burn_in: int = 0,
         num_epochs: int = 2,

@@ -94,14 +94,6 @@ CHUNKS, LANES = 4, 3
 STEPS = CHUNKS * CHUNK
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Much is compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def all_equal(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 

@@ -22,14 +22,6 @@ LANES, LIMIT, STEPS = 3, 6, 9
 CLASSIC = "Craftax-Classic-Symbolic-v1"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Craftax compiles slowly, and is run for a few steps here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @eqx.filter_jit
 def run(env, state, actions, key):
     """States and timesteps `[T, N]` after each of the actions `[T, N]`."""

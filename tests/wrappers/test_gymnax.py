@@ -24,14 +24,6 @@ UNTRUE = {
 LIMIT = {"max_steps_in_episode": 12}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Many environments are compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_ids_are_all_but_the_download():
     assert set(gymnax.registered_envs) - set(IDS) == {"MNISTBandit-bsuite"}
 

@@ -63,14 +63,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Sixteen environments are compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(name, num_envs=LANES, **options):
     if name.startswith("MPE"):
         options = {"max_steps": 10} | options
