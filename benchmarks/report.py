@@ -1,6 +1,6 @@
 """Draws curves and writes tables from the JSON in benchmarks/results.
 
-  python benchmarks/report.py                      # into the README, between its two markers
+  python benchmarks/report.py                      # docs/results.md, and the README's overview
   python benchmarks/report.py --into report.md     # into another file
 
 Tables give the interquartile mean over seeds with 95 % intervals from a stratified bootstrap
@@ -26,6 +26,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _BEGIN, _END = "<!-- results:begin -->", "<!-- results:end -->"
+# What the README shows: an environment of a suite of learning runs, and the case that timed it.
+_OVERVIEW = (
+    ("PQN", "CartPole", "classic", "gymnax/CartPole-v1", "cartpole"),
+    ("PQN", "MinAtar Breakout", "minatar", "gymnax/Breakout-MinAtar", "minatar"),
+    ("PQN", "MinAtar Asterix", "minatar", "gymnax/Asterix-MinAtar", None),
+    ("PQN", "MinAtar SpaceInvaders", "minatar", "gymnax/SpaceInvaders-MinAtar", None),
+    ("PQN", "Atari Pong", "atari-pong", "envpool/Pong-v5", "atari"),
+    ("PQN", "MiniGrid DoorKey 5x5", "minigrid", "envpool/MiniGrid-DoorKey-5x5-v0", None),
+    (
+        "PQN-RNN",
+        "MemoryChain",
+        "memory",
+        "gymnax/MemoryChain-bsuite agent=pqn_rnn",
+        "rnn_memory_chain",
+    ),
+    (
+        "PQN-VDN",
+        "SMAX 2s3z",
+        "qmix",
+        "jaxmarl/HeuristicEnemySMAX agent=pqn_vdn tuned=smax_small agent.mixer=vdn",
+        "vdn_smax",
+    ),
+)
 _PARTS = ("environment", "acting", "learning")
 _PROTOCOLS = {
     "life_loss": "a lost life ends an episode, no sticky actions",
@@ -76,6 +99,68 @@ def _references(references: dict[str, Any], name: str) -> str:
         f"{reference['who']}: {value(reference, 'training')} / {value(reference, 'greedy')}"
         for reference in references["returns"].get(name, [])
     )
+
+
+def overview_table(read: dict[str, Any], references: dict[str, Any]) -> str:
+    """A row for each task of the README: how well it is learnt, and how fast."""
+    rows = []
+    for agent, task, suite, name, case in _OVERVIEW:
+        seeds = read[f"learning_{suite}"]["environments"][name]["seeds"]
+        greedy = _column(seeds, "greedy_return")
+        peers = [
+            f"{reference['greedy']:g} ({reference['who'].split(',')[0]})"
+            for reference in references["returns"].get(name, [])
+            if "greedy" in reference
+        ]
+        timed = case and read[f"speed_{case}"]
+        speed = f"{timed['contestants']['eqx_q']['steps_per_second']:,.0f}" if timed else ""
+        ratio = f"**{timed['ratio']['median']:.1f}×**" if timed else ""
+        steps = _steps(min(seed["env_steps"] for seed in seeds), 0)
+        best = estimate(greedy, 1 if np.abs(greedy).max() >= 10 else 2)
+        rows.append([agent, task, steps, best, str(len(seeds)), "; ".join(peers), speed, ratio])
+    head = ["agent", "task", "steps", "greedy return", "seeds", "others", "steps/s"]
+    return _table([*head, "against purejaxql"], rows)
+
+
+def draw_overview(read: dict[str, Any], references: dict[str, Any], path: Path) -> None:
+    """The README's picture: speeds against the scripts of others, and returns on MinAtar."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained")
+    bars = [
+        (name.removeprefix("speed_").replace("_", " "), result["ratio"]["median"])
+        for name, result in read.items()
+        if name.startswith("speed_") and result.get("ratio")
+    ]
+    bars = sorted(bars, key=lambda bar: bar[1])
+    drawn = axes[0].barh([name for name, _ in bars], [ratio for _, ratio in bars], color="tab:blue")
+    axes[0].bar_label(drawn, fmt="%.1f×", fontsize=7, padding=2)
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[0].margins(x=0.15)
+    axes[0].set_title("times as fast, two CPU cores", fontsize=9)
+    for axis, game in zip(axes[1:], ("Breakout", "Asterix", "SpaceInvaders"), strict=True):
+        name = f"gymnax/{game}-MinAtar"
+        seeds = read["learning_minatar"]["environments"][name]["seeds"]
+        for kind, color in (("training", "tab:blue"), ("greedy", "tab:orange")):
+            curves = [np.array(seed[f"{kind}_curve"]).T for seed in seeds]
+            steps = max(curves, key=lambda curve: curve.shape[1])[0]
+            values = np.array([np.interp(steps, *curve) for curve in curves])
+            axis.fill_between(
+                steps / 1e6, values.min(0), values.max(0), color=color, alpha=0.25, linewidth=0
+            )
+            axis.plot(steps / 1e6, values.mean(0), color=color, label=kind)
+        for reference in references["returns"].get(name, []):
+            if "greedy" in reference and "purejaxql" in reference["who"]:
+                axis.axhline(
+                    reference["greedy"], color="black", linestyle="--", linewidth=0.8,
+                    label="purejaxql, greedy",
+                )  # fmt: skip
+        axis.set_title(f"MinAtar {game}, {len(seeds)} seeds", fontsize=9)
+        axis.set_xlabel("million steps", fontsize=8)
+    axes[1].set_ylabel("return", fontsize=8)
+    axes[1].legend(fontsize=7)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
@@ -378,17 +463,25 @@ def draw_pbt(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def report(results: Path, into: Path) -> str:
-    """Returns the whole report as markdown, and writes the pictures next to the results."""
+def read_all(results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results by name, and what peers publish."""
     references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
-    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    paths = sorted(results.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}, references
+
+
+def report(results: Path, into: Path) -> str:
+    """The whole report as markdown, and the pictures in a folder beside it."""
+    read, references = read_all(results)
+    pictures = into.parent / "results"
+    pictures.mkdir(exist_ok=True)
     parts = []
     speeds = [result for name, result in read.items() if name.startswith("speed_")]
     if speeds:
-        parts += ["### Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
+        parts += ["## Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
     speeds = [result for name, result in read.items() if name.startswith("offline_speed_")]
     if speeds:
-        parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
+        parts += ["## Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
     if "convert" in read:
         result = read["convert"]
         of_what = (
@@ -396,34 +489,34 @@ def report(results: Path, into: Path) -> str:
         )
         load = f"The machine's load was {result['machine']['load']:.1f}."
         of_what += f" {load}" if result["machine"]["load"] > 0.5 else ""
-        parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
+        parts += ["## Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
-        parts += ["### Memory", memory_line(read["memory"])]
+        parts += ["## Memory", memory_line(read["memory"])]
     for name, result in read.items():
         if not name.startswith("learning_") or not any(
             environment["seeds"] for environment in result["environments"].values()
         ):
             continue
-        picture = results / f"{name}.png"
+        picture = pictures / f"{name}.png"
         draw(result, references, picture)
-        parts += [f"### Learning: {result['suite']}", learning_table(result, references)]
+        parts += [f"## Learning: {result['suite']}", learning_table(result, references)]
         parts += [table] if (table := atari_table(result)) else []
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     for name, result in read.items():
         if name.startswith("offline_") and "games" in result:
-            picture = results / f"{name}.png"
+            picture = pictures / f"{name}.png"
             draw_offline(result, picture)
             of_one = "One teacher and one data set each: intervals are over learners' seeds alone."
-            parts += [f"### Learning from data: {result['suite']}", offline_table(result), of_one]
+            parts += [f"## Learning from data: {result['suite']}", offline_table(result), of_one]
             parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     searches = [result for name, result in read.items() if name.startswith("search_")]
     if searches:
-        parts += ["### Search", search_table(searches), *(f"- {_origin(x)}" for x in searches)]
+        parts += ["## Search", search_table(searches), *(f"- {_origin(x)}" for x in searches)]
     trained = {name: result for name, result in read.items() if name.startswith("pbt_")}
     if trained:
-        parts += ["### Population-based training", pbt_table(list(trained.values()))]
+        parts += ["## Population-based training", pbt_table(list(trained.values()))]
     for name, result in trained.items():
-        picture = results / f"{name}.png"
+        picture = pictures / f"{name}.png"
         draw_pbt(result, picture)
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
@@ -446,9 +539,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON files")
-    parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the file to write")
+    parser.add_argument("--into", type=Path, help="the file to write; default: docs and README")
     args = parser.parse_args()
-    insert(args.into, report(args.results, args.into))
+    page = args.into or ROOT / "docs" / "results.md"
+    insert(page, report(args.results, page))
+    if args.into is None:
+        read, references = read_all(args.results)
+        draw_overview(read, references, ROOT / "docs" / "overview.png")
+        insert(ROOT / "README.md", overview_table(read, references))
 
 
 if __name__ == "__main__":
