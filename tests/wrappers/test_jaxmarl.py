@@ -406,7 +406,7 @@ def test_maps_by_name(name):
 
 WRONG = {
     "Overcooked": ({}, "unknown JaxMARL environment 'Overcooked': the nearest are overcooked,"),
-    "MPE_simple_facmac_v1": ({}, "actions of Box"),
+    "MPE_simple_facmac_v1": ({}, "has Box actions"),
     "MPE_simple_tag_v3": ({}, "observations of shapes ((14,), (16,)): give pad=true"),
     "MPE_simple_speaker_listener_v4": ({}, "give pad=true"),
     "SMAX": ({"map": "5m_vs_6m"}, "numbers of actions (10, 11): give pad=true"),
