@@ -215,7 +215,7 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     check("epsilon=much: give a number", "run=run", "out=data", "epsilon=much")
     check("run or epsilon is an empty list", "run=run", "out=data", "epsilon=[]")
     check("steps=0: give a whole number of at least 1", "run=run", "out=data", "steps=0")
-    check("too few for 2 players", "run=run", "out=data", "steps=1", "epsilon=[0,1]")
+    check("too few for 2 agents", "run=run", "out=data", "steps=1", "epsilon=[0,1]")
     check("has no checkpoint of step 5: there are 100, 200", "run=run", "out=d", "checkpoints=[5]")
     check("checkpoints=every: give a whole number", "run=run", "out=d", "checkpoints=every")
     check("was not trained in the environment of 'run'", "run=[run,other]", "out=data")

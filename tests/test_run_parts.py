@@ -47,7 +47,7 @@ def test_an_option_of_a_part_that_is_not_chosen_is_told():
     with pytest.raises(UsageError, match=message):
         check_of_chosen(options, "value.sigma")
     with pytest.raises(
-        UsageError, match=r"agent.optimizer.b1 is of .*=adabelief or adam.* and sgd"
+        UsageError, match=r"agent.optimizer.b1 needs .*=adabelief or adam.* but sgd"
     ):
         check_of_chosen(options, "optimizer.b1", ["rmsprop"])
     check_of_chosen(options, "value.sigma", ["quantile", "hl_gauss"])

@@ -310,11 +310,11 @@ def changed(**columns):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\], not "),
+        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\]: give "),
         (ROWS._replace(obs=ROWS.obs[:3]), r"observations are float32\[3, 3\]"),
         (ROWS._replace(obs=ROWS.obs.astype(complex)), "observations are complex128"),
-        (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\], not float32\[4\]"),
-        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\], not bool\[4\]"),
+        (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\]: give float32\[4\]"),
+        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\]: give bool\[4\]"),
         (changed(truncated={2: True}), "row 2 is both terminated and truncated"),
         (changed(action={1: 4}), "row 1 has no legal action"),
         (changed(action={1: -2}), "row 1 has no legal action"),
