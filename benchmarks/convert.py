@@ -1,7 +1,7 @@
-"""Times the conversion of others' Atari data on one core.
+"""Times the conversion of public Atari data formats on one core.
 
-Games are played at random, and written in the original formats; from those files on, up to the
-data set that is finished and on the disk, all is timed.
+Random games are written in the original formats; the benchmark times everything from these files to
+the finished data set on disk.
 
   python benchmarks/convert.py
 """
@@ -27,7 +27,7 @@ _FORMATS: dict[str, Callable[..., Source]] = {"rlu": from_rlu, "dqn_replay": fro
 
 
 def write_originals(directory: Path, game: str, num_frames: int) -> Path:
-    """A directory in `directory` with `<format>/<game>`, unless it is there; which one."""
+    """Writes `<format>/<game>` to a directory in `directory` if missing; returns that one."""
     home = directory / f"{game}-{num_frames}"
     if home.exists():
         return home
@@ -41,14 +41,14 @@ def write_originals(directory: Path, game: str, num_frames: int) -> Path:
         ]
         write_rlu(rlu, 1, 0, games)
         clipped = [one._replace(reward=np.sign(one.reward)) for one in games]
-        capacity = sum(len(one.frames) + 3 for one in games) + 1  # one file, which it does not fill
+        capacity = sum(len(one.frames) + 3 for one in games) + 1  # one file, not full
         Ring(dqn_replay / "1" / "replay_logs", capacity, games[0].frames.shape[1:]).play(clipped)
         whole.rename(home)
     return home
 
 
 def time_conversion(read: Callable[[], Source]) -> dict[str, float]:
-    """Frames, frames/s, and how much of the core this process had."""
+    """Frames, frames/s, and the fraction of the core that this process had."""
     with tempfile.TemporaryDirectory() as temporary:
         started, cpu = time.perf_counter(), time.process_time()
         dataset = convert(read(), Path(temporary) / "data", num_workers=1)
@@ -67,11 +67,11 @@ def main() -> None:
     parser.add_argument("--games", nargs="+", default=["Breakout", "Pong", "Seaquest"])
     parser.add_argument("--frames", type=int, default=30_000, help="a game (default: 30,000)")
     parser.add_argument("--repetitions", type=int, default=3, help="default: 3")
-    parser.add_argument("--originals", type=Path, help="a directory that keeps, or has, the files")
+    parser.add_argument("--originals", type=Path, help="directory of the files, which are reused")
     parser.add_argument("--out", type=Path, default=RESULTS / "convert.json")
     args = parser.parse_args()
     if LOAD > 0.5:
-        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures may not hold")
+        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures may be unreliable")
     games: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         originals = args.originals or Path(temporary)

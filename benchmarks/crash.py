@@ -1,17 +1,17 @@
-"""Kills programs wherever they change a file, and damages what they left.
+"""Kills programs wherever they change a file, and damages the files that they leave.
 
   python benchmarks/crash.py                       # every part; hours
-  python benchmarks/crash.py --points 40           # at most so many places of each program and mode
+  python benchmarks/crash.py --points 40           # at most 40 places of each program and mode
   python benchmarks/crash.py --only train,flips --points 10  # results of the other parts stay
 
-Each program is run once, to count its calls that change files. Then it is run again and again, each
-time with another of these calls going wrong as `faults.Faults` says: the process is killed before
-or in the middle of it, or the disk is full from there on. The same command, given once more, must
-end as if nothing had been.
+Each program is run once, to count its calls that change files. Then it is run repeatedly, each time
+with another of these calls failing as in `faults.Faults`: the process is killed before or during
+the call, or the disk is full from there on. The same command must then finish as if nothing had
+happened.
 
-`writers`: while a program is stopped at such a call, another one wants the same directory.
-`flips`: one bit of a file is another, or its end is missing: what is read then is what was written,
-or somebody says that it is not.
+`writers`: while a program is stopped at such a call, another one uses the same directory.
+`flips`: a bit of a file is flipped, or its end is missing: reading it must return what was written,
+or report the damage.
 """
 
 import argparse
@@ -60,19 +60,19 @@ _RUN = ["total_steps=352", "eval.every=128", f"checkpoint.every={_EVERY}", *_SMA
 _SEARCH = ["trials=4", "population=2", "total_steps=96", "devices=1", "cpu_devices=1", *_SMALL]
 _SEARCH += ["eval.every=0", "metric=loss", "resume=auto", "hydra.run.dir=search"]
 _OF_TIME = {"compile_seconds", "train_seconds", "wall_seconds", "steps_per_second", "eval/seconds"}
-# A writer of data removes these last of all, and nobody minds them.
+# A data writer removes these last; they are harmless.
 _HARMLESS = {"data/.lock", "data/progress.json"}
 _NOT_COMPARED = {"log.txt", ".lock", "multirun.yaml"}
 
 
 class Program(NamedTuple):
-    """Something that leaves files in the working directory.
+    """A program that writes files to the working directory.
 
-    - `run`: does it, or goes on with it.
-    - `prepare`: makes what it needs in a directory, from the reference results of the others.
-    - `whole`: what is there once all is: it is not made again.
-    - `before`: what a crash has left that must not be missing; `problems`: what is wrong after it
-        went on, of the directory, the reference and that.
+    - `run`: runs or continues it.
+    - `prepare`: makes its inputs in a directory, from the reference results of other programs.
+    - `whole`: the last file that it makes, which is not made again.
+    - `before`: reads what a crash has left and must not get lost; `problems`: lists defects after
+        the continuation, given the directory, the reference and the result of `before`.
     """
 
     run: Callable[[], None]
@@ -85,7 +85,7 @@ class Program(NamedTuple):
 
 
 def _script(name: str, *arguments: str) -> Callable[[], None]:
-    """As from the command line."""
+    """Runs a script as from the command line."""
 
     def run() -> None:
         path = str(ROOT / "scripts" / f"{name}.py")
@@ -120,13 +120,13 @@ def _prepare_games(place: Path, references: Path) -> None:
 
 
 def _before_train(place: Path, mode: str) -> list[str]:
-    """What is missing of a run that was killed: there are steps older than an interval."""
+    """Problems of a killed run: steps older than a checkpoint interval that have no checkpoint."""
     from eqx_q.saving.checkpoint import newest_checkpoint
 
     last = max([row["env_steps"] for row in _rows(place / "run" / "metrics.jsonl")], default=0)
     newest = newest_checkpoint(place / "run" / "checkpoints")
     lost = last - (0 if newest is None else int(newest.stem))
-    late = lost > _EVERY + _CHUNK and mode != "full"  # which takes no checkpoint
+    late = lost > _EVERY + _CHUNK and mode != "full"  # on which no checkpoint fits
     return [f"{lost} steps have no checkpoint"] if late else []
 
 
@@ -139,7 +139,7 @@ def _before_tune(place: Path, mode: str) -> dict[int, tuple[Any, Any]]:
 
 
 def _trials(place: Path) -> dict[int, tuple[Any, Any]]:
-    """Finished trials in the journal of a search: their values and parameters."""
+    """Values and parameters of the finished trials in a search's journal."""
     trials: dict[int, dict[str, Any]] = {}
     journal = place / "search" / "study.journal"
     for log in _rows(journal) if journal.exists() else ():
@@ -175,7 +175,7 @@ def _files(place: Path) -> dict[str, Path]:
 def _left(place: Path, reference: Path) -> list[str]:
     ours, theirs = _files(place), _files(reference)
     more = [name for name in ours if name not in theirs and name not in _HARMLESS]
-    if sum(name.endswith(".ckpt") for name in more) == 1:  # which the next one would have removed
+    if sum(name.endswith(".ckpt") for name in more) == 1:  # the next one would have removed it
         more = [name for name in more if not name.endswith(".ckpt")]
     return [
         *(f"{name} is left" for name in more),
@@ -184,7 +184,7 @@ def _left(place: Path, reference: Path) -> list[str]:
 
 
 def _differences(place: Path, reference: Path) -> list[str]:
-    """Between what two programs left, but for their speed."""
+    """Differences between the files of two programs, apart from speed."""
     ours, theirs = _files(place), _files(reference)
     return _left(place, reference) + [
         f"{name} differs"
@@ -206,13 +206,13 @@ def _timeless(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON, but for half of one at the end."""
+    """Lines of JSON, without an incomplete last one."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def _save() -> None:
-    """Checkpoints, each of which has all before it."""
+    """Saves checkpoints, each with all earlier steps."""
     from eqx_q.saving.checkpoint import checkpoints, load_latest, save_checkpoint
 
     tree = {"steps": np.arange(0)}
@@ -223,7 +223,7 @@ def _save() -> None:
 
 
 def _record() -> None:
-    """A data set, the second shard of which does not fit into bytes."""
+    """Records a data set whose second shard does not fit into bytes."""
     import gymnasium
 
     from eqx_q.data import Description, Rows, Writer
@@ -284,16 +284,16 @@ _OF_PYTHON = {"save", "record", "log"}  # the others are scripts
 
 
 class Harness:
-    """Runs programs in a directory of its own."""
+    """Runs programs in a separate directory."""
 
     def __init__(self, work: Path, seed: int, points: int | None):
         self.work, self.seed, self.points = work, seed, points
         self.references = work / "references"
-        self.place = work / "place"  # the same for all: data sets say where they came from
+        self.place = work / "place"  # the same for all, since data sets record their origin
         self._traces: dict[str, list[str]] = {}
 
     def prepare(self, name: str) -> None:
-        """Makes what a program needs, and nothing else."""
+        """Makes only the inputs of a program."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         if (self.references / name).exists():
@@ -304,13 +304,13 @@ class Harness:
         shutil.copytree(self.place, self.work / "bases" / name, dirs_exist_ok=True)
 
     def start(self, name: str, output: str, faults: Faults | None = None) -> int:
-        """Runs a program, with faults; the number of the process."""
+        """Starts a program with faults; returns its process id."""
 
         def action() -> None:
             os.chdir(self.place)
             try:
                 PROGRAMS[name].run()
-            except UsageError as error:  # as scripts do
+            except UsageError as error:  # like the scripts
                 raise SystemExit(f"error: {error}") from None
 
         return start(action, faults, self.work / output)
@@ -319,7 +319,7 @@ class Harness:
         return (self.work / output).read_text()
 
     def calls(self, name: str) -> list[str]:
-        """Which change files in a program that nothing befalls; its results are the reference."""
+        """The calls that change files in an undisturbed run, whose results are the reference."""
         if name not in self._traces:
             for needed in ("train",) if name == "collect" else ():
                 self.calls(needed)
@@ -344,9 +344,9 @@ class Harness:
         return sorted(rng.sample(range(number), self.points))
 
     def crash(self, name: str, mode: str, point: int) -> list[str] | None:
-        """Lets one call go wrong, and gives the command again. What is wrong then.
+        """Makes one call fail, then repeats the command; returns the problems.
 
-        `None` where that call did not come: threads take turns as they like.
+        `None` if the call did not occur, since the order of threads varies.
         """
         program = PROGRAMS[name]
         self.prepare(name)
@@ -364,20 +364,20 @@ class Harness:
         return found + self.mend(name, program.before(self.place, mode))
 
     def mend(self, name: str, before: Any) -> list[str]:
-        """Gives the command once more. What is wrong then."""
+        """Repeats the command; returns the problems."""
         program, found = PROGRAMS[name], []
         if program.whole is not None and (self.place / program.whole).exists():
-            pass  # at its place it is there as a whole
+            pass  # a file at its final place is complete
         elif status := wait(self.start(name, "again")):
             lines = self.said("again").strip().splitlines()
             return [f"the same command ended with status {status}: {lines[-1:]}"]
         elif "Traceback" in self.said("again"):
-            found.append("the same command tells of an error of ours")
+            found.append("the same command ended with a traceback")
         return found + program.problems(self.place, self.references / name, before)
 
 
 def _unclear(status: int, said: str) -> list[str]:
-    """What is wrong with how a program ended: well, or with one line of error."""
+    """The problems with how a program ended; success or a one-line error is fine."""
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     found = []
     if "Traceback" in said:
@@ -390,7 +390,7 @@ def _unclear(status: int, said: str) -> list[str]:
 
 
 def crashes(harness: Harness, name: str) -> dict[str, Any]:
-    """All places of a program, or a sample of them."""
+    """Tests all places of a program, or a sample of them."""
     calls = harness.calls(name)
     told: dict[str, Any] = {"calls": len(calls), "kinds": Counter(x.split()[0] for x in calls)}
     for mode in MODES:
@@ -412,7 +412,7 @@ def crashes(harness: Harness, name: str) -> dict[str, Any]:
 
 
 def writers(harness: Harness, name: str) -> dict[str, Any]:
-    """While a program is stopped at a call, the same command wants the same directory."""
+    """Runs the same command in the same directory while a program is stopped at a call."""
     calls, failed, refused = harness.calls(name), [], 0
     points = harness.chosen(name, "stop")
     for number, point in enumerate(points):
@@ -425,7 +425,7 @@ def writers(harness: Harness, name: str) -> dict[str, Any]:
             refused += second == 1
             found += _unclear(second, harness.said("again"))
             os.kill(first, signal.SIGCONT)
-            # It may find that the other one has done it all.
+            # It may find that the other one has finished.
             found += _unclear(wait(first), harness.said("crash"))
         found += harness.mend(name, PROGRAMS[name].before(harness.place, "full"))
         if found:
@@ -460,13 +460,13 @@ def _read_data(directory: Path) -> Any:
 
 
 def _stored(directory: Path) -> Any:
-    """The configuration of a run, as scripts read it."""
+    """The configuration of a run, read like the scripts do."""
     app: Any = importlib.import_module("_app")
     return app.settings(app.stored_config(directory))
 
 
 def _read_run(directory: Path) -> Any:
-    """All that training, evaluating, summarizing, recording and exporting read of a run."""
+    """Reads everything of a run that training, evaluating, recording and other scripts read."""
     from eqx_q.run import finished
     from eqx_q.run.evaluation import trained_agent
     from eqx_q.saving.checkpoint import load_latest
@@ -493,7 +493,7 @@ def _read_search(directory: Path) -> Any:
     return config, finished(directory), trials
 
 
-_READS = {  # how many of the flips in data and in a run are to be; those in a search are more
+_READS = {  # shares of the flips in data and in a run; those in a search are more
     "collect/data": (_read_data, lambda number: number // 2),
     "train/run": (_read_run, lambda number: number - number // 2),
     "tune/search": (_read_search, lambda number: number // 4),
@@ -501,7 +501,7 @@ _READS = {  # how many of the flips in data and in a run are to be; those in a s
 
 
 def flips(harness: Harness, number: int) -> dict[str, Any]:
-    """Damages files, one at a time, and reads them as programs do."""
+    """Damages files, one at a time, and reads them like the programs do."""
     for name in ("train", "collect", "tune"):
         harness.calls(name)
     result = harness.work / "flips.json"
@@ -552,7 +552,7 @@ def _flip_all(harness: Harness, number: int, result: Path) -> None:
 
 
 def _agrees(after: Any, before: Any) -> bool:
-    """Whether it is the same, but for keys that nobody knows and so nobody reads."""
+    """Whether both are equal, apart from unknown keys, which no program reads."""
     if isinstance(before, dict) and isinstance(after, dict):
         return all(name in after and _agrees(after[name], x) for name, x in before.items())
     if isinstance(before, list | tuple) and isinstance(after, list | tuple):
@@ -573,7 +573,7 @@ def _outcome(read: Callable[[Path], Any], directory: Path, before: Any, records:
 
 
 def warm() -> None:
-    """Imports what programs need, up to what begins JAX, so that every fork has it."""
+    """Imports what programs need without starting JAX, so that every fork has it."""
     sys.path.insert(0, str(ROOT / "scripts"))
     warnings.filterwarnings("ignore", "os.fork")
     import flax  # noqa: F401
@@ -592,7 +592,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join([*PROGRAMS, "writers", "flips"]))
-    parser.add_argument("--points", type=int, help="of each program and mode; default: all")
+    parser.add_argument("--points", type=int, help="places tested of each program and mode")
     parser.add_argument("--flips", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "crash.json")
@@ -600,7 +600,7 @@ def main() -> None:
     asked = parser.parse_args()
     with contextlib.ExitStack() as stack:
         work = asked.work or stack.enter_context(tempfile.TemporaryDirectory())
-        # Of every compiled program one copy serves all processes.
+        # All processes share one compilation cache.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{work}/cache"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -1,8 +1,8 @@
-"""Shows that a run on emulators, killed again and again, ends as one that was never killed.
+"""Shows that a run on emulators that is killed repeatedly ends like an undisturbed run.
 
 Trains once undisturbed, and once killed (SIGKILL) at random moments, each time followed by the same
 command, with `exact_resume=true resume=auto`. Then compares the last checkpoints (the agent, its
-optimiser, keys, counters, episodes, every action) bit by bit, and tells what replaying cost.
+optimiser, keys, counters, episodes, every action) bit by bit, and reports the cost of replaying.
 
   python benchmarks/exact_resume.py
   python benchmarks/exact_resume.py env.name=Breakout-v5 env.repeat_action_probability=0.25
@@ -31,14 +31,14 @@ _REPLAYED = re.compile(r"replaying ([\d,]+) steps.*?replayed in ([\d.]+) s", re.
 
 
 def start(directory: Path, overrides: list[str], output: Any) -> subprocess.Popen:
-    """A training in `directory`, from its last checkpoint if there is one."""
+    """Starts a training in `directory`, from its last checkpoint if there is one."""
     where = ["resume=auto", f"hydra.run.dir={directory}"]
     command = [sys.executable, "scripts/train.py", *overrides, *_ALWAYS, *where]
     return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def finish(directory: Path, overrides: list[str], kill_at: int | None, delay: float) -> str:
-    """What a training printed; it is killed so many seconds after it has come to `kill_at`."""
+    """The output of a training, which is killed some seconds after it has reached `kill_at`."""
     with tempfile.TemporaryFile("w+") as output:
         process = start(directory, overrides, output)
         while process.poll() is None:
@@ -56,25 +56,25 @@ def finish(directory: Path, overrides: list[str], kill_at: int | None, delay: fl
 
 
 def steps_of(directory: Path) -> int:
-    """Where a run stands, by its last line of metrics."""
+    """The progress of a run, from its last line of metrics."""
     return max((row.get("env_steps", 0) for row in rows(directory)), default=0)
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    """Its metrics so far. A last line that is half written is left out."""
+    """Its metrics so far, without an incomplete last line."""
     path = directory / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def newest_step(directory: Path) -> int:
-    """Of its last checkpoint."""
+    """The step of its last checkpoint."""
     found = checkpoints(directory / "checkpoints")
     return int(found[0].stem) if found else 0
 
 
 def differing(ours: Any, theirs: Any) -> list[str]:
-    """Paths of the arrays that are not the same bits; the emulators' own tokens are no result."""
+    """Paths of the arrays that differ in a bit, except for the emulators' tokens."""
     one, other = (jax.tree.leaves_with_path(tree) for tree in (ours, theirs))
 
     def bits(x: Any) -> bytes:

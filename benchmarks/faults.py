@@ -1,7 +1,7 @@
-"""A file system that fails: calls that change files are counted, and one of them goes wrong.
+"""Simulates a failing file system: counts calls that change files, and makes one of them fail.
 
-It stands before `open`, the files that are opened to write, and `os`: by these eqx_q, Hydra, Optuna
-and Matplotlib change files. It does not see what C code writes by itself (HDF5, maps of memory).
+It intercepts `open`, writes to opened files, and `os`, with which eqx_q, Hydra, Optuna and
+Matplotlib change files. It does not intercept writes of C code (HDF5, memory maps).
 """
 
 import builtins
@@ -20,22 +20,22 @@ from typing import Any
 KILLED = 137
 _OPENS_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _ON_PATHS = ("mkdir", "rmdir", "unlink", "remove", "truncate")
-_ON_TWO_PATHS = ("rename", "replace", "link", "symlink")  # the second of which is made
+_ON_TWO_PATHS = ("rename", "replace", "link", "symlink")  # the second path is created
 _ON_FILES = ("write", "fsync", "fdatasync", "ftruncate")
-# A full disk refuses the others not.
+# A full disk does not affect the other calls.
 _NEEDS_SPACE = {"open", "write", "mkdir", *_ON_TWO_PATHS, "fsync", "fdatasync"}
 
 
 class Faults:
-    """Counts calls that change files below a directory, and lets one of them go wrong.
+    """Counts calls that change files below a directory, and makes one of them fail.
 
-    **Arguments:** `root`: the directory. `point`: which call it is, from 0; `None`: none. `mode`:
-    what goes wrong there; `trace`: a file elsewhere that gets a line for each call. Of `mode`
+    **Arguments:** `root`: the directory. `point`: the index of the call, from 0; `None`: no fault.
+    `trace`: a file elsewhere that gets a line per call. `mode`: the fault:
 
-    - `"kill"` ends the process before that call, and nothing is cleaned up;
-    - `"torn"` ends it after that call, or after half of what it writes;
-    - `"full"` is a full disk: half of that write fits, and nothing after it;
-    - `"stop"` stops the process before that call, until somebody continues it.
+    - `"kill"` ends the process before that call, without cleanup;
+    - `"torn"` ends it after that call, or after half of its write;
+    - `"full"` simulates a full disk: half of that write fits, and nothing after it;
+    - `"stop"` stops the process before that call, until it is continued.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Faults:
         self._trace = trace and os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def install(self) -> None:
-        """Stands before the calls, for the rest of the process."""
+        """Intercepts the calls for the rest of the process."""
         self._open = builtins.open
         builtins.open = io.open = self._opened
         for names, which in ((_ON_PATHS, 0), (_ON_TWO_PATHS, 1), (_ON_FILES, 0)):
@@ -63,7 +63,7 @@ class Faults:
         os.open = os_open
 
     def call(self, name: str, path: Any, whole: Callable[[], Any], half: Any = None) -> Any:
-        """Makes a call, unless it goes wrong. `half`: makes half of it, where it has one."""
+        """Makes a call, or the fault. `half`: makes half of the call, if it can be halved."""
         if not self._concerns(path):
             return whole()
         with self._lock:
@@ -89,7 +89,7 @@ class Faults:
 
     def _concerns(self, path: Any) -> bool:
         name = _path(path)
-        is_stream = isinstance(path, int) and not name.startswith(os.sep)  # as "pipe:[12]"
+        is_stream = isinstance(path, int) and not name.startswith(os.sep)  # such as "pipe:[12]"
         return not is_stream and f"{os.path.abspath(name)}{os.sep}".startswith(self._root)
 
     def _guarded(self, name: str, call: Any, which: int) -> Any:
@@ -128,7 +128,7 @@ class Faults:
 
 
 class _File(io.FileIO):
-    """A file whose writes may go wrong."""
+    """A file whose writes may fail."""
 
     def __init__(self, faults: Faults, *arguments: Any):
         self._faults = faults
@@ -151,9 +151,9 @@ def _path(path: Any) -> str:
 def start(
     action: Callable[[], Any], faults: Faults | None = None, output: Path = Path(os.devnull)
 ) -> int:
-    """Begins an action in a process of its own, with faults; the number of the process.
+    """Starts an action in a forked process with faults; returns its process id.
 
-    What it prints is in `output`. It is forked, so that imports cost nothing: before JAX begins.
+    Its output goes to `output`. Forking saves imports; JAX must not have started.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -181,5 +181,5 @@ def start(
 
 
 def wait(process: int) -> int:
-    """How it ended: its exit status, or less than 0 where a signal ended it."""
+    """Waits for the process; returns its exit status, negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -1,7 +1,7 @@
-"""Files as others record them, written from episodes by a few lines of their own.
+"""Independent minimal writers of public data formats.
 
-RL Unplugged's TFRecords and Dopamine's replay buffers: what tests compare with raw episodes, and
-what `convert.py` times.
+RL Unplugged's TFRecords and Dopamine's replay buffers, which tests compare with raw episodes, and
+`convert.py` times.
 """
 
 import gzip
@@ -30,7 +30,7 @@ def png(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# TFRecords: protobuf's wire format, and records with Castagnoli checksums, written naively.
+# TFRecords: naive implementation of protobuf's wire format, and records with CRC-32C checksums.
 
 
 def crc32c(data: bytes) -> int:
@@ -69,7 +69,7 @@ def message(number: int, data: bytes) -> bytes:
 
 
 def example(features: dict[str, list]) -> bytes:
-    """tf.train.Example; the kind of a list goes by its first value."""
+    """A tf.train.Example; the first value determines the kind of a list."""
     entries = b""
     for name, values in features.items():
         if isinstance(values[0], bytes):
@@ -83,7 +83,7 @@ def example(features: dict[str, list]) -> bytes:
 
 
 def rlu_features(episode: Raw, number: int = 0) -> dict[str, list]:
-    """An episode as RL Unplugged has it: what comes with the last observation is padding."""
+    """An episode in RL Unplugged's form: other data at the last observation are padding."""
     reward = [*episode.reward.tolist(), 0.0]
     return {
         "checkpoint_idx": [0],
@@ -99,7 +99,7 @@ def rlu_features(episode: Raw, number: int = 0) -> dict[str, list]:
 
 
 def write_rlu(folder: Path, run: int, shard: int, episodes: Sequence[Raw]) -> Path:
-    """A shard, and its path."""
+    """Writes a shard; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"run_{run}-{shard:05d}-of-00050"
     records = [
@@ -113,9 +113,9 @@ def write_rlu(folder: Path, run: int, shard: int, episodes: Sequence[Raw]) -> Pa
 
 
 class Ring:
-    """Writes `capacity - 1` rows a file, and at last what is left.
+    """Writes `capacity - 1` rows per file, and the rest at the end.
 
-    `files`: of each file, the (episode, step) of its own rows, in order.
+    `files`: for each file, the (episode, step) of its rows, in order.
     """
 
     def __init__(

@@ -1,13 +1,12 @@
-"""Learns every environment of a suite with several seeds, and writes what came out as JSON.
+"""Trains in every environment of a suite with several seeds, and writes the results as JSON.
 
-Each run is `python scripts/train.py`, with the configuration that users get, in a directory of its
-own under --runs: what is finished there is skipped, what was interrupted goes on. The result is
-written anew after every run, with final training and greedy returns per seed, their curves, and
-what random play returns.
+Each run is `python scripts/train.py` with the default configuration, in its own directory under
+--runs: finished runs are skipped, interrupted ones continue. The result is rewritten after every
+run, with final training and greedy returns per seed, their curves, and the return of random play.
 
   python benchmarks/learning.py classic --seeds 5
   python benchmarks/learning.py minatar --seeds 5 --only Breakout total_steps=1_000_000
-  python benchmarks/learning.py atari-pong --collect     # trains nothing, writes what is there
+  python benchmarks/learning.py atari-pong --collect     # writes existing results without training
 """
 
 import argparse
@@ -30,15 +29,15 @@ from eqx_q.run import make_agent, make_env, write_json
 
 _MAX_POINTS = 100
 _RANDOM_EPISODES = 64
-_FINAL_FRACTION = 0.05  # of the run: its episodes make the final training return
+_FINAL_FRACTION = 0.05  # last fraction of the run, whose episodes make the final training return
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Overrides of `scripts/train.py` per environment; protocols to evaluate under afterwards.
+    """Overrides of `scripts/train.py` per environment; protocols for evaluations afterwards.
 
-    `score`: what the environment says of an episode that counts beside its return. `also_at`: a
-    number of steps at which others publish their returns.
+    `score`: an episode metric to report beside the return. `also_at`: a number of steps at which
+    peers publish their returns.
     """
 
     tasks: list[list[str]]
@@ -150,9 +149,9 @@ SUITES = {
 
 
 def task_name(suite: Suite, task: list[str], config: dict[str, Any]) -> str:
-    """The environment's name; and what else the task asks for, where others of the suite share it.
+    """The environment's name, with further options if other tasks of the suite share it.
 
-    That is all but `env=` and the length of the run.
+    These are all except `env=` and the length of the run.
     """
     name = f"{config['env']['suite']}/{config['env']['name']}"
     alike = [other for other in suite.tasks if _chosen(other) == _chosen(task)]
@@ -165,19 +164,19 @@ def _chosen(task: list[str]) -> list[str]:
 
 
 def run(directory: Path, overrides: list[str]) -> None:
-    """Trains in `directory`, unless that is done; goes on where it was interrupted."""
+    """Trains in `directory` unless that is done; continues after an interruption."""
     _check_same(directory, overrides)
     if _summary(directory).get("status") == "done":
-        print(f"done already: {directory}", flush=True)
+        print(f"already done: {directory}", flush=True)
     elif any((directory / "checkpoints").glob("*")):
         script("train", f"resume={directory}")
     else:
-        shutil.rmtree(directory, ignore_errors=True)  # it was interrupted before a checkpoint
+        shutil.rmtree(directory, ignore_errors=True)  # interrupted before the first checkpoint
         script("train", *overrides, "tracker=jsonl", "video.every=0", f"hydra.run.dir={directory}")
 
 
 def _check_same(directory: Path, overrides: list[str]) -> None:
-    """A directory may hold a run of another configuration, of which this would tell untruths."""
+    """Exits if the directory holds a run of another configuration."""
     if not (directory / "config.yaml").exists():
         return
     stored = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
@@ -192,20 +191,20 @@ def _check_same(directory: Path, overrides: list[str]) -> None:
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether two configurations do, but for keys that only one has: they are newer than a run."""
+    """Whether two configurations differ, ignoring keys that only one has, which are newer."""
     if isinstance(before, dict) and isinstance(now, dict):
         return any(_differ(before[name], now[name]) for name in before.keys() & now.keys())
     return before != now
 
 
 def evaluate(directory: Path, protocol: str, episodes: int) -> None:
-    """Evaluates a finished run under a protocol, unless that is done."""
+    """Evaluates a finished run under a protocol unless that is done."""
     if not (directory / f"evaluation_{protocol}.json").exists():
         script("evaluate", f"run={directory}", f"protocol={protocol}", f"episodes={episodes}")
 
 
 def random_return(config: dict[str, Any], path: Path) -> float:
-    """The mean return of random play, of legal actions; kept in a file, for this environment."""
+    """The mean return of random legal actions in this environment; cached in a file."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("env") != config["env"]:
         env = make_env({**config, "num_seeds": 1}, _RANDOM_EPISODES)
@@ -221,7 +220,7 @@ def random_return(config: dict[str, Any], path: Path) -> float:
 
 
 def script(name: str, *arguments: str) -> None:
-    """Runs one of the scripts; where it fails, that is the end of this one too."""
+    """Runs one of the scripts; exits if it fails."""
     print("+", f"scripts/{name}.py", *arguments, flush=True)
     command = [sys.executable, f"scripts/{name}.py", *arguments]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -229,7 +228,7 @@ def script(name: str, *arguments: str) -> None:
 
 
 def collect(directory: Path, score: str | None = None) -> list[dict[str, Any]]:
-    """The results of a run, finished or not, one per seed in it."""
+    """The results of a run, finished or not, one per seed."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "episode_return" in row]
     summary = _summary(directory)
@@ -267,7 +266,7 @@ def _scores(rows: list[dict[str, Any]], score: str, member: int) -> dict[str, An
 
 
 def training(rows: list[dict[str, Any]], member: int, name: str = "return") -> np.ndarray:
-    """`[points, 3]`: steps, mean return of the episodes ended since the point before, how many."""
+    """`[points, 3]`: steps, mean return of episodes since the previous point, their number."""
     points = [_point(row, f"episode_{name}", "episodes", member) for row in rows]
     return np.array([point for point in points if point[2] > 0]).reshape(-1, 3)
 
@@ -291,7 +290,7 @@ def final_return(curve: np.ndarray) -> float | None:
 
 
 def thin_out(curve: np.ndarray) -> list[list[float]]:
-    """At most a hundred points `[steps, return]`: neighbours are averaged by their weights."""
+    """At most a hundred points `[steps, return]`: averages of neighbours by weight."""
     parts = np.array_split(curve, min(len(curve), _MAX_POINTS) or 1)
     return [
         [float(part[-1, 0]), round(float(np.average(part[:, 1], weights=part[:, 2])), 4)]
@@ -311,15 +310,13 @@ def main() -> None:
     )
     parser.add_argument("suite", choices=SUITES, help="which environments")
     parser.add_argument("override", nargs="*", help="further overrides of scripts/train.py")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default: 5)")
-    parser.add_argument(
-        "--together", action="store_true", help="all seeds as one population, not one by one"
-    )
-    parser.add_argument("--only", help="only environments with this in their name")
-    parser.add_argument("--episodes", type=int, default=16, help="per protocol (default: 16)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
+    parser.add_argument("--together", action="store_true", help="train all seeds as one population")
+    parser.add_argument("--only", help="only environments whose name contains this")
+    parser.add_argument("--episodes", type=int, default=16, help="per evaluation (default: 16)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="directory")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/learning_SUITE.json")
-    parser.add_argument("--collect", action="store_true", help="train nothing, write what is there")
+    parser.add_argument("--collect", action="store_true", help="write results without training")
     args = parser.parse_intermixed_args()
     suite, environments = SUITES[args.suite], {}
     for task in suite.tasks:
@@ -337,7 +334,7 @@ def main() -> None:
             "random_return": random_return(config, runs / "random.json"),
             "seeds": [],
         }
-        if args.collect:  # however they were trained
+        if args.collect:  # regardless of how they were trained
             directories = {path.name: [] for path in sorted(runs.glob("seed*"))}
         elif args.together:
             directories = {f"seeds_{args.seeds}": ["seed=0", f"num_seeds={args.seeds}"]}

@@ -1,11 +1,11 @@
-"""Tries that every part of an agent goes with every other.
+"""Tests that all parts of an agent work together.
 
-A cell of the matrix is one choice on each axis: what is observed, how it is acted, what values
-mean, head, memory, team, and whether learning is online or offline. In each an agent is created,
-acts, learns from random experience, is saved and loaded. What is refused says why.
+A cell of the matrix is one choice on each axis: observations, actions, value, head, memory, team,
+and online or offline learning. In each cell an agent is created, acts, learns from random
+experience, is saved and loaded. Refused cells must say why.
 
-  python benchmarks/matrix.py              # all of them
-  python benchmarks/matrix.py --sample 20  # so many, drawn at random; nothing is written
+  python benchmarks/matrix.py              # all cells
+  python benchmarks/matrix.py --sample 20  # 20 random cells; writes nothing
 """
 
 import argparse
@@ -72,22 +72,22 @@ _LANES, _LENGTH, _AGENTS, _STATE = 2, 3, 2, 4
 
 
 def cells() -> list[Cell]:
-    """The whole product."""
+    """All cells."""
     return [dict(zip(AXES, choices, strict=True)) for choices in itertools.product(*AXES.values())]
 
 
 def is_refused(cell: Cell) -> bool:
-    """Whether there is no such agent: nothing says how quantiles are to be mixed."""
+    """Whether the cell is refused: quantiles cannot be mixed."""
     return cell["value"] == "quantile" and cell["team"] in ("vdn", "qmix")
 
 
 def pairs(cell: Cell) -> set[tuple[tuple[str, str], ...]]:
-    """Its choices on any two axes."""
+    """The choices of a cell on any two axes."""
     return set(itertools.combinations(cell.items(), 2))
 
 
 def cover(seed: int = 3) -> list[Cell]:
-    """Few cells with every pair of choices that is not refused: always the one with most new."""
+    """A small greedy set of cells with every pair of choices that is not refused."""
     known = [cell for cell in cells() if not is_refused(cell)]
     order = np.random.default_rng(seed).permutation(len(known))
     missing, chosen = set().union(*map(pairs, known)), []
@@ -99,7 +99,7 @@ def cover(seed: int = 3) -> list[Cell]:
 
 
 def create(cell: Cell) -> Agent:
-    """A tiny agent. Raises `UsageError` where the cell is refused."""
+    """Creates a tiny agent. Raises `UsageError` if the cell is refused."""
     team, has_memory = cell["team"], cell["memory"] != "none"
     options: dict[str, Any] = {"hidden_sizes": (8,), "head": cell["head"], "memory": cell["memory"]}
     if has_memory:
@@ -126,7 +126,7 @@ def create(cell: Cell) -> Agent:
 
 
 def experience(cell: Cell, agent: Agent) -> Rollout | Transitions:
-    """Random, of the kind that the agent learns from: with an episode's end, masks, the dead."""
+    """Random experience for the agent, with an episode's end, masks and dead agents."""
     rng, learns_from = np.random.default_rng(0), agent.learns_from
     if isinstance(learns_from, eqx_q.agents.Rollouts):
         steps = learns_from.length + learns_from.burn_in
@@ -157,14 +157,14 @@ def experience(cell: Cell, agent: Agent) -> Rollout | Transitions:
 
 
 def check(cell: Cell) -> None:
-    """Does with an agent of the cell what is done with agents. Raises where something is wrong."""
+    """Creates, runs, updates, saves and loads an agent of the cell. Raises if that fails."""
     agent = _compiled(lambda: create(cell))()
     batch = jax.tree.map(jnp.asarray, experience(cell, agent))
     update = _compiled(lambda agent, batch: agent.update(batch, key=jax.random.key(0)))
     learnt, metrics = update(agent, batch)
     assert jax.tree.structure(learnt) == jax.tree.structure(agent), "update changes its structure"
     _check_finite("the agent that has learnt", learnt)
-    _check_finite("what update tells", metrics)
+    _check_finite("metrics of update", metrics)
     before, after = (jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array)) for x in (agent, learnt))
     assert any(np.any(x != y) for x, y in zip(before, after, strict=True)), "nothing was learnt"
     team = () if agent.num_agents is None else (agent.num_agents,)
@@ -186,7 +186,7 @@ def check(cell: Cell) -> None:
         shape = act_space.shape or ()
         assert actions.shape == (_LANES, *team, *shape), f"actions of shape {actions.shape}"
         for action in actions.reshape(-1, *shape):
-            assert act_space.contains(action), f"{action} is no action of {act_space}"
+            assert act_space.contains(action), f"{action} is not an action of {act_space}"
     with tempfile.TemporaryDirectory() as directory:
         eqx_q.save(Path(directory) / "agent.eqx", learnt)
         loaded = eqx_q.load(Path(directory) / "agent.eqx")
@@ -196,7 +196,7 @@ def check(cell: Cell) -> None:
 
 
 def run(chosen: Iterable[Cell]) -> dict[str, Any]:
-    """Checks cells, and counts what became of them."""
+    """Checks cells, and counts the outcomes."""
     start, passed, refused, failures = time.perf_counter(), 0, Counter(), []
     for number, cell in enumerate(chosen):
         try:
@@ -210,7 +210,7 @@ def run(chosen: Iterable[Cell]) -> dict[str, Any]:
         except Exception as error:
             failures.append({**cell, "error": f"{type(error).__name__}: {error}"})
         if number % 20 == 19:
-            jax.clear_caches()  # else memory grows
+            jax.clear_caches()  # without this, memory grows
             seconds = time.perf_counter() - start
             print(f"{number + 1} cells, {len(failures)} failures, {seconds:.0f} s", flush=True)
     return {
@@ -223,7 +223,7 @@ def run(chosen: Iterable[Cell]) -> dict[str, Any]:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Like `eqx.filter_jit`, without optimising: compiling is most of what takes time here."""
+    """Like `eqx.filter_jit`, without optimisation, since compilation takes most of the time."""
 
     def call(*arguments: Any) -> Any:
         arrays, static = eqx.partition(arguments, eqx.is_array)
@@ -248,13 +248,13 @@ def _draw(space: gymnasium.Space, *axes: int) -> Any:
 
 
 def _mask(cell: Cell, rng: np.random.Generator, *axes: int) -> Any:
-    """Legal choices; of a `Box` all are."""
+    """Random legal choices; for a `Box`, all are legal."""
     sizes = {"discrete": 3, "multi_discrete": 5}
     return rng.random((*axes, sizes[cell["actions"]])) < 0.7 if cell["actions"] in sizes else None
 
 
 def _has_state(cell: Cell) -> bool:
-    """Whether there is a global state, or mixers must do with the observations."""
+    """Whether there is a global state; otherwise mixers use the observations."""
     return cell["observations"] == "box"
 
 
@@ -284,7 +284,7 @@ def _check_finite(name: str, tree: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, help="so many cells instead of all")
+    parser.add_argument("--sample", type=int, help="number of cells to test instead of all")
     count = parser.parse_args().sample
     chosen = cells()
     if count is not None:

@@ -1,8 +1,8 @@
-"""Shows that what a run holds in memory does not grow with its length.
+"""Shows that the memory use of a run does not grow with its length.
 
-Trains once, and once ten times as long, each in a process of its own, with everything on that
-grows elsewhere: a line of metrics at every update, evaluations, checkpoints. Memory is read from
-the operating system, at the end and through the longer run.
+Trains once, and once for ten times as long, each in its own process, with everything enabled that
+could make memory grow: a line of metrics at every update, evaluations, checkpoints. Memory is read
+from the operating system, at the end and during the longer run.
 
   python benchmarks/memory.py
   python benchmarks/memory.py env=minatar total_steps=500_000
@@ -25,7 +25,7 @@ _EVERY_SECONDS = 0.2
 
 
 def run(overrides: list[str], total_steps: int) -> list[float]:
-    """Resident megabytes of a training, again and again while it runs."""
+    """Resident megabytes of a training, sampled while it runs."""
     with tempfile.TemporaryDirectory() as directory:
         command = [
             *(sys.executable, "scripts/train.py", *overrides, f"total_steps={total_steps}"),
@@ -50,7 +50,7 @@ def run(overrides: list[str], total_steps: int) -> list[float]:
 
 
 def resident_mb(pid: int) -> list[float]:
-    """What a process holds, unless it is gone."""
+    """The resident memory of a process; `None` if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""The closed loop: a teacher learns, its play is recorded, and others learn from the record.
+"""The closed loop: trains a teacher, records its play, and trains offline agents on the data.
 
-For each game PQN is trained once, and plays twice: `narrow` data are those of the agent at the
-end, `mixed` ones those of all its checkpoints (in Pong: of the agent at the end, with more and less
-chance). From either, behaviour cloning, DQN and CQL learn, all seeds of one as one program. What is
-done is not repeated, what was interrupted goes on.
+For each game PQN is trained once, and plays twice: `narrow` data are from the agent at the end,
+`mixed` data from all its checkpoints (in Pong: from the agent at the end, with different ε).
+Behaviour cloning, DQN and CQL learn from each, with all seeds as one program. Finished parts are
+not repeated, interrupted ones continue.
 
   python benchmarks/offline.py minatar
   python benchmarks/offline.py minatar --only Breakout num_updates=5000
@@ -24,7 +24,7 @@ from eqx_q.data import Dataset
 
 
 class Suite(NamedTuple):
-    """Games, and how much is played and learnt of each."""
+    """Games, with the numbers of recorded transitions and updates."""
 
     games: dict[str, list[str]]
     teacher_steps: int
@@ -65,7 +65,7 @@ LEARNERS = ("bc", "dqn", "cql")
 
 
 def record(out: Path, options: list[str]) -> dict[str, Any]:
-    """Records a data set, unless that is done; what it is of."""
+    """Records a data set unless that is done; returns its description."""
     if not out.exists():
         script("collect", *options, f"out={out}")
     dataset = Dataset(out)
@@ -93,7 +93,7 @@ def _plain(value: Any) -> str:
 
 
 def results_of(directory: Path) -> dict[str, Any]:
-    """What a run from data came to, per seed: at the end and at best; and its curve."""
+    """The results of an offline run per seed: final and best return, and the curve."""
     summary = json.loads((directory / "summary.json").read_text())
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     curve = [
@@ -116,12 +116,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", choices=SUITES, help="which games")
-    parser.add_argument("override", nargs="*", help="overrides of scripts/train.py, of learners")
-    parser.add_argument("--seeds", type=int, default=3, help="of each learner (default: 3)")
-    parser.add_argument("--only", help="only games with this in their name")
+    parser.add_argument("override", nargs="*", help="overrides of scripts/train.py for learners")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each learner (default: 3)")
+    parser.add_argument("--only", help="only games whose name contains this")
     parser.add_argument("--teacher-steps", type=int, help="default: by suite")
     parser.add_argument("--transitions", type=int, help="of data (default: by suite)")
-    parser.add_argument("--teacher", type=Path, help="a run of one that has learnt (with --only)")
+    parser.add_argument("--teacher", type=Path, help="the run of a trained teacher (with --only)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "offline", help="directory")
     parser.add_argument("--out", type=Path, help="default: by suite, in benchmarks/results")
     args = parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""Atari games played at random, for benchmarks that need data."""
+"""Random Atari games, for benchmarks that need data."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from eqx_q.loops.recording import describe, record
 
 
 def play(game: str, path: Path, num_steps: int) -> Dataset:
-    """A data set of whole games, unclipped; the last one is cut."""
+    """Records a data set of whole games with unclipped rewards; the last game is cut."""
     env = eqx_q.make(f"envpool/{game}-v5", 1, episodic_life=False, reward_clip=False)
     num_actions = env.action_space.n  # pyright: ignore[reportAttributeAccessIssue]
     anyone = eqx_q.PQN.create(

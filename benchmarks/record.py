@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: command, versions, machine, commit, date."""
+"""Provenance of benchmark results: command, versions, machine, commit, date."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from eqx_q.wrappers.registry import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_CURVE = 20  # a longer list is one
+_CURVE = 20  # a longer list is a curve
 LOAD = os.getloadavg()[0]  # before the benchmark adds its own
 
 
@@ -28,11 +28,11 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Writes a result with its provenance as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_json({**provenance(), **result}))
-    print(f"written to {path}", flush=True)
+    print(f"wrote {path}", flush=True)
 
 
 def as_json(result: Any) -> str:
-    """JSON with a line for each list; a long one, a curve, has numbers of five digits."""
+    """JSON with one line per list; numbers of long lists (curves) have five digits."""
     return _lines(_rounded(result)) + "\n"
 
 
@@ -57,7 +57,7 @@ def _rounded(part: Any, in_curve: bool = False) -> Any:
 
 
 def provenance() -> dict[str, Any]:
-    """How a result came about. Paths in the command are shortened to their last part."""
+    """The provenance of a result. Paths in the command are shortened to their last part."""
     command = " ".join(re.sub(r"[^\s=]*/(?=[^/\s])", "", word) for word in sys.argv[1:])
     versions = {"python": platform.python_version()}
     suites = [suite.package for suite in SUITES.values()]
@@ -76,7 +76,7 @@ def provenance() -> dict[str, Any]:
 def commit(checkout: Path) -> str | None:
     """The commit of a checkout; `None` outside of git.
 
-    `-dirty` where files differ from it, other than results, which benchmarks themselves write.
+    With `-dirty` if files differ, other than results, which benchmarks write.
     """
 
     def git(*arguments: str) -> str:
@@ -89,7 +89,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and how busy the machine was in the minute before."""
+    """Processor, cores, memory, and the machine's load in the last minute."""
     cpu = platform.processor()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

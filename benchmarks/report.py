@@ -1,12 +1,12 @@
 """Draws curves and writes tables from the JSON in benchmarks/results.
 
-  python benchmarks/report.py                      # into the README, between its two markers
-  python benchmarks/report.py --into report.md     # into a file of its own
+  python benchmarks/report.py                      # docs/results.md, and the README's overview
+  python benchmarks/report.py --into report.md     # into another file
 
 Tables give the interquartile mean over seeds with 95 % intervals from a stratified bootstrap
 (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", arXiv 2108.13264:
-rliable's method), each seed's return, and the peers' values from references.json. Atari is also
-given human-normalised, from the no-op scores of `eqx_q.run.statistics`.
+rliable's method), each seed's return, and the peers' values from references.json. Atari scores are
+also human-normalised, with the no-op scores of `eqx_q.run.statistics`.
 """
 
 import argparse
@@ -26,6 +26,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _BEGIN, _END = "<!-- results:begin -->", "<!-- results:end -->"
+# What the README shows: an environment of a suite of learning runs, and the case that timed it.
+_OVERVIEW = (
+    ("PQN", "CartPole", "classic", "gymnax/CartPole-v1", "cartpole"),
+    ("PQN", "MinAtar Breakout", "minatar", "gymnax/Breakout-MinAtar", "minatar"),
+    ("PQN", "MinAtar Asterix", "minatar", "gymnax/Asterix-MinAtar", None),
+    ("PQN", "MinAtar SpaceInvaders", "minatar", "gymnax/SpaceInvaders-MinAtar", None),
+    ("PQN", "Atari Pong", "atari-pong", "envpool/Pong-v5", "atari"),
+    ("PQN", "MiniGrid DoorKey 5x5", "minigrid", "envpool/MiniGrid-DoorKey-5x5-v0", None),
+    (
+        "PQN-RNN",
+        "MemoryChain",
+        "memory",
+        "gymnax/MemoryChain-bsuite agent=pqn_rnn",
+        "rnn_memory_chain",
+    ),
+    (
+        "PQN-VDN",
+        "SMAX 2s3z",
+        "qmix",
+        "jaxmarl/HeuristicEnemySMAX agent=pqn_vdn tuned=smax_small agent.mixer=vdn",
+        "vdn_smax",
+    ),
+)
 _PARTS = ("environment", "acting", "learning")
 _PROTOCOLS = {
     "life_loss": "a lost life ends an episode, no sticky actions",
@@ -34,7 +57,7 @@ _PROTOCOLS = {
 
 
 def estimate(scores: np.ndarray, digits: int = 1) -> str:
-    """Interquartile mean and interval of `[seeds, tasks]`, as text."""
+    """Interquartile mean and interval of `[seeds, tasks]` as text."""
     if not scores.size:
         return "–"
     if len(scores) == 1:
@@ -44,13 +67,13 @@ def estimate(scores: np.ndarray, digits: int = 1) -> str:
 
 
 def _column(seeds: list[dict[str, Any]], name: str) -> np.ndarray:
-    """`[seeds, 1]`, of those seeds that have the value."""
+    """`[seeds, 1]`: the value of the seeds that have it."""
     values = [seed[name] for seed in seeds if seed.get(name) is not None]
     return np.array(values, float).reshape(-1, 1)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Without the columns in which there is nothing."""
+    """A table without empty columns."""
     filled = [any(column) for column in zip(*rows, strict=True)]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(itertools.compress(line, filled))} |" for line in lines)
@@ -76,6 +99,68 @@ def _references(references: dict[str, Any], name: str) -> str:
         f"{reference['who']}: {value(reference, 'training')} / {value(reference, 'greedy')}"
         for reference in references["returns"].get(name, [])
     )
+
+
+def overview_table(read: dict[str, Any], references: dict[str, Any]) -> str:
+    """A row for each task of the README: how well it is learnt, and how fast."""
+    rows = []
+    for agent, task, suite, name, case in _OVERVIEW:
+        seeds = read[f"learning_{suite}"]["environments"][name]["seeds"]
+        greedy = _column(seeds, "greedy_return")
+        peers = [
+            f"{reference['greedy']:g} ({reference['who'].split(',')[0]})"
+            for reference in references["returns"].get(name, [])
+            if "greedy" in reference
+        ]
+        timed = case and read[f"speed_{case}"]
+        speed = f"{timed['contestants']['eqx_q']['steps_per_second']:,.0f}" if timed else ""
+        ratio = f"**{timed['ratio']['median']:.1f}×**" if timed else ""
+        steps = _steps(min(seed["env_steps"] for seed in seeds), 0)
+        best = estimate(greedy, 1 if np.abs(greedy).max() >= 10 else 2)
+        rows.append([agent, task, steps, best, str(len(seeds)), "; ".join(peers), speed, ratio])
+    head = ["agent", "task", "steps", "greedy return", "seeds", "others", "steps/s"]
+    return _table([*head, "against purejaxql"], rows)
+
+
+def draw_overview(read: dict[str, Any], references: dict[str, Any], path: Path) -> None:
+    """The README's picture: speeds against the scripts of others, and returns on MinAtar."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained")
+    bars = [
+        (name.removeprefix("speed_").replace("_", " "), result["ratio"]["median"])
+        for name, result in read.items()
+        if name.startswith("speed_") and result.get("ratio")
+    ]
+    bars = sorted(bars, key=lambda bar: bar[1])
+    drawn = axes[0].barh([name for name, _ in bars], [ratio for _, ratio in bars], color="tab:blue")
+    axes[0].bar_label(drawn, fmt="%.1f×", fontsize=7, padding=2)
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[0].margins(x=0.15)
+    axes[0].set_title("times as fast, two CPU cores", fontsize=9)
+    for axis, game in zip(axes[1:], ("Breakout", "Asterix", "SpaceInvaders"), strict=True):
+        name = f"gymnax/{game}-MinAtar"
+        seeds = read["learning_minatar"]["environments"][name]["seeds"]
+        for kind, color in (("training", "tab:blue"), ("greedy", "tab:orange")):
+            curves = [np.array(seed[f"{kind}_curve"]).T for seed in seeds]
+            steps = max(curves, key=lambda curve: curve.shape[1])[0]
+            values = np.array([np.interp(steps, *curve) for curve in curves])
+            axis.fill_between(
+                steps / 1e6, values.min(0), values.max(0), color=color, alpha=0.25, linewidth=0
+            )
+            axis.plot(steps / 1e6, values.mean(0), color=color, label=kind)
+        for reference in references["returns"].get(name, []):
+            if "greedy" in reference and "purejaxql" in reference["who"]:
+                axis.axhline(
+                    reference["greedy"], color="black", linestyle="--", linewidth=0.8,
+                    label="purejaxql, greedy",
+                )  # fmt: skip
+        axis.set_title(f"MinAtar {game}, {len(seeds)} seeds", fontsize=9)
+        axis.set_xlabel("million steps", fontsize=8)
+    axes[1].set_ylabel("return", fontsize=8)
+    axes[1].legend(fontsize=7)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
@@ -116,7 +201,7 @@ def learning_table(result: dict[str, Any], references: dict[str, Any]) -> str:
 
 
 def _on_the_way(environment: dict[str, Any], digits: int) -> str:
-    """What each seed came to greedily where others publish their returns, if that is on the way."""
+    """Greedy returns of each seed at the steps at which peers publish theirs, if within the run."""
     at = environment.get("also_at") or 0
     if not 0 < at < environment["total_steps"]:
         return ""
@@ -126,13 +211,13 @@ def _on_the_way(environment: dict[str, Any], digits: int) -> str:
 
 
 def _steps(done: int, planned: int) -> str:
-    """In millions; of how many, where the run is not finished."""
+    """Steps in millions, with the total if the run is not finished."""
     rest = f" of {planned / 1e6:.3g}" if done < planned else ""
     return f"{done / 1e6:.3g}{rest} M"
 
 
 def atari_table(result: dict[str, Any]) -> str | None:
-    """Both protocols, with human-normalised scores; and over all games where there are several."""
+    """Both protocols with human-normalised scores, and the IQM over several games."""
     rows = []
     for protocol, meaning in _PROTOCOLS.items():
         normalised = []
@@ -198,7 +283,7 @@ def conversion_table(result: dict[str, Any]) -> str:
 
 
 def offline_table(result: dict[str, Any]) -> str:
-    """What each learner came to at the end; and CQL's lead over DQN, with an interval."""
+    """Final returns of each learner, and CQL's lead over DQN with an interval."""
     rows = []
     for game, of_game in result["games"].items():
         for kind, of_data in of_game["data"].items():
@@ -226,7 +311,7 @@ def offline_table(result: dict[str, Any]) -> str:
 
 
 def search_table(results: list[dict[str, Any]]) -> str:
-    """What searches found, with seeds that they had not seen, and how long they took."""
+    """Results of searches with unseen seeds, and their durations."""
     rows = []
     for result in results:
         found, shipped = (
@@ -252,7 +337,7 @@ def search_table(results: list[dict[str, Any]]) -> str:
 
 
 def pbt_table(results: list[dict[str, Any]]) -> str:
-    """The best and the median member of populations, with and without their training."""
+    """The best and the median member of populations, with and without population-based training."""
     rows = []
     for result in results:
         for name, how in (("pbt", "population-based"), ("random", "random search")):
@@ -266,7 +351,7 @@ def pbt_table(results: list[dict[str, Any]]) -> str:
 
 
 def _lead(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> str:
-    """The difference of two means over seeds; of several with a 95 % bootstrap interval."""
+    """The difference of two means over seeds, with a 95 % bootstrap interval if several."""
     if len(ours) == len(theirs) == 1:
         return f"{ours.mean() - theirs.mean():+.1f}"
     rng = np.random.default_rng(0)
@@ -300,7 +385,7 @@ def memory_line(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None:
-    """Training and greedy returns over steps: every seed thin, their mean thick, peers dashed."""
+    """Plots training and greedy returns: seeds as thin lines, means thick, peers dashed."""
     environments = {name: e for name, e in result["environments"].items() if e["seeds"]}
     figure, axes = plt.subplots(
         1, len(environments), figsize=(3.2 * len(environments), 2.6), squeeze=False
@@ -331,7 +416,7 @@ def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None
 
 
 def draw_offline(result: dict[str, Any], path: Path) -> None:
-    """Greedy returns over updates: every seed thin, their mean thick; the teacher dashed."""
+    """Plots greedy returns over updates: seeds as thin lines, means thick, the teacher dashed."""
     panels = [
         (f"{game}, {kind}", of_game["teacher"], of_data)
         for game, of_game in result["games"].items()
@@ -363,7 +448,7 @@ def draw_offline(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_pbt(result: dict[str, Any], path: Path) -> None:
-    """Training returns of the best and of the median member, against random search."""
+    """Plots training returns of the best and the median member against random search."""
     figure, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
     for name, color in (("pbt", "tab:blue"), ("random", "tab:orange")):
         for member, style in (("best", "-"), ("median", "--")):
@@ -378,17 +463,25 @@ def draw_pbt(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def report(results: Path, into: Path) -> str:
-    """The whole report as markdown, and the pictures beside the results."""
+def read_all(results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results by name, and what peers publish."""
     references = json.loads((ROOT / "benchmarks" / "references.json").read_text())
-    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    paths = sorted(results.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}, references
+
+
+def report(results: Path, into: Path) -> str:
+    """The whole report as markdown, and the pictures in a folder beside it."""
+    read, references = read_all(results)
+    pictures = into.parent / "results"
+    pictures.mkdir(exist_ok=True)
     parts = []
     speeds = [result for name, result in read.items() if name.startswith("speed_")]
     if speeds:
-        parts += ["### Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
+        parts += ["## Speed", speed_table(speeds), *(f"- {_origin(result)}" for result in speeds)]
     speeds = [result for name, result in read.items() if name.startswith("offline_speed_")]
     if speeds:
-        parts += ["### Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
+        parts += ["## Speed, from data", offline_speed_table(speeds), *map(_origin, speeds)]
     if "convert" in read:
         result = read["convert"]
         of_what = (
@@ -396,34 +489,34 @@ def report(results: Path, into: Path) -> str:
         )
         load = f"The machine's load was {result['machine']['load']:.1f}."
         of_what += f" {load}" if result["machine"]["load"] > 0.5 else ""
-        parts += ["### Speed of conversion", conversion_table(result), of_what, _origin(result)]
+        parts += ["## Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "memory" in read:
-        parts += ["### Memory", memory_line(read["memory"])]
+        parts += ["## Memory", memory_line(read["memory"])]
     for name, result in read.items():
         if not name.startswith("learning_") or not any(
             environment["seeds"] for environment in result["environments"].values()
         ):
             continue
-        picture = results / f"{name}.png"
+        picture = pictures / f"{name}.png"
         draw(result, references, picture)
-        parts += [f"### Learning: {result['suite']}", learning_table(result, references)]
+        parts += [f"## Learning: {result['suite']}", learning_table(result, references)]
         parts += [table] if (table := atari_table(result)) else []
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     for name, result in read.items():
         if name.startswith("offline_") and "games" in result:
-            picture = results / f"{name}.png"
+            picture = pictures / f"{name}.png"
             draw_offline(result, picture)
             of_one = "One teacher and one data set each: intervals are over learners' seeds alone."
-            parts += [f"### Learning from data: {result['suite']}", offline_table(result), of_one]
+            parts += [f"## Learning from data: {result['suite']}", offline_table(result), of_one]
             parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     searches = [result for name, result in read.items() if name.startswith("search_")]
     if searches:
-        parts += ["### Search", search_table(searches), *(f"- {_origin(x)}" for x in searches)]
+        parts += ["## Search", search_table(searches), *(f"- {_origin(x)}" for x in searches)]
     trained = {name: result for name, result in read.items() if name.startswith("pbt_")}
     if trained:
-        parts += ["### Population-based training", pbt_table(list(trained.values()))]
+        parts += ["## Population-based training", pbt_table(list(trained.values()))]
     for name, result in trained.items():
-        picture = results / f"{name}.png"
+        picture = pictures / f"{name}.png"
         draw_pbt(result, picture)
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     sources = "; ".join(f"{who}: {source}" for who, source in references["sources"].items())
@@ -432,23 +525,28 @@ def report(results: Path, into: Path) -> str:
 
 
 def insert(page: Path, text: str) -> None:
-    """Puts the report between the page's two markers; a page without them becomes the report."""
+    """Inserts the report between the page's two markers, or replaces a page without markers."""
     before, after = f"{_BEGIN}\n", f"\n{_END}\n"
     if page.exists() and _BEGIN in (old := page.read_text()):
         before = old[: old.index(_BEGIN)] + before
         after = "\n" + old[old.index(_END) :]
     page.write_text(before + text + after)
-    print(f"written to {page}")
+    print(f"wrote {page}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON lies")
-    parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the file to write")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON files")
+    parser.add_argument("--into", type=Path, help="the file to write; default: docs and README")
     args = parser.parse_args()
-    insert(args.into, report(args.results, args.into))
+    page = args.into or ROOT / "docs" / "results.md"
+    insert(page, report(args.results, page))
+    if args.into is None:
+        read, references = read_all(args.results)
+        draw_overview(read, references, ROOT / "docs" / "overview.png")
+        insert(ROOT / "README.md", overview_table(read, references))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Measures search: what it finds, and how long it takes, against the shipped tuned values.
+"""Measures the results and duration of searches, compared with the shipped tuned values.
 
 `search` runs scripts/tune.py, times the same trials one after another (each a process of
-scripts/train.py, start-up and compilation counted), and trains what was found and what ships
-with seeds that the search has not seen. `pbt` trains one population twice from the same start,
-with population-based training and without, which is random search at equal steps. What is done is
-not repeated, what was interrupted goes on.
+scripts/train.py, including start-up and compilation), and trains with the found and the shipped
+values on seeds that the search has not seen. `pbt` trains one population twice from the same start,
+with population-based training and without, which is random search at equal steps. Finished parts
+are not repeated, interrupted ones continue.
 
   python benchmarks/search.py search env=cartpole
   python benchmarks/search.py search env=minatar total_steps=1_000_000 --sequential 8
@@ -25,17 +25,16 @@ from typing import Any
 import numpy as np
 from record import RESULTS, ROOT, compose, write
 
-_UNSEEN = 1000  # the first of the seeds that compare
+_UNSEEN = 1000  # first seed of the comparison
 _ROUNDS = 20  # of population-based training
 _NEVER = 1_000_000_000
 _OF_SEARCH = ("search", "metric", "direction", "sampler", "halving")  # keys of scripts/tune.py
 
 
 def run(name: str, directory: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Runs a script in a directory, unless that is done; goes on where it was interrupted.
+    """Runs a script in a directory unless that is done; continues after an interruption.
 
-    **Returns:** the seconds that it took in all, and its summary. Of a part that was killed the
-    last seconds may be missing.
+    **Returns:** the total seconds, and its summary. If it was killed, a few seconds may be missing.
     """
     note = directory.with_suffix(".json")
     told = json.loads(note.read_text()) if note.exists() else {}
@@ -50,7 +49,7 @@ def run(name: str, directory: Path, *arguments: str) -> tuple[float, dict[str, A
         told["seconds"] += _timed([f"scripts/{name}.py", *words, "tracker=jsonl"], note, told)
         note.write_text(json.dumps(told))
     if not _is_done(directory):
-        sys.exit("stopped: the same command goes on")
+        sys.exit("stopped: run the same command to continue")
     return told["seconds"], json.loads((directory / "summary.json").read_text())
 
 
@@ -60,7 +59,7 @@ def _is_done(directory: Path) -> bool:
 
 
 def _timed(words: list[str], note: Path, told: dict[str, Any]) -> float:
-    """The seconds that a script takes; noted on the way, since either may be killed."""
+    """The seconds that a script takes, saved repeatedly, since this or the script may be killed."""
     print("+", *words, flush=True)
     note.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -77,12 +76,12 @@ def _timed(words: list[str], note: Path, told: dict[str, Any]) -> float:
 
 
 def train(directory: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Runs a training that is evaluated at its end alone. Returns its seconds and summary."""
+    """Runs a training with an evaluation only at its end. Returns its seconds and summary."""
     return run("train", directory, *arguments, f"eval.every={_NEVER}", "video.every=0")
 
 
 def alone(directory: Path, *arguments: str) -> float:
-    """The seconds that a training takes; anew where it was interrupted."""
+    """The seconds that a training takes; starts over after an interruption."""
     if not _is_done(directory):
         shutil.rmtree(directory, ignore_errors=True)
     return train(directory, *arguments, f"checkpoint.every={_NEVER}")[0]
@@ -95,17 +94,17 @@ def trials(directory: Path) -> list[dict[str, str]]:
 
 
 def overrides_of(trial: dict[str, str]) -> list[str]:
-    """What a trial varied."""
+    """The overrides of a trial's parameters."""
     return [f"{k}={v}" for k, v in trial.items() if k == "num_envs" or "." in k]
 
 
 def of_training(overrides: list[str]) -> list[str]:
-    """Without what says how to search."""
+    """The overrides without those of the search itself."""
     return [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] not in _OF_SEARCH]
 
 
 def search(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
-    """Searches, times trials alone, and compares what was found with what ships."""
+    """Searches, times trials alone, and compares the found with the shipped values."""
     sizes = [f"trials={args.trials}", f"population={args.population}"]
     seconds, summary = run("tune", runs / "search", *args.override, *sizes)
     task, table = of_training(args.override), trials(runs / "search")
@@ -133,7 +132,7 @@ def search(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
 
 
 def pbt(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
-    """Trains a population twice: with population-based training, and without."""
+    """Trains a population twice, with and without population-based training."""
     config = compose(args.override)
     steps_per_update = config["num_envs"] * config["agent"]["rollout_length"]
     per_round = max(1, int(config["total_steps"]) // steps_per_update // _ROUNDS)
@@ -155,7 +154,7 @@ def pbt(args: argparse.Namespace, runs: Path) -> dict[str, Any]:
 
 
 def curves(path: Path) -> dict[str, list]:
-    """Training returns of the best and of the median member, by steps."""
+    """Training returns of the best and the median member, by steps."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     returns = np.array([row["episode_return"] for row in rows], float)
     ended = ~np.isnan(returns).all(1)
@@ -174,10 +173,10 @@ def main() -> None:
     parser.add_argument("override", nargs="*", help="overrides of the scripts")
     parser.add_argument("--trials", type=int, default=64, help="default: 64")
     parser.add_argument("--population", type=int, default=16, help="default: 16")
-    parser.add_argument("--seeds", type=int, default=5, help="that compare (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds to compare (default: 5)")
     parser.add_argument("--sequential", type=int, help="trials to time alone (default: all)")
     parser.add_argument("--hyperparameters", nargs="+", default=["learning_rate", "lambda_"])
-    parser.add_argument("--spread", type=float, default=3.0, help="of a population (default: 3)")
+    parser.add_argument("--spread", type=float, default=3.0, help="as pbt.spread (default: 3)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "search", help="directory")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/WHAT_ENV.json")
     args = parser.parse_intermixed_args()

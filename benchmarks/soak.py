@@ -1,7 +1,7 @@
-"""A long run in a short time: memory and files stay bounded, and steps are counted past 2^32.
+"""A soak test: memory and files stay bounded, and steps are counted past 2^32.
 
-Trains a tiny agent, with everything on that grows elsewhere (metrics every second or so,
-evaluations, checkpoints, Aim), for more steps than 32 bits count. An interrupted soak goes on:
+Trains a tiny agent for more than 2^32 steps, with everything enabled that could grow (metrics about
+every second, evaluations, checkpoints, Aim). An interrupted soak continues:
 
   python benchmarks/soak.py --runs runs/soak
 """
@@ -37,7 +37,7 @@ _EVERY_SECONDS = 5.0
 
 
 def run(directory: Path, overrides: list[str]) -> dict[str, list[float]]:
-    """Trains to the end; gives what was seen all along."""
+    """Trains to the end; returns the measurements taken on the way."""
     command = [sys.executable, "scripts/train.py", *_SIZES, *overrides]
     command += ["resume=auto", f"hydra.run.dir={directory / 'run'}", f"tracker.repo={directory}"]
     process = subprocess.Popen(command, cwd=ROOT)
@@ -58,7 +58,7 @@ def run(directory: Path, overrides: list[str]) -> dict[str, list[float]]:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # it is gone
+    except OSError:  # the process has ended
         return 0
 
 

@@ -1,11 +1,11 @@
 """Compares speed with a peer: same environment, same hyperparameters, alternating runs.
 
-Every run is a process of its own, evaluation off; the time to compile is reported apart. Runs
-alternate (ours, the peer's, ours, ...), and the ratio is taken pair by pair. With it come the
+Every run is a separate process without evaluation; compile time is reported separately. Runs
+alternate (ours, the peer's, ours, ...), and ratios are taken pair by pair. Also reported: the
 fraction of the machine's matmul ceiling at the network's shapes, and the split of time between
 environment, acting and learning. Without --peer the library is measured alone.
 
-A peer is a checkout and the Python of an environment in which its scripts run:
+A peer is given by its checkout and a Python that runs its scripts:
 
   python benchmarks/speed.py cartpole --peer purejaxql=DIR --peer-python DIR/.venv/bin/python
   python benchmarks/speed.py cleanrl_cartpole --peer cleanrl=DIR --peer-python DIR/.venv/bin/python
@@ -26,10 +26,9 @@ from record import LOAD, RESULTS, ROOT, commit, compose, write
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: our configuration, the peer's script, and more of ours beside it.
+    """A comparison: our configuration, the peer's script, and further configurations of ours.
 
-    `loss`: how many times ours the peer's loss is, and with it the norm that gradients are clipped
-    to.
+    `loss`: the ratio of the peer's loss to ours, by which the gradient clip is scaled.
     """
 
     overrides: list[str]
@@ -88,7 +87,7 @@ CASES = {
     ),
     "craftax": Case(
         ["env=craftax"],
-        64 * 1024,  # 64 updates, so that making the first 1024 worlds is a small part
+        64 * 1024,  # 64 updates, so that making the first 1024 worlds takes a small part
         "purejaxql",
         {"script": "pqn_craftax", "algorithm": "pqn_craftax"},
     ),
@@ -101,7 +100,7 @@ CASES = {
     ),
 }
 
-# The peers' names of our hyperparameters: they are given ours, so that both run with the same.
+# The peers' names of our hyperparameters, which are passed to them.
 _PUREJAXQL = {
     "NUM_ENVS": "num_envs",
     "TOTAL_TIMESTEPS": "total_steps",
@@ -119,7 +118,7 @@ _PUREJAXQL = {
     "EPS_DECAY": "agent.epsilon_decay",
     "REW_SCALE": "agent.reward_scale",
 }
-# CleanRL clips at 10 the gradient of a loss twice ours: its own default is our 5.
+# CleanRL's loss is twice ours, so its default clip of 10 equals our 5.
 _CLEANRL = {
     "num_envs": "num_envs",
     "total_timesteps": "total_steps",
@@ -138,14 +137,14 @@ _PEERS = {"purejaxql": ("overrides", _PUREJAXQL), "cleanrl": ("arguments", _CLEA
 
 
 def configuration(overrides: list[str], total_steps: int) -> dict[str, Any]:
-    """Ours for so many steps; schedules run as over the whole tuned length."""
+    """Our configuration for `steps` steps, with schedules over the whole tuned length."""
     config = compose(overrides)
     config["agent"]["schedule_steps"] = config["agent"]["schedule_steps"] or config["total_steps"]
     return {**config, "total_steps": total_steps}
 
 
 def peer_request(case: Case, config: dict[str, Any], path: str) -> dict[str, Any]:
-    """What the peer's driver is to run: its own configuration file, with our values."""
+    """The request to the peer's driver: its own configuration file, with our values."""
     argument, names = _PEERS[case.peer]
     values = {theirs: _select(config, ours) for theirs, ours in names.items()}
     if "MAX_GRAD_NORM" in values:
@@ -160,7 +159,7 @@ def _select(config: Any, name: str) -> Any:
 
 
 def drive(python: str, driver: str, request: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Runs a driver in a process of its own; the last line that it prints is its result."""
+    """Runs a driver in its own process; its last line of output is the result."""
     script = ROOT / "benchmarks" / "drivers" / f"{driver}.py"
     command = [python, "-W", "ignore", str(script), json.dumps({**request, "seed": seed})]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -170,7 +169,7 @@ def drive(python: str, driver: str, request: dict[str, Any], seed: int) -> dict[
 
 
 def compare(contestants: dict[str, tuple], repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    """Runs all in turn, again and again."""
+    """Runs all in turn, several times."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for repetition in range(repetitions):
         for name, (python, driver, request) in contestants.items():
@@ -204,7 +203,7 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str
 
 
 def split(measured: dict[str, float], steps_per_second: float) -> dict[str, float]:
-    """Fractions of the time that a whole update takes, and of the matmul ceiling."""
+    """Fractions of the time of a whole update, and of the matmul ceiling."""
     whole = measured["env_steps_per_update"] / steps_per_second
     environment = measured["environment_seconds"] / whole
     acting = measured["environment_and_acting_seconds"] / whole - environment
@@ -222,14 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", choices=CASES, help="what is compared")
+    parser.add_argument("case", choices=CASES, help="the comparison")
     parser.add_argument(
         "override", nargs="*", help="further overrides of scripts/train.py, for both"
     )
-    parser.add_argument("--peer", metavar="NAME=PATH", help="purejaxql or cleanrl: a checkout")
-    parser.add_argument("--peer-python", default=sys.executable, help="the Python that runs it")
+    parser.add_argument(
+        "--peer", metavar="NAME=PATH", help="purejaxql or cleanrl, and its checkout"
+    )
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="the Python that runs the peer"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="pairs of runs (default: 5)")
-    parser.add_argument("--total-steps", type=int, help="of each run (default: by case)")
+    parser.add_argument("--total-steps", type=int, help="steps of each run (default: by case)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_CASE.json")
     args = parser.parse_intermixed_args()
     case = CASES[args.case]
@@ -237,7 +240,7 @@ def main() -> None:
     config = configuration(case.overrides + args.override, total_steps)
 
     if LOAD > 0.5:
-        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will not hold")
+        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will be unreliable")
     contestants = {"eqx_q": (sys.executable, "run_library", {"config": config})}
     result: dict[str, Any] = {"case": args.case, "peer": None}
     if args.peer:

@@ -1,7 +1,7 @@
-"""Compares offline training with slimCQL: same data, network and hyperparameters, in turn.
+"""Compares offline training with slimCQL: same data, network and hyperparameters, alternating.
 
-Both learn from the same frames of Pong, played at random. What is timed: gradient steps with all
-that belongs to them, and drawing batches alone; reading the data and compiling are told apart.
+Both learn from the same frames of random play in Pong. Timed are whole gradient steps, and sampling
+batches alone; reading the data and compilation are reported separately.
 
   python benchmarks/speed_offline.py cql --peer slimcql=DIR --peer-python DIR/.venv/bin/python
 """
@@ -23,7 +23,7 @@ _FIGURES = ("updates_per_second", "batches_per_second")
 
 
 def write_both(directory: Path, num_steps: int) -> int:
-    """The same transitions for both; returns the number of actions."""
+    """Writes the same transitions for both; returns the number of actions."""
     dataset = play("Pong", directory / "data", num_steps)
     rows = dataset.rows
     acted = rows.action >= 0  # the peer has no final observations
@@ -42,17 +42,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("algorithm", choices=("cql", "dqn"), help="what both learn with")
+    parser.add_argument("algorithm", choices=("cql", "dqn"), help="the algorithm of both")
     parser.add_argument("--peer", metavar="slimcql=PATH", help="a checkout")
-    parser.add_argument("--peer-python", default=sys.executable, help="the Python that runs it")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="the Python that runs the peer"
+    )
     parser.add_argument("--repetitions", type=int, default=3, help="pairs of runs (default: 3)")
-    parser.add_argument("--rows", type=int, default=20_000, help="of the data (default: 20,000)")
-    parser.add_argument("--num-updates", type=int, default=2_000, help="of ours (default: 2,000)")
+    parser.add_argument(
+        "--rows", type=int, default=20_000, help="frames of the data (default: 20,000)"
+    )
+    parser.add_argument(
+        "--num-updates", type=int, default=2_000, help="per run of ours (default: 2,000)"
+    )
     parser.add_argument("--peer-updates", type=int, default=200, help="default: 200")
     parser.add_argument("--out", type=Path, help="default: by algorithm, in benchmarks/results")
     args = parser.parse_args()
     if LOAD > 0.5:
-        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will not hold")
+        print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will be unreliable")
     agent = compose([f"agent={args.algorithm}", "env=atari"])["agent"]
     given = {k: v for k, v in agent["network_options"].items() if v is not None}
     agent = {**agent, "network_options": given}

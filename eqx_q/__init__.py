@@ -1,43 +1,80 @@
 """Q-learning agents on JAX and Equinox, for Gymnasium, PettingZoo and JAX-native environments."""
 
 from . import (
-    agents as agents,
-    data as data,
-    nets as nets,
-    policy as policy,
-    returns as returns,
-    wrappers as wrappers,
+    agents,
+    data,
+    nets,
+    policy,
+    returns,
+    wrappers,
 )
 from .agents import (
-    BC as BC,
-    CQL as CQL,
-    DQN as DQN,
-    PQN as PQN,
-    Agent as Agent,
-    Population as Population,
+    BC,
+    CQL,
+    DQN,
+    PQN,
+    Agent,
+    Population,
 )
-from .loops import callbacks as callbacks, evolution as evolution
-from .loops.evaluation import evaluate as evaluate
+from .loops import callbacks, evolution
+from .loops.evaluation import evaluate
 from .loops.offline import (
-    OfflineState as OfflineState,
-    advance_offline as advance_offline,
-    start_offline as start_offline,
-    train_offline as train_offline,
+    OfflineState,
+    advance_offline,
+    start_offline,
+    train_offline,
 )
-from .loops.running import StopTraining as StopTraining
+from .loops.running import StopTraining
 from .loops.training import (
-    RunState as RunState,
-    advance as advance,
-    start as start,
-    train as train,
+    RunState,
+    advance,
+    start,
+    train,
 )
-from .saving.checkpoint import load as load, save as save
-from .saving.exporting import export as export
+from .saving.checkpoint import load, save
+from .saving.exporting import export
 from .types import (
-    Decision as Decision,
-    Episode as Episode,
-    Rollout as Rollout,
-    TimeStep as TimeStep,
-    Transitions as Transitions,
+    Decision,
+    Episode,
+    Rollout,
+    TimeStep,
+    Transitions,
 )
-from .wrappers import Env as Env, make as make
+from .wrappers import Env, make
+
+__all__ = [
+    "BC",
+    "CQL",
+    "DQN",
+    "PQN",
+    "Agent",
+    "Decision",
+    "Env",
+    "Episode",
+    "OfflineState",
+    "Population",
+    "Rollout",
+    "RunState",
+    "StopTraining",
+    "TimeStep",
+    "Transitions",
+    "advance",
+    "advance_offline",
+    "agents",
+    "callbacks",
+    "data",
+    "evaluate",
+    "evolution",
+    "export",
+    "load",
+    "make",
+    "nets",
+    "policy",
+    "returns",
+    "save",
+    "start",
+    "start_offline",
+    "train",
+    "train_offline",
+    "wrappers",
+]

@@ -1,4 +1,4 @@
-"""How far a run is, by its metrics."""
+"""The progress of a run, read from its metrics."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 
 
 class Clock(NamedTuple):
-    """How far a run is: `done` of `total` (0 where nobody said), counted in what `unit` says.
+    """The progress of a run: `done` of `total` (0 if unknown), counted in `unit`.
 
-    `unit` is the metric that counts: `env_steps` (of each member), or offline `num_updates`.
+    `unit` names the metric that counts: `env_steps` (per member), or `num_updates` offline.
     """
 
     done: int
@@ -18,12 +18,12 @@ class Clock(NamedTuple):
 
     @property
     def noun(self) -> str:
-        """What is counted, for people: `steps`, `updates`."""
+        """The unit as a readable noun: `steps`, `updates`."""
         return self.unit.split("_")[-1]
 
 
 def clock(metrics: Mapping[str, Any]) -> Clock:
-    """How far a run was when it told these metrics."""
+    """Returns the progress of the run that reported these metrics."""
     unit = "num_updates" if "num_updates" in metrics else "env_steps"
     total = metrics.get("total_updates" if unit == "num_updates" else "total_steps", 0)
     return Clock(int(np.max(metrics[unit])), int(total), unit)

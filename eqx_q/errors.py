@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Their message is one line that says how."""
+"""Errors that a user can fix. The message is one line that says how."""
 
 import contextlib
 import difflib
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """Something the caller gave is wrong; the message names the mend."""
+    """The caller passed something wrong; the message says how to fix it."""
 
 
 class MissingExtraError(UsageError, ImportError):
@@ -23,8 +23,8 @@ class MissingExtraError(UsageError, ImportError):
 class DivergedError(UsageError):
     """Training produced a loss that is not finite.
 
-    **Attributes:** `run_state`: the last one that was good, at the boundary before; `None` where
-    nobody kept it (a run without callbacks). Training that goes on from it comes to the same loss.
+    **Attributes:** `run_state`: the last good one, from the boundary before; `None` if it was not
+    kept (a run without callbacks). Training that continues from it reaches the same loss.
     """
 
     def __init__(self, message: str, run_state: Any = None):
@@ -33,15 +33,15 @@ class DivergedError(UsageError):
 
 
 class LaneError(UsageError):
-    """The environment of a lane broke: it raised, took too long, or returned what is not finite."""
+    """The environment of a lane failed: it raised, timed out, or returned a non-finite value."""
 
 
 class CorruptFileError(UsageError):
-    """A file of ours is damaged or is not ours."""
+    """A file is damaged, or eqx_q did not write it."""
 
 
 class UnknownNameError(UsageError):
-    """A name that is not one of the known ones; the message names the nearest of those."""
+    """A name is not one of the known names; the message lists the nearest ones."""
 
     def __init__(self, kind: str, name: Any, known: Iterable[str]):
         name = str(name)
@@ -54,9 +54,9 @@ class UnknownNameError(UsageError):
 
 @contextlib.contextmanager
 def explained(problem: str) -> Iterator[None]:
-    """What goes wrong inside, of all that wrong values bring about, is a `UsageError`.
+    """Turns exceptions that wrong values cause inside the block into a `UsageError`.
 
-    Its message is the `problem` and what was said of it; a `UsageError` stays as it is.
+    Its message is `problem`, followed by the original message. A `UsageError` stays as it is.
     """
     try:
         yield
@@ -67,12 +67,12 @@ def explained(problem: str) -> Iterator[None]:
 
 
 def check_whole(*, least: int = 1, **numbers: Any) -> None:
-    """Raises `UsageError` for a number that is not whole, or below `least`."""
+    """Raises `UsageError` for a number that is not whole, or is below `least`."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise UsageError(f"{name} must be a whole number of at least {least}, got {number!r}")
 
 
 def in_words(options: Mapping[str, Any]) -> str:
-    """Options as messages tell them."""
+    """Formats options for a message."""
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

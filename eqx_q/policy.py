@@ -1,4 +1,4 @@
-"""An exported agent, at work. This file needs JAX and NumPy alone: `eqx_q.export` leaves a copy.
+"""Runs an exported agent. Needs only JAX and NumPy: `eqx_q.export` copies this file along.
 
 policy = Policy("agent.jaxexport")
 decision = policy.act(obs)
@@ -17,9 +17,9 @@ FILE, READER = "agent.jaxexport", "flatbuffers.zip"
 
 
 class Decision(NamedTuple):
-    """What the agent does: the action, the greedy value max_a Q (legal actions only), its memory.
+    """The action, the greedy value max_a Q (over legal actions) and the agent's memory.
 
-    `memory` is a list of arrays with a leading axis of lanes, and is empty where there is none.
+    `memory` is a list of arrays with a leading lane axis, empty if the agent has none.
     """
 
     action: jax.Array
@@ -28,21 +28,21 @@ class Decision(NamedTuple):
 
 
 class Policy:
-    """An agent that acts, and cannot learn any more.
+    """An agent that acts but no longer learns.
 
-    **Arguments:** `path`: of a file that `eqx_q.export` wrote.
+    **Arguments:** `path`: a file that `eqx_q.export` wrote.
 
-    **Attributes:** `inputs`: shape and type of all that `act` takes, by name; `n` stands for any
-    number of lanes. `platforms`: those it was exported for.
+    **Attributes:** `inputs`: shape and type of each input of `act`, by name; `n` stands for any
+    number of lanes. `platforms`: the platforms it was exported for.
 
-    **Raises:** `ImportError` where neither the package `flatbuffers` nor the copy of it is there.
+    **Raises:** `ImportError` if neither the package `flatbuffers` nor the copy of it is found.
     """
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
         reader = str(path.with_name(READER))
         if reader not in sys.path:
-            sys.path.append(reader)  # last: one that is installed goes first
+            sys.path.append(reader)  # last: an installed one takes precedence
         exported = export.deserialize(bytearray(path.read_bytes()))
         (self.inputs,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         self.platforms = exported.platforms
@@ -64,18 +64,18 @@ class Policy:
         **Arguments:**
 
         - `obs`: with or without a lane axis: an array, or dicts and tuples of arrays, as in
-            `inputs`. Further entries of dicts are left out. A population's lanes are member by
-            member.
-        - `memory`: from the decision before; by default that of an episode's start.
-        - `first`: where an episode starts, so that memory is reset; by default in no lane. Without
-            `memory` it starts in all of them.
+            `inputs`. Extra dict entries are ignored. The lanes of a population are ordered member
+            by member.
+        - `memory`: from the previous decision; by default that of an episode's start.
+        - `first`: lanes in which an episode starts, which resets their memory; by default none.
+            Without `memory`, an episode starts in every lane.
         - `action_mask`: legal actions; by default all.
-        - `reward`: that came with `obs`, for networks that look at it.
-        - `epsilon`: probability of a random legal action, given a key; by default 0, since there
-            is no schedule any more. Of a population one for all, or one each.
-        - `key`: randomness. Without it the choice is greedy.
+        - `reward`: the reward that came with `obs`, for networks that use it.
+        - `epsilon`: probability of a random legal action, if there is a `key`; by default 0, since
+            an exported agent has no schedule. For a population: one for all, or one per member.
+        - `key`: source of randomness. Without it actions are greedy.
 
-        **Raises:** `ValueError` where shapes are not those of `inputs`.
+        **Raises:** `ValueError` if shapes do not match `inputs`.
         """
         kinds, structure = jax.tree.flatten(self.inputs["obs"])
         arrays = structure.flatten_up_to(_select(self.inputs["obs"], obs))
@@ -100,7 +100,7 @@ class Policy:
         told = self._call(
             {
                 "obs": obs,
-                # A reset in all lanes makes of any memory that of an episode's start.
+                # A reset in every lane replaces any memory by that of an episode's start.
                 "memory": [constant(0, kind) for kind in kinds["memory"]]
                 if memory is None
                 else memory,
@@ -119,7 +119,7 @@ class Policy:
 
 
 def _select(kinds: Any, obs: Any) -> Any:
-    """Of an observation what an agent takes that takes `kinds`."""
+    """The part of an observation that the agent takes, as `kinds` describes it."""
     if isinstance(kinds, dict) and isinstance(obs, dict):
         return {name: _select(kinds[name], x) for name, x in obs.items() if name in kinds}
     if isinstance(kinds, tuple) and isinstance(obs, tuple | list) and len(kinds) == len(obs):

@@ -1,8 +1,8 @@
-"""Several processes that train together: how they meet, and what happens where one is gone.
+"""Several processes that train together: how they connect, and what happens when one dies.
 
-JAX lets a process wait for the others for as long as they are thought to live, which can be for
-ever, and then kills it without a word that helps. So they watch each other here: every process
-keeps a connection to the first one open, which the system closes when either of them is gone.
+Left to itself, JAX waits for a dead process, possibly for ever, and then kills the others without
+a helpful message. So the processes watch each other: each keeps a connection to the first process
+open, which the operating system closes when either end dies.
 """
 
 import atexit
@@ -28,33 +28,34 @@ from .errors import UsageError
 _PATIENCE = 24 * 3600  # seconds that processes wait for the first one's last evaluation
 _TIME_TO_MEET, _TIME_FOR_NEWS = 60.0, 1.0  # seconds
 _HELLO, _NEWS = struct.Struct("!16sI"), struct.Struct("!i")
-_BYE = -1  # the news of one that ends as it should; all other news are the process that is gone
-# A machine that is gone closes no connection: one that is silent is asked for a sign of life.
+_BYE = -1  # news of a regular end; any other news is the number of the process that died
+# A machine that is down closes no connection, so a silent connection is probed.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 def join_processes(
     coordinator: str | None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Makes this process one of several. To be called before JAX touches a device.
+    """Makes this process one of several. Call it before JAX touches a device.
 
-    From then on, if one process disappears, the others exit within seconds and say which. One that
-    fails with an exception exits at once; instead of `sys.exit(1)` call `abandon`.
+    From then on, if one process disappears, the others exit within seconds and say which. A process
+    that fails with an exception exits at once; call `abandon` instead of `sys.exit(1)`.
 
     **Arguments:**
 
-    - `coordinator`: `"host:port"` of the first process; `"auto"`: what started the processes
-        (Slurm, MPI, Kubernetes) has told JAX; `None`: this process is alone.
-    - `num_processes`, `process_id`: of the first kind: how many, and which one from 0 this is.
+    - `coordinator`: `"host:port"` of the first process; `"auto"` if the launcher (Slurm, MPI,
+        Kubernetes) tells JAX; `None` for a single process.
+    - `num_processes`, `process_id`: with `"host:port"`: the number of processes, and the index of
+        this one, from 0.
 
-    **Raises:** `UsageError` where the processes do not find each other, or without a coordinator
-    cannot.
+    **Raises:** `UsageError` if the processes do not find each other, or if the number or index is
+    given without a coordinator.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
             raise UsageError(
-                "without distributed.coordinator=HOST:PORT a process is alone: give it, or leave "
-                "out distributed.num_processes and distributed.process_id"
+                "distributed.num_processes and distributed.process_id need a coordinator: add "
+                "distributed.coordinator=HOST:PORT, or remove both"
             )
         return
     detected = coordinator == "auto"
@@ -63,38 +64,38 @@ def join_processes(
         jax.distributed.initialize(*known, shutdown_timeout_seconds=_PATIENCE)
         others = _meet()
     except (RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
-        # A TypeError: of no number of processes; an IndexError: of no port.
+        # TypeError: the number of processes is missing; IndexError: the port is missing.
         raise UsageError(
-            f"the processes do not find each other ({error}): give every one the same "
-            "distributed.coordinator=HOST:PORT and distributed.num_processes, and a "
-            "distributed.process_id of its own"
+            f"the processes do not find each other ({error}): give each the same "
+            "distributed.coordinator=HOST:PORT and distributed.num_processes, and its own "
+            "distributed.process_id"
         ) from error
-    number = jax.process_count()  # at exit JAX may not be asked any more
+    number = jax.process_count()  # JAX cannot be asked at exit
     threading.Thread(target=_watch, args=[others, number], daemon=True).start()
     atexit.register(_tell, others, _BYE)
     sys.excepthook = _end_with(sys.excepthook)
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes what is to be written once."""
+    """Whether this is the process that writes files and logs."""
     return jax.process_index() == 0
 
 
 def as_first_says(*flags: bool) -> tuple[bool, ...]:
-    """What the first process says, where each may have another opinion."""
+    """Returns the first process's flags in every process."""
     if jax.process_count() == 1:
         return flags
     return tuple(bool(x) for x in multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)))
 
 
 def requeue() -> None:
-    """Asks Slurm to start this job again, which it is about to end.
+    """Asks Slurm to restart this job, which is about to be ended.
 
-    **Raises:** `UsageError` where this is no job of Slurm's, or Slurm refuses.
+    **Raises:** `UsageError` if this is not a Slurm job, or Slurm refuses.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        raise UsageError("there is no SLURM_JOB_ID: start the same command again")
+        raise UsageError("SLURM_JOB_ID is not set: start the same command again")
     try:
         subprocess.run(
             ["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60
@@ -102,14 +103,14 @@ def requeue() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         what = " ".join(f"{getattr(error, 'stderr', None) or error}".split())
         raise UsageError(
-            f"Slurm does not requeue job {job} ({what}): submit it with --requeue, or again"
+            f"Slurm did not requeue job {job} ({what}): submit it again, with --requeue"
         ) from error
 
 
 def abandon() -> None:
-    """Ends this process, which failed, at once where it is one of several; they will see it.
+    """Ends this failed process at once if it is one of several; the others notice.
 
-    Else it would wait for them, and they for it.
+    Otherwise they would wait for each other.
     """
     if jax.distributed.is_initialized():
         _end_now()
@@ -123,10 +124,10 @@ def _end_now() -> NoReturn:
 
 
 def _end_with(hook: Callable[..., None]) -> Callable[..., None]:
-    """Calls `hook` with an exception that nobody caught, and then `abandon`."""
+    """Calls `hook` with an uncaught exception, then `abandon`."""
 
     def wrapped(*exception) -> None:
-        # Where another process is gone, the first sign of it may be an error of what both compute.
+        # The first sign that another process died may be an error in a joint computation.
         time.sleep(_TIME_FOR_NEWS)
         hook(*exception)
         abandon()
@@ -135,7 +136,7 @@ def _end_with(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _meet() -> dict[int, socket.socket]:
-    """Connections: of the first process to all others by their number, of the others to it."""
+    """Connects the first process to all others; returns the connections by process number."""
     number, both = jax.process_count(), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with contextlib.ExitStack() as stack:
@@ -150,7 +151,7 @@ def _meet() -> dict[int, socket.socket]:
         port, secret = multihost_utils.broadcast_one_to_all(told)
         secret = bytes(secret)
         if server is None:
-            # Where this process has reached the first one already; nothing public tells it.
+            # The address that this process reached the first one by; JAX has no public name for it.
             host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
             first = socket.create_connection((host, int(port)), timeout=_TIME_TO_MEET)
             first.sendall(_HELLO.pack(secret, jax.process_index()))
@@ -161,7 +162,7 @@ def _meet() -> dict[int, socket.socket]:
             connection.settimeout(_TIME_TO_MEET)
             hello = _received(connection, _HELLO)
             if hello is None or hello[0] != secret:
-                connection.close()  # none of ours
+                connection.close()  # a stranger
             else:
                 others[hello[1]] = _kept_alive(connection)
         return others
@@ -177,7 +178,7 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
 
 
 def _watch(others: dict[int, socket.socket], number: int) -> None:
-    """Ends this process where another is gone, until all have said that they end."""
+    """Ends this process when another dies; returns once all have announced a regular end."""
     with selectors.DefaultSelector() as selector:
         for process, connection in others.items():
             selector.register(connection, selectors.EVENT_READ, (process, connection))
@@ -192,11 +193,11 @@ def _watch(others: dict[int, socket.socket], number: int) -> None:
                 try:
                     print(
                         f"error: process {gone} of {number} has ended (its last output says why), "
-                        "so this one ends too. Start all of them again; with resume=DIR the run "
-                        "goes on from its last checkpoint",
+                        "so this one ends too: start all of them again; with resume=DIR the run "
+                        "continues from its last checkpoint",
                         file=sys.stderr,
                     )
-                finally:  # a terminal may be gone, too
+                finally:  # printing fails if the terminal is gone
                     _end_now()
 
 
@@ -207,7 +208,7 @@ def _tell(others: dict[int, socket.socket], news: int) -> None:
 
 
 def _received(connection: socket.socket, what: struct.Struct) -> tuple | None:
-    """What the other side sent; `None` where it closed the connection."""
+    """The message of the other side; `None` if it closed the connection."""
     data = b""
     with contextlib.suppress(OSError):
         while len(data) < what.size and (more := connection.recv(what.size - len(data))):

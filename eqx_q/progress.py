@@ -1,4 +1,4 @@
-"""How far something is, for whoever waits for it."""
+"""Progress display in a terminal or a log."""
 
 import math
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Display:
-    """A bar on a terminal; elsewhere a line now and then.
+    """A progress bar in a terminal; elsewhere a line from time to time.
 
-    **Arguments:** `stream`: a text file, by default stderr. `seconds_between_lines`: at least.
-    `at_once`: whether the first line comes with the first call, or not before so many seconds.
+    **Arguments:** `stream`: a text file, by default stderr. `seconds_between_lines`: the minimum.
+    `at_once`: whether the first call prints a line, or the first one after that many seconds.
     """
 
     def __init__(
@@ -24,11 +24,11 @@ class Display:
     def __call__(
         self, done: int, total: int | None, unit: str, state: str, line: str, *, last: bool = False
     ) -> None:
-        """Shows how far it is.
+        """Shows the progress.
 
-        **Arguments:** `total`: `None` where it is not known. `unit`: what is counted. `state`:
-        what stands behind the bar. `line`: what is printed where there is none. `last`: whether
-        it is printed whenever the one before was.
+        **Arguments:** `total`: `None` if unknown. `unit`: of `done` and `total`. `state`: the text
+        behind the bar. `line`: the line to print if there is no bar. `last`: whether to print the
+        line without waiting.
         """
         if self._stream.isatty():
             if self._bar is None:
@@ -44,6 +44,6 @@ class Display:
             print(line.rstrip(), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""Targets of temporal-difference learning, as pure functions over time-major arrays."""
+"""Temporal-difference targets, as pure functions over time-major arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,21 @@ def q_lambda(
 
     **Arguments:**
 
-    - `reward`, `terminated`, `truncated`: what step `t` led to.
-    - `next_value`: max_a Q at the observation that step `t` led to: at a truncation, that is the
+    - `reward`, `terminated`, `truncated`: the outcome of step `t`.
+    - `next_value`: max_a Q at the observation after step `t`; at a truncation, that is the
         episode's true final observation.
     - `discount`: γ.
     - `lambda_`: λ.
 
-    A step that resets a lane is no transition: its own target means nothing and must be masked,
-    but no other target depends on it, since the step before it has c = 0.
+    A step that resets a lane is not a transition: its target is meaningless and must be masked. No
+    other target depends on it, since the step before it has c = 0.
     """
     reward, terminated, truncated = map(jnp.asarray, (reward, terminated, truncated))
     continues = ~(terminated | truncated).at[-1].set(True)  # the last step has no trace either
     trace = lambda_ * continues
     bootstrap = discount * ~terminated
-    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
-    # G_t = offset_t + factor_t G_{t+1}: all but the recurrence is done outside the scan.
+    next_value = jnp.where(terminated, 0.0, next_value)  # replaces even NaN
+    # G_t = offset_t + factor_t G_{t+1}: everything but the recurrence is outside the scan.
     offset = reward + bootstrap * (1 - trace) * next_value
     factor = bootstrap * trace
 
@@ -61,20 +61,20 @@ def n_step(
     *,
     discount: Scalar,
 ) -> Float[Array, "*#batch"]:
-    """n-step targets (Sutton & Barto 2018, equation 7.1), cut where the episode ends.
+    """n-step targets (Sutton & Barto 2018, equation 7.1), cut off at the end of the episode.
 
         G = sum_{i < k} γ^i r_i + γ^k (1 - terminated) next_value,   k = length <= n
 
     **Arguments:**
 
     - `reward`: of the `n` steps, 0 from step `length` on.
-    - `length`: steps up to `next_value`'s observation.
-    - `terminated`: whether the task ended there: a truncated episode is bootstrapped.
+    - `length`: steps to the observation of `next_value`.
+    - `terminated`: whether the task ended there; a truncated episode is bootstrapped.
     - `next_value`: the value of that observation.
     - `discount`: γ.
     """
     powers = jnp.asarray(discount, jnp.float32) ** jnp.arange(reward.shape[-1])
-    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
+    next_value = jnp.where(terminated, 0.0, next_value)  # replaces even NaN
     return jnp.sum(powers * reward, axis=-1) + discount**length * next_value
 
 
@@ -87,17 +87,17 @@ def n_step_sequence(
     discount: Scalar,
     n: int,
 ) -> Float[Array, "T *lanes"]:
-    """n-step targets of every step of sequences (Sutton & Barto 2018, equation 7.1).
+    """n-step targets for every step of sequences (Sutton & Barto 2018, equation 7.1).
 
         G^1_t = r_t + γ (1 - terminated_t) next_value_t
         G^n_t = r_t + γ (1 - terminated_t) [(1 - c_t) next_value_t + c_t G^{n-1}_{t+1}]
 
     with c_t = 0 where the episode terminated or was truncated, and at the last step; else 1. So
-    the last `n - 1` steps have fewer than `n`. Arguments are those of `q_lambda`.
+    the targets of the last `n - 1` steps span fewer than `n` steps. Arguments as in `q_lambda`.
     """
     reward, terminated, truncated = map(jnp.asarray, (reward, terminated, truncated))
     continues = ~(terminated | truncated).at[-1].set(True)
-    next_value = jnp.where(terminated, 0.0, next_value)  # whatever it is, NaN included
+    next_value = jnp.where(terminated, 0.0, next_value)  # replaces even NaN
     target = reward + discount * next_value
     for _ in range(n - 1):
         later = jnp.concatenate([target[1:], target[-1:]])

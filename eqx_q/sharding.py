@@ -1,12 +1,12 @@
-"""Many devices: one program, whose lanes or members are spread over them.
+"""Several devices: one program, with its lanes or members spread over them.
 
-JAX partitions a compiled program by where its arrays lie, and what it computes stays the same: what
-is drawn at random belongs to a lane or a member, wherever that lives. So hardly anything else knows
-of devices. Members of a population never meet. Devices that share the lanes of one agent exchange
-gradients, once a minibatch, where their number divides the agent's `lane_groups`.
+JAX partitions a compiled program by the sharding of its arrays. Results do not depend on it: random
+numbers belong to a lane or member, on whichever device that is. So little other code deals with
+devices. Members of a population never communicate. Devices that share the lanes of one agent
+exchange gradients once per minibatch, if their number divides the agent's `lane_groups`.
 
-Of several processes (`eqx_q.processes`) each runs the same program on devices of its own. Where
-they must not differ, in what the clock says for example, the first one decides.
+With several processes (`eqx_q.processes`), each runs the same program on its own devices. The first
+one decides wherever they must agree, for example on the time.
 """
 
 import abc
@@ -30,52 +30,52 @@ Lay = Callable[[Any, int | None], Any]
 
 
 class Placement(abc.ABC):
-    """The devices of a run: where its arrays lie, and what its processes agree on.
+    """The devices of a run: places its arrays, and lets its processes agree.
 
-    Of several processes every one must call the same methods in the same order.
+    All processes must call the same methods in the same order.
     """
 
     @property
     @abc.abstractmethod
     def num_devices(self) -> int:
-        """Over all processes."""
+        """Number of devices over all processes."""
 
     @abc.abstractmethod
     def put(self, tree: PyTree, axis: int | None = None) -> PyTree:
-        """Arrays that every process has, spread along `axis` or copied to all devices."""
+        """Spreads arrays that every process has along `axis`, or copies them to all devices."""
 
     @abc.abstractmethod
     def constrain(self, tree: PyTree, axis: int | None = None) -> PyTree:
-        """Inside a compiled program: where its arrays are to lie. See `put`."""
+        """`put` inside a compiled program, as a sharding constraint."""
 
     @abc.abstractmethod
     def gather(self, tree: PyTree) -> PyTree:
-        """The whole of spread arrays on one device of this process."""
+        """Collects spread arrays whole on one device of this process."""
 
     @abc.abstractmethod
     def agreed(self, value: int) -> int:
-        """What the first process says."""
+        """The first process's value."""
 
     @abc.abstractmethod
     def largest(self, value: int) -> int:
-        """The largest that any process says."""
+        """The largest value of any process."""
 
     @abc.abstractmethod
     def from_first(self, tree: PyTree) -> PyTree:
-        """The first process's tree; all have one of the same shapes."""
+        """The first process's tree; those of the others must have the same shapes."""
 
     def check_divides(self, number: int, name: str) -> None:
-        """Raises `UsageError` where so many things do not divide over the devices."""
+        """Raises `UsageError` if `number` is not a multiple of the number of devices."""
         if number % self.num_devices:
             raise UsageError(
                 f"{name}={number} does not divide over {self.num_devices} devices: make it a "
-                f"multiple of {self.num_devices}, or take fewer devices"
+                f"multiple of {self.num_devices}, or use fewer devices"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice(Placement):
-    """All on the device that JAX takes by default."""
+    """Everything on JAX's default device."""
 
     @property
     def num_devices(self) -> int:
@@ -116,9 +116,9 @@ class ManyDevices(Placement):
     def put(self, tree: PyTree, axis: int | None = None) -> PyTree:
         def put_array(x: Array) -> Array:
             sharding = self._sharding(x, axis)
-            if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # is there already
+            if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # placed already
                 return jax.device_put(x, sharding)
-            whole = sharding.is_fully_replicated  # a device that has it needs no copy of its own
+            whole = sharding.is_fully_replicated  # a device that holds it needs no second copy
             return jax.make_array_from_callback(
                 x.shape, sharding, lambda index: x if whole else x[index]
             )
@@ -159,16 +159,16 @@ class ManyDevices(Placement):
         return jax.tree.map(lambda x: send(x) if eqx.is_array(x) else x, tree)
 
     def _sharding(self, x: Array, axis: int | None) -> NamedSharding:
-        """Along `axis`, where that is divisible."""
+        """Sharding along `axis` if that divides over the devices, else replication."""
         if axis is None or x.ndim <= axis or x.shape[axis] % self.num_devices:
             return NamedSharding(self.mesh, PartitionSpec())
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def place_on(devices: int | None) -> Placement:
-    """So many devices, over all processes; `None`: all there are.
+    """Places a run on `devices` devices, over all processes; `None`: on all of them.
 
-    **Raises:** `UsageError` where there are not so many, or where a process would have none.
+    **Raises:** `UsageError` if there are not that many, or if a process would have none.
     """
     there = jax.devices()
     number = len(there) if devices is None else devices
@@ -176,14 +176,14 @@ def place_on(devices: int | None) -> Placement:
         raise UsageError(f"devices={number!r}: give a whole number of devices, 1 or more")
     if number > len(there):
         platform = there[0].platform
-        mend = f", or divide the CPU by cpu_devices={number}" if platform == "cpu" else ""
+        mend = f", or divide the CPU with cpu_devices={number}" if platform == "cpu" else ""
         raise UsageError(
-            f"devices={number}, and JAX sees {len(there)} ({platform}): give at most that{mend}"
+            f"devices={number}, but JAX sees {len(there)} ({platform}): use at most that{mend}"
         )
     if jax.process_count() > 1 and number != len(there):
         raise UsageError(
-            f"devices={number}, and the {jax.process_count()} processes have {len(there)}: "
-            "give devices=null, which takes all"
+            f"devices={number}, but the {jax.process_count()} processes have {len(there)}: "
+            "set devices=null to use all"
         )
     return OneDevice() if number == 1 else ManyDevices(Mesh(np.asarray(there[:number]), (AXIS,)))
 

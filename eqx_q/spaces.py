@@ -1,11 +1,11 @@
-"""Gymnasium spaces that can be static fields of a PyTree: hashable, and compared quickly.
+"""Gymnasium spaces that can be static fields of a PyTree: hashable, and quick to compare.
 
 Gymnasium's own spaces define equality without a hash, so `jit` cannot key on them.
 
-Observations of a space are PyTrees of arrays, *leaves*: a `Dict` is a dict, a `Tuple` a tuple, and
-everything else one array: `Discrete` a whole number, `MultiDiscrete` and `MultiBinary` arrays of
-them. Paths of leaves are written with dots: `"image"`, `"arm.joints"`, `"0"`; that of the only
-leaf of a plain space is `""`.
+Observations of a space are PyTrees of arrays, its *leaves*: a `Dict` is a dict, a `Tuple` a tuple,
+and any other space one array: `Discrete` a whole number, `MultiDiscrete` and `MultiBinary` arrays
+of whole numbers. Paths of leaves are written with dots: `"image"`, `"arm.joints"`, `"0"`; the only
+leaf of a plain space has the path `""`.
 """
 
 import math
@@ -85,10 +85,10 @@ class Tuple(gymnasium.spaces.Tuple):
         return hash(self.spaces)
 
 
-_MOST_CHOICES = 2**16  # of a whole number among actions
+_MOST_CHOICES = 2**16  # for one integer component of an action
 
 Leaf: TypeAlias = Box | Discrete | MultiDiscrete | MultiBinary
-Space: TypeAlias = gymnasium.Space  # of these kinds; runtime checkers cannot read what `Dict` is
+Space: TypeAlias = gymnasium.Space  # one of these kinds; runtime checkers cannot express `Dict`
 
 KINDS: dict[type, type] = {
     gymnasium.spaces.Box: Box,
@@ -102,12 +102,12 @@ _WRAP = "wrap the environment in gymnasium.wrappers.TransformObservation"
 
 
 def hashable(space: gymnasium.Space, path: str = "", in_dict: bool = False) -> Space:
-    """`space` as one of those here.
+    """Converts `space` to the hashable kinds of this module.
 
-    **Arguments:** `path`, `in_dict`: where it is found, and whether as an entry of a `Dict`.
+    **Arguments:** `path`, `in_dict`: its path for messages, and whether it is an entry of a `Dict`.
 
-    **Raises:** `UsageError` where there is something in it that cannot be learnt from (`Text`,
-    `Sequence`, `Graph`, `OneOf`), by its path.
+    **Raises:** `UsageError` for a part that is not supported (`Text`, `Sequence`, `Graph`,
+    `OneOf`); the message names its path.
     """
     if type(space) in KINDS.values():
         return space
@@ -115,40 +115,40 @@ def hashable(space: gymnasium.Space, path: str = "", in_dict: bool = False) -> S
         if isinstance(space, theirs):
             is_dict = isinstance(space, gymnasium.spaces.Dict)
             for name, child in _children(space):
-                hashable(child, f"{path}.{name}".lstrip("."), is_dict)  # for what the message says
+                hashable(child, f"{path}.{name}".lstrip("."), is_dict)  # its error names the path
             return ours(space)
     kind = type(space).__name__
     mend = f"leave it out by its name (leave_out=['{path}'])" if in_dict else _WRAP
-    what = f"'{path}', " if path else ""
-    raise UsageError(f"nothing can be learnt from {what}a space of kind {kind}: {mend}")
+    what = f" ('{path}')" if path else ""
+    raise UsageError(f"a space of kind {kind}{what} is not supported: {mend}")
 
 
 def of_observations(space: gymnasium.Space) -> Space:
-    """A space of observations, with the types that arrays have in JAX.
+    """Converts an observation space to `hashable` kinds with the dtypes that JAX uses.
 
     A `Box` has `uint8`, `int32` or `float32`.
 
-    **Raises:** `UsageError` as `hashable` does, and for an empty one.
+    **Raises:** `UsageError` as `hashable` does, and for an empty space.
     """
     space = map_leaves(lambda path, leaf: _cast(leaf), hashable(space))
     empty = [path for path, leaf in leaves(space) if not math.prod(leaf.shape or ())]
     if "" in empty or len(empty) == len(list(leaves(space))):
-        raise UsageError(f"there is nothing to see in observations of {space}")
+        raise UsageError(f"observations of {space} are empty: give a space with at least one value")
     if empty:
         raise UsageError(
-            f"there is nothing to see in '{empty[0]}' of an observation: leave it out by its name "
-            f"(leave_out={empty}), or, where that is an entry of a Tuple, {_WRAP}"
+            f"'{empty[0]}' of an observation is empty: leave it out by its name "
+            f"(leave_out={empty}), or, if it is an entry of a Tuple, {_WRAP}"
         )
     return space
 
 
 def of_actions(space: gymnasium.Space) -> Leaf:
-    """A space of actions: `Discrete`, `MultiDiscrete`, `MultiBinary`, or a bounded `Box`.
+    """Converts an action space: `Discrete`, `MultiDiscrete`, `MultiBinary`, or a bounded `Box`.
 
-    A `Box` of whole numbers is `MultiDiscrete`; any other has `float32`, and bounds that are inside
-    those of `space`.
+    A `Box` of integers becomes a `MultiDiscrete`; any other has `float32`, and bounds inside those
+    of `space`.
 
-    **Raises:** `UsageError` for what Q-learning cannot choose from.
+    **Raises:** `UsageError` for an unsupported space.
     """
     kinds = (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)
     if isinstance(space, kinds) or not isinstance(space, tuple(KINDS)):
@@ -159,8 +159,8 @@ def of_actions(space: gymnasium.Space) -> Leaf:
     space = hashable(space)
     if isinstance(space, Box) and not space.is_bounded():
         raise UsageError(
-            f"actions of a Box are cut into bins, and {space} has no bounds: wrap the environment "
-            "in gymnasium.wrappers.RescaleAction"
+            f"a Box of actions is divided into bins, but {space} has no bounds: wrap the "
+            "environment in gymnasium.wrappers.RescaleAction"
         )
     if isinstance(space, Box):
         low, high = space.low.astype(float), space.high.astype(float)
@@ -171,16 +171,16 @@ def of_actions(space: gymnasium.Space) -> Leaf:
             )
     assert isinstance(space, Leaf)
     if not math.prod(space.shape or ()):
-        raise UsageError(f"there is nothing to choose in actions of {space}")
+        raise UsageError(f"actions of {space} are empty: give a space with at least one action")
     if not isinstance(space, Box):
         return space
     return _inside(space) if space.dtype.kind == "f" else _whole(space)
 
 
 def _inside(space: Box) -> Box:
-    """The same in `float32`, without what rounding would add.
+    """The same space in `float32`, rounded inwards.
 
-    Where there is no `float32` between the bounds, both are the nearest.
+    If no `float32` lies between the bounds, each bound is rounded to the nearest.
     """
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     up = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
@@ -201,7 +201,7 @@ def _whole(space: Box) -> MultiDiscrete:
 
 
 def factors(actions: Leaf) -> tuple[int, ...]:
-    """How many choices each factor of an action has. A `Box` has none."""
+    """The number of choices of each factor of an action. A `Box` has no factors."""
     if isinstance(actions, Discrete):
         return (int(actions.n),)
     if isinstance(actions, MultiDiscrete):
@@ -235,7 +235,7 @@ def _cast(leaf: Leaf) -> Leaf:
 
 
 def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, Leaf]]:
-    """The leaves of a space by their paths, in the order in which JAX flattens observations."""
+    """Yields the leaves of a space with their paths, in the order of JAX's flattening."""
     if isinstance(space, (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)):
         for name, child in _children(space):
             yield from leaves(child, f"{path}.{name}".lstrip("."))
@@ -244,7 +244,7 @@ def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, Leaf]]
 
 
 def shapes(space: gymnasium.Space, *axes: Any) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and types of an observation's arrays in JAX, behind leading `axes`."""
+    """Shapes, with leading `axes`, and types of an observation's arrays in JAX."""
     if isinstance(space, gymnasium.spaces.Dict):
         return {name: shapes(child, *axes) for name, child in _children(space)}
     if isinstance(space, gymnasium.spaces.Tuple):
@@ -255,17 +255,17 @@ def shapes(space: gymnasium.Space, *axes: Any) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 def without(space: gymnasium.Space, names: Iterable[str]) -> gymnasium.Space:
-    """`space` without these entries of its `Dict`s, by path.
+    """`space` without the entries of its `Dict`s at these paths.
 
-    **Raises:** `UnknownNameError` for a path that is not there; `UsageError` for an entry of a
-    `Tuple`: the others would move up, and `select` not know from where.
+    **Raises:** `UnknownNameError` for an unknown path; `UsageError` for an entry of a `Tuple`,
+    since later entries would move up and `select` could not find them.
     """
     for name in names:
         children = dict(_children(space))
         heads = [key for key in children if f"{name}.".startswith(f"{key}.")]
         if not heads:
             raise UnknownNameError("entry of observations", name, map(str, children))
-        head = max(heads, key=lambda key: len(str(key)))  # keys may have dots, too
+        head = max(heads, key=lambda key: len(str(key)))  # keys may contain dots
         rest = name[len(str(head)) + 1 :]
         if rest:
             children[head] = without(children[head], [rest])
@@ -281,15 +281,15 @@ def without(space: gymnasium.Space, names: Iterable[str]) -> gymnasium.Space:
 
 
 def select(space: gymnasium.Space, obs: Any) -> Observation:
-    """Of an observation what is in `space`: a dict may have more. NumPy or JAX arrays stay so.
+    """The parts of an observation that `space` has: a dict may have more. Keeps array types.
 
-    **Raises:** `UsageError` where something is missing.
+    **Raises:** `UsageError` if something is missing.
     """
     if isinstance(space, gymnasium.spaces.Dict):
         missing = set(space) - set(obs) if isinstance(obs, dict) else set(space)
         if missing:
             found = f"only {sorted(obs)}" if isinstance(obs, dict) else type(obs).__name__
-            raise UsageError(f"an observation lacks {sorted(missing)}: there is {found}")
+            raise UsageError(f"an observation lacks {sorted(missing)}: it has {found}")
         return {name: select(child, obs[name]) for name, child in _children(space)}
     if isinstance(space, gymnasium.spaces.Tuple):
         if not isinstance(obs, tuple | list) or len(obs) != len(space.spaces):
@@ -299,9 +299,9 @@ def select(space: gymnasium.Space, obs: Any) -> Observation:
 
 
 def leading_axes(space: gymnasium.Space, obs: Observation) -> tuple[int, ...]:
-    """The axes that an observation's arrays have before those of their spaces: all the same ones.
+    """The leading axes that all arrays of an observation share, before those of their spaces.
 
-    **Raises:** `UsageError` where an array is not of its space's shape.
+    **Raises:** `UsageError` if an array does not match its space's shape.
     """
     found: tuple[int, ...] | None = None
     for (path, leaf), x in zip(leaves(space), jax.tree.leaves(obs), strict=True):
@@ -323,7 +323,7 @@ def leading_axes(space: gymnasium.Space, obs: Observation) -> tuple[int, ...]:
 
 
 def as_rows(space: gymnasium.Space, obs: Observation, *axes: int) -> PyTree[AnyArray]:
-    """An observation's arrays with `axes` (one may be -1) in place of their leading ones."""
+    """Reshapes the leading axes of an observation's arrays to `axes` (one may be -1)."""
     own = [leaf.shape or () for _, leaf in leaves(space)]
     arrays, structure = jax.tree.flatten(obs)
     rows = [x.reshape(*axes, *shape) for x, shape in zip(arrays, own, strict=True)]
@@ -331,7 +331,7 @@ def as_rows(space: gymnasium.Space, obs: Observation, *axes: int) -> PyTree[AnyA
 
 
 def cast(space: gymnasium.Space, obs: Observation) -> PyTree[Shaped[jax.Array, "..."]]:
-    """An observation's arrays as JAX's, of their spaces' types."""
+    """Converts an observation's arrays to JAX arrays of their spaces' types."""
     kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for _, leaf in leaves(space)]
     arrays, structure = jax.tree.flatten(obs)
     cast = [jax.numpy.asarray(x, kind) for x, kind in zip(arrays, kinds, strict=True)]

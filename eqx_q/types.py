@@ -3,9 +3,9 @@
 Shapes: `N` lanes (parallel environments), `M` agents of a team, `A` choices, `T` steps. A leading
 time axis stands before the lane axis wherever steps are stacked.
 
-An observation is a PyTree of arrays as its space says (see `eqx_q.spaces`). An action is what the
-environment takes, one array. `A` counts the choices of all factors of an action: the `n` actions
-of `Discrete(n)`, the sum of a `MultiDiscrete`'s, two for each bit of a `MultiBinary`.
+An observation is a PyTree of arrays, shaped like its space (see `eqx_q.spaces`). An action is one
+array, in the environment's own form. `A` counts the choices of all factors of an action: the `n`
+actions of `Discrete(n)`, the sum over a `MultiDiscrete`, two for each bit of a `MultiBinary`.
 """
 
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ Observation: TypeAlias = PyTree[Shaped[AnyArray, "..."]]
 
 
 class Count(eqx.Module):
-    """A whole number below 2^64 in two words, `high * 2**32 + low`: JAX by itself has 32 bits."""
+    """A whole number below 2^64 in two words, `high * 2**32 + low`: JAX defaults to 32 bits."""
 
     low: UInt[Array, "*S"]
     high: UInt[Array, "*S"]
 
     @classmethod
     def of(cls, low: Shaped[AnyArray, "*S"] | int) -> "Count":
-        """A number below 2^32, or several."""
+        """Counts from numbers below 2^32."""
         low = jnp.asarray(low, jnp.uint32)
         return cls(low, jnp.zeros_like(low))
 
     def plus(self, number: Shaped[AnyArray, "*S"] | int) -> "Count":
-        """With a number below 2^32 added."""
+        """Adds a number below 2^32."""
         low = self.low + jnp.asarray(number, jnp.uint32)
         return Count(low, self.high + (low < self.low))
 
@@ -50,7 +50,7 @@ class Count(eqx.Module):
         return np.asarray(words[0] + (words[1] << np.uint64(32)), dtype)
 
     def __eq__(self, other: object) -> Any:
-        """Whether they are the same numbers: `other` is a count, or whole numbers below 2^64."""
+        """Elementwise equality with a count, or with whole numbers below 2^64."""
         if isinstance(other, Count):
             return (self.low == other.low) & (self.high == other.high)
         number = np.asarray(other)
@@ -58,8 +58,6 @@ class Count(eqx.Module):
             return NotImplemented
         high, low = np.divmod(number.astype(np.uint64), np.uint64(2**32))
         return (self.low == low.astype(np.uint32)) & (self.high == high.astype(np.uint32))
-
-    __hash__ = None  # like an array's
 
     def __int__(self) -> int:
         return int(np.asarray(self))
@@ -69,10 +67,10 @@ class Count(eqx.Module):
 
 
 class Episode(eqx.Module):
-    """Statistics of the game's own episode: unclipped rewards, lost lives do not end it.
+    """Statistics of the game's own episode: rewards are unclipped, a lost life does not end it.
 
-    `returns` and `length` run along with the episode, and are those of the whole episode
-    where `ended`. `metrics` holds what a suite adds (a won battle, achievements), by name.
+    `returns` and `length` accumulate during the episode; where `ended`, they are those of the
+    whole episode. `metrics` holds metrics of the suite by name (a won battle, achievements).
     """
 
     ended: Bool[AnyArray, "*lanes"]
@@ -82,16 +80,16 @@ class Episode(eqx.Module):
 
 
 class TimeStep(eqx.Module):
-    """What an environment says after `reset` or `step`.
+    """What an environment returns from `reset` or `step`.
 
-    Boundaries follow one rule, next-step reset: where `terminated` or `truncated`, `obs` is the
-    true final observation; the next step ignores the action, resets the lane, and returns the
-    first observation of the new episode with `first`, a reward of 0 and both flags down. The
-    transition into a `first` timestep never happened, and must be masked out of learning. That
-    holds, too, for the one case in which no episode ended before: the environment of a lane broke
-    and was made anew (see `eqx_q.wrappers.guard`).
+    Episode boundaries follow one rule, next-step reset: where `terminated` or `truncated`, `obs` is
+    the true final observation. The next step ignores the action, resets the lane, and returns the
+    first observation of the new episode with `first` set, reward 0 and both flags clear. The
+    transition into a `first` timestep never happened and must be masked out of learning. `first`
+    is also set without an ended episode before it in one case: the environment of a lane failed
+    and was restarted (see `eqx_q.wrappers.guard`).
 
-    `global_state`: a team's state, seen in training only; `None` where the suite has none.
+    `global_state`: a team's state, used in training only; `None` if the suite has none.
     """
 
     obs: Observation
@@ -107,7 +105,7 @@ class TimeStep(eqx.Module):
 
     @property
     def ended(self) -> Bool[AnyArray, "*lanes"]:
-        """Whether the episode ended here, by the task or by a limit."""
+        """Whether the episode ended here: terminated by the task or truncated by a limit."""
         return self.terminated | self.truncated
 
     @classmethod
@@ -119,9 +117,9 @@ class TimeStep(eqx.Module):
         agent_reward: Float[AnyArray, "N M"] | None = None,
         global_state: Float[AnyArray, "N S"] | None = None,
     ) -> "TimeStep":
-        """What a loop of somebody's own sees after it has reset every lane.
+        """The first timestep, for a custom loop that has reset every lane.
 
-        In a team whose agents have rewards of their own, those are 0 here.
+        For a team, pass `agent_reward` of 0 if its agents have individual rewards.
         """
         num_envs = len(jax.tree.leaves(obs)[0])
         no, zero = np.zeros(num_envs, bool), np.zeros(num_envs, np.float32)
@@ -149,9 +147,9 @@ class TimeStep(eqx.Module):
         agent_reward: Float[AnyArray, "N M"] | None = None,
         global_state: Float[AnyArray, "N S"] | None = None,
     ) -> "TimeStep":
-        """What such a loop sees a step later, where lanes reset in the step after they ended.
+        """The next timestep of a custom loop whose lanes reset in the step after they ended.
 
-        That is what Gymnasium's vector environments do by default (`AutoresetMode.NEXT_STEP`).
+        Gymnasium's vector environments do so by default (`AutoresetMode.NEXT_STEP`).
         """
         first = self.ended
         reward, terminated = np.float32(reward) * ~first, terminated & ~first
@@ -176,7 +174,7 @@ class TimeStep(eqx.Module):
 
 
 class Decision(eqx.Module):
-    """What an agent does: the action, the greedy value max_a Q (legal actions only), its memory."""
+    """An agent's action, greedy value max_a Q (over legal actions), and memory."""
 
     action: Shaped[Array, "*lanes_and_action"]
     value: Float[Array, "*lanes"]
@@ -188,13 +186,13 @@ class Rollout(eqx.Module):
 
     **Fields:**
 
-    - `timesteps`: stacked `[T+1, N, ...]`; `timesteps[t + 1]` is what `actions[t]` led to.
-    - `actions`: as the environment takes them: `[T, N]`, or `[T, N, M]` for a team, then the axes
-        of the action space.
-    - `memory`: the agent's memory before `timesteps[0]`; `None` where it has none.
-    - `values`: `[T, N]`, the `Decision.value` that acting computed at `timesteps[:T]`; where it
-        is `None`, `update` computes it anew.
-    - `weight`: of each lane in the loss, where recorded sequences were not drawn uniformly.
+    - `timesteps`: stacked `[T+1, N, ...]`; `timesteps[t + 1]` is the result of `actions[t]`.
+    - `actions`: in the environment's form: `[T, N]`, or `[T, N, M]` for a team, then the axes of
+        the action space.
+    - `memory`: the agent's memory before `timesteps[0]`; `None` if it has none.
+    - `values`: `[T, N]`, the `Decision.value` from acting at `timesteps[:T]`; if `None`, `update`
+        recomputes it.
+    - `weight`: of each lane in the loss, if recorded sequences were not sampled uniformly.
     """
 
     timesteps: TimeStep
@@ -207,28 +205,27 @@ class Rollout(eqx.Module):
     def stack(
         cls, timesteps: Sequence[TimeStep], actions: Sequence[AnyArray], memory: Memory = None
     ) -> "Rollout":
-        """A rollout of `T + 1` timesteps and the `T` actions taken between them."""
+        """Stacks `T + 1` timesteps and the `T` actions between them."""
         return cls(jax.tree.map(lambda *x: np.stack(x), *timesteps), np.stack(actions), memory)
 
     @property
     def real(self) -> Bool[AnyArray, "T *lanes"]:
-        """Which of the `T` transitions happened: all but those into a `first` timestep."""
+        """Mask of the `T` real transitions: all but those into a `first` timestep."""
         return ~self.timesteps.first[1:]
 
 
 class Transitions(eqx.Module):
-    """`B` transitions of `n` steps to learn from, drawn from a data set.
+    """`B` transitions of `n` steps to learn from, sampled from a data set.
 
     **Fields:**
 
-    - `obs`, `action`: where they begin, and what was done there.
-    - `reward`: of that action and the `n - 1` after it; 0 from the end of the episode on.
-    - `length`: steps that it takes to `next_obs`: `n`, or fewer where the episode ends before.
+    - `obs`, `action`: the first observation, and the action taken there.
+    - `reward`: for that action and the `n - 1` after it; 0 after the end of the episode.
+    - `length`: steps from `obs` to `next_obs`: `n`, or fewer if the episode ends earlier.
     - `terminated`: whether the task ended at `next_obs`; a truncated episode is bootstrapped there.
-    - `next_obs`: what they lead to.
-    - `action_mask`, `next_action_mask`: what is legal at `obs`, and at `next_obs`; `None`:
-        everything.
-    - `weight`: of each in the loss, where they were not drawn uniformly.
+    - `next_obs`: the observation `length` steps later.
+    - `action_mask`, `next_action_mask`: legal actions at `obs` and at `next_obs`; `None`: all.
+    - `weight`: of each transition in the loss, if they were not sampled uniformly.
     """
 
     obs: Observation

@@ -1,4 +1,4 @@
-"""What the scripts share: Hydra's edges, and one line on stderr for what a user can mend."""
+"""Code that the scripts share: Hydra integration, and one line on stderr for a user's error."""
 
 import contextlib
 import functools
@@ -40,22 +40,22 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 logger = logging.getLogger("eqx_q")
 
-# One number or a list, which an agent tells apart.
+# Options that may be one number or a list.
 _OF_MANY_KINDS = {"agent.bins"}
 
-_SEAL = re.compile(rb"# crc32 ([0-9a-f]{8})")  # of a stored configuration
+_SEAL = re.compile(rb"# crc32 ([0-9a-f]{8})")  # first line of a stored configuration
 
-AUTO = "auto"  # of `resume`
+AUTO = "auto"  # value of `resume`
 
-# A run in progress cannot change these.
+# A resumed run cannot change these.
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
-# These may be others each time it is started.
+# These may differ each time a run is started.
 _OF_NO_RUN = {"distributed", "resume"}
 
 _INTERRUPTED = (
-    "interrupted; what was saved is kept: a run goes on with resume=DIR, a sweep by the same "
-    "command with hydra.sweep.dir=DIR"
+    "interrupted; saved data are kept: continue a run with resume=DIR, a sweep with the same "
+    "command and hydra.sweep.dir=DIR"
 )
 
 _KINDS: list[tuple[Any, str]] = [
@@ -66,40 +66,40 @@ _KINDS: list[tuple[Any, str]] = [
 
 
 class LogFile(logging.FileHandler):
-    """A file of messages, which the terminal has too: a full disk takes none."""
+    """A log file that ignores failed writes (a full disk), since the terminal has the messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes, if that can be."""
+        """Writes if possible."""
         with contextlib.suppress(OSError):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing."""
+        """Ignores errors."""
 
 
 def launch(main: Callable[[], Any]) -> None:
-    """Runs a Hydra entry point; what the command line gets wrong ends it with one line."""
+    """Runs a Hydra entry point; errors in the command line end it with one line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands its errors to us
-    # Where a launcher starts the runs of a sweep, they import this file by its name.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise its errors
+    # Runs of a sweep that a launcher starts import this file by its name.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv[1:] = [full for each in sys.argv[1:] for full in full_overrides(each)]
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [here, *paths])))
-    # As Ctrl-C, with which joblib ends those runs too.
+    # Like Ctrl-C, with which joblib ends those runs, too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     noticed = signal.signal(signal.SIGUSR1, _notice)
     try:
         main()
     except _RunFailed:
         _fail(
-            "some of the sweep's runs failed, with the messages above (of submitit's jobs: in "
+            "some runs of the sweep failed: see the messages above (for submitit jobs, those in "
             ".submitit/ of the sweep's directory)"
         )
     except _TaskError as failure:
-        raise failure.args[0] from None  # a defect of ours: it keeps its traceback
+        raise failure.args[0] from None  # a bug: it keeps its traceback
     except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
-        _fail(_explain(error))  # a RuntimeError: a launcher's, such as of no Slurm here
+        _fail(_explain(error))  # RuntimeError: from a launcher, for example without Slurm
     except OSError as error:
         _fail(_unwritable(error.filename, error))
     except KeyboardInterrupt as interruption:
@@ -110,7 +110,7 @@ def launch(main: Callable[[], Any]) -> None:
 
 
 def _notice(number: int, frame: object) -> None:
-    """Of preemption, where there is nothing to save yet, or no more: the job starts again."""
+    """Handles a preemption notice while there is nothing to save: requeues the job."""
     if f"resume={AUTO}" in sys.argv and os.environ.get("SLURM_PROCID", "0") == "0":
         with contextlib.suppress(UsageError):
             requeue()
@@ -118,9 +118,9 @@ def _notice(number: int, frame: object) -> None:
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Decorates what `hydra.main` calls: a `UsageError` ends the process with its one line.
+    """Decorates the function for `hydra.main`: a `UsageError` ends the process with its one line.
 
-    Of a sweep whatever goes wrong ends one run, and the others go on.
+    In a sweep, an error ends only its run; the others continue.
     """
 
     @functools.wraps(function)
@@ -139,21 +139,21 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         except Exception as error:
             if not is_sweep():
                 raise _TaskError(error) from error
-            traceback.print_exc()  # it does not cross from one process to another
+            traceback.print_exc()  # the traceback does not reach the parent process
             raise _RunFailed from None
 
     return wrapped
 
 
 def end_preempted(summary: Mapping[str, Any], *, goes_on: bool) -> None:
-    """Where Slurm gave notice that it ends this job, asks it to start the job again.
+    """Requeues the job if Slurm gave notice that it will end it.
 
-    Not unless the same command `goes_on`, instead of beginning anew.
+    Only if the same command `goes_on`, instead of starting over.
     """
     if not summary["preempted"]:
         return
     if not goes_on:
-        logger.warning("not requeued, since that would start anew: resume=auto goes on")
+        logger.warning("not requeued, since the command would start over: add resume=auto")
         return
     try:
         requeue()
@@ -163,19 +163,19 @@ def end_preempted(summary: Mapping[str, Any], *, goes_on: bool) -> None:
 
 
 def end_sweep() -> None:
-    """Where a run of a sweep was stopped by hand, the others are not begun."""
+    """Ends a sweep after one of its runs was stopped by hand."""
     if is_sweep():
         raise KeyboardInterrupt(
-            "the sweep was stopped: the same command with hydra.sweep.dir="
-            f"{HydraConfig.get().sweep.dir} goes on"
+            "the sweep was stopped: continue it with the same command and hydra.sweep.dir="
+            f"{HydraConfig.get().sweep.dir}"
         )
 
 
 def begin(config: DictConfig) -> None:
-    """What a run does that goes on with no other: notes what was chosen, and says what is in use.
+    """Prepares a new run: records the chosen groups, and logs the tuned values in use.
 
-    **Raises:** `UsageError` where the command line has an option of a part that is not chosen. In a
-    file it may stand: it serves several parts, and so does the command line of a sweep.
+    **Raises:** `UsageError` if the command line has an option of a part that is not chosen. Files
+    and sweeps may have such options, since they serve several parts.
     """
     _log_tuned_values()
     for key in [] if is_sweep() else map(_key, overridden()):
@@ -188,25 +188,24 @@ def begin(config: DictConfig) -> None:
 
 
 def overridden() -> list[str]:
-    """What the command line says."""
+    """The overrides on the command line."""
     return list(HydraConfig.get().overrides.task)
 
 
 def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.jsonl") -> Path:
-    """The directory that Hydra made for this run, checked to be writable and not in use.
+    """The directory that Hydra made for this run, checked to be writable and unused.
 
-    Where `goes_on` says so, a run that was made with the same configuration may be there.
+    If `goes_on` is true, it may hold a run with the same configuration.
 
-    **Arguments:** `resume`: whether it goes on with what is there. `record`: the file that tells a
-    directory in use.
+    **Arguments:** `resume`: whether to continue the run in it. `record`: the file that marks a
+    directory as used.
 
-    **Raises:** `UsageError` where it cannot be written to, or holds another run, and where a sweep
-    would resume: its directories are its own.
+    **Raises:** `UsageError` if it is not writable or holds another run, or for `resume` in a sweep.
     """
     if is_sweep() and (resume or config.resume):
         raise UsageError(
-            "resume goes on with one run, in its own directory: leave out -m (a sweep goes on by "
-            "the same command with hydra.sweep.dir=DIR)"
+            "resume continues one run, in its own directory: leave out -m (a sweep continues with "
+            "the same command and hydra.sweep.dir=DIR)"
         )
     directory = Path(HydraConfig.get().runtime.output_dir)
     if not is_first_process():
@@ -232,17 +231,17 @@ def run_directory(config: DictConfig, *, resume: bool, record: str = "metrics.js
 
 
 def goes_on(config: DictConfig) -> bool:
-    """Whether the same command goes on with what it has begun: as a sweep, or `resume=auto`."""
+    """Whether repeating the command continues its runs: in a sweep, or with `resume=auto`."""
     return is_sweep() or config.resume == AUTO
 
 
 def prepare_jax(config: DictConfig) -> None:
-    """What can be said only before JAX touches a device; then other processes are met.
+    """Sets options that JAX reads before it touches a device; then joins other processes.
 
-    **Raises:** `UsageError` where the CPU cannot be divided so, or a process is not found.
+    **Raises:** `UsageError` for an invalid `cpu_devices`, or if a process is not found.
     """
     flags = [os.environ.get("XLA_FLAGS", "")]
-    asked = {"cpu_devices": config.get("cpu_devices", 1)}  # older runs do not know it
+    asked = {"cpu_devices": config.get("cpu_devices", 1)}  # older runs do not have it
     number = whole_or_none(asked, "cpu_devices") or len(os.sched_getaffinity(0))
     if number > 1 and _CPU_DEVICES not in flags[0]:
         flags.append(f"{_CPU_DEVICES}={number}")
@@ -254,28 +253,26 @@ def prepare_jax(config: DictConfig) -> None:
 
 
 def store_config(config: DictConfig, directory: Path) -> None:
-    """Writes the configuration of a run, with a checksum, which no run earlier than that has."""
+    """Writes the configuration of a run with a checksum, which older runs do not have."""
     text = OmegaConf.to_yaml(config, resolve=True).encode()
     text = b"\n" + text
     write_whole(directory / "config.yaml", [b"# crc32 %08x" % zlib.crc32(text), text])
 
 
 def stored_config(directory: Path) -> DictConfig:
-    """The configuration of a run. Raises `UsageError` where the directory holds none."""
+    """The configuration of a run. Raises `UsageError` if the directory has none."""
     path = Path(directory) / "config.yaml"
     if not path.exists():
         below = sorted(Path(directory).glob("*/config.yaml"))
         hint = f"; the newest run below it is '{below[-1].parent}'" if below else ""
-        raise UsageError(
-            f"'{directory}' is not a run directory: there is no config.yaml in it{hint}"
-        )
+        raise UsageError(f"'{directory}' is not a run directory: it has no config.yaml{hint}")
     try:
         text = path.read_bytes()
         seal = _SEAL.match(text)
         if seal is not None and zlib.crc32(text[seal.end() :]) != int(seal[1], 16):
             raise UsageError(
-                f"'{path}' is damaged or was edited, for its checksum is wrong: undo that, or "
-                "delete the first line, which has it"
+                f"'{path}' is damaged or was edited, since its checksum is wrong: undo that, or "
+                "delete its first line, which has the checksum"
             )
         config = OmegaConf.load(path)
     except UsageError:
@@ -284,27 +281,27 @@ def stored_config(directory: Path) -> DictConfig:
         config = None
     if not isinstance(config, DictConfig) or "env" not in config:
         raise UsageError(
-            f"'{path}' is damaged: copy that of a run made in the same way, or start the run anew"
+            f"'{path}' is damaged: copy it from a run with the same options, or start a new run"
         )
     return config
 
 
 def resumed(config: DictConfig) -> DictConfig:
-    """The configuration of the run that `resume` names, with what the command line changes.
+    """The configuration of the run that `resume` names, with changes from the command line.
 
-    **Raises:** `UsageError` where there is no such run, or it cannot be changed so.
+    **Raises:** `UsageError` if there is no such run, or a change is not allowed.
     """
     stored = stored_config(config.resume)
     before, changed = settings(stored), {}
     for override in overridden():
         key = _key(override)
-        if key == "resume":  # it is no part of the run, which a sweep may come back to
+        if key == "resume":  # not part of the run's configuration
             continue
         group, _, name = key.partition(".")
         if group == "agent" and name:
             changed[name] = override
         elif group in _FIXED and key not in _FREE:
-            raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
+            raise UsageError(f"resume continues a run with its own options: leave out '{override}'")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     OmegaConf.update(stored, "distributed", config.distributed, force_add=True)
     OmegaConf.update(stored, "resume", None)
@@ -312,19 +309,19 @@ def resumed(config: DictConfig) -> DictConfig:
     free = changeable(before)
     for override in (override for name, override in changed.items() if name not in free):
         raise UsageError(
-            f"resume continues a run as it was made: leave out '{override}' (of the agent it can "
-            f"change {', '.join(sorted(free))})"
+            f"resume continues a run with its own options: leave out '{override}' (the agent's "
+            f"options that may change are {', '.join(sorted(free))})"
         )
     return stored
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain dictionaries, which is all that the library knows of it."""
+    """The configuration as plain dictionaries, for the library."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def _log_tuned_values() -> None:
-    """Says which tuned file is in use; one that was asked for by name must exist."""
+    """Logs which tuned file is in use; one that is given by name must exist."""
     choices: dict[str, Any] = HydraConfig.get().runtime.choices
     shipped = {path.stem for path in (CONF / "tuned").glob("*.yaml")}
     tuned = str(choices.get("tuned"))
@@ -341,40 +338,40 @@ def _key(override: str) -> str:
 
 
 class _TaskError(Exception):
-    """Tells what went wrong inside the task from what went wrong before it."""
+    """Marks an error inside the task, as opposed to before it."""
 
 
 class _RunFailed(Exception):
-    """One of a sweep's runs failed, and has said why."""
+    """A run of a sweep failed and has printed why."""
 
 
 def _new_run_directory(resume: str | None, agent: str, env: str, seed: int) -> str:
     name = re.sub(r"[^\w.-]+", "-", f"{agent}_{env}_{seed}")
-    if resume == AUTO:  # one of the command's own
+    if resume == AUTO:  # a directory that depends only on the command
         same = sorted(o for o in sys.argv[1:] if not o.startswith("distributed."))
         return f"runs/{name}/{hashlib.sha256(repr(same).encode()).hexdigest()[:12]}"
     if resume:
-        stored_config(Path(resume))  # before Hydra makes the directory
+        stored_config(Path(resume))  # raises before Hydra makes the directory
         return resume
     return f"runs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
-# Here, since a launcher's processes import this file, and do not call `launch`.
+# At module level, since a launcher's processes import this file and do not call `launch`.
 OmegaConf.register_new_resolver("run_directory", _new_run_directory, use_cache=True, replace=True)
 
 
 def is_sweep() -> bool:
-    """Whether this is one of several runs that one command starts."""
+    """Whether this run is one of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _check_same(config: DictConfig, directory: Path) -> None:
-    """Raises `UsageError` where the run in a directory was made with another configuration."""
+    """Raises `UsageError` if the run in a directory has another configuration."""
     default = _composed(HydraConfig.get().overrides.task)
     of_default, now, then = (
         dict(_leaves(settings(each), "")) for each in (default, config, stored_config(directory))
     )
-    # What came into the configuration since then had its default.
+    # Keys that were added to the configuration since then had their defaults.
     then = {key: of_default[key] for key in now.keys() & of_default.keys() - then.keys()} | then
     other = sorted(
         key
@@ -384,20 +381,20 @@ def _check_same(config: DictConfig, directory: Path) -> None:
     if other:
         key = other[0]
         raise UsageError(
-            f"there is a run with {key}={then.get(key)}, not {now.get(key)}, in '{directory}': "
+            f"'{directory}' holds a run with {key}={then.get(key)}, not {now.get(key)}: "
             + (
-                "choose another hydra.sweep.dir, or a hydra.sweep.subdir that tells them apart"
+                "choose another hydra.sweep.dir, or a hydra.sweep.subdir that separates them"
                 if is_sweep()
-                else f"continue it as it was made with resume={directory}, or choose another "
+                else f"continue it with its own options by resume={directory}, or choose another "
                 "hydra.run.dir"
             )
         )
 
 
 def _forget(directory: Path) -> None:
-    """Removes the directory of a run that was refused before it left anything there."""
+    """Removes the directory of a run that failed before it wrote anything there."""
     if any(each.startswith("hydra.run.dir=") for each in HydraConfig.get().overrides.hydra):
-        return  # it is not of our making
+        return  # the user may have made it
     here, unused = Path.cwd(), {"log.txt", ".lock"}
     if directory in (here, *here.parents) or {x.name for x in directory.glob("*")} - unused:
         return
@@ -429,7 +426,7 @@ def _unwritable(path: str | None, error: OSError) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """What Hydra and OmegaConf say, with the nearest names where one is unknown."""
+    """The message of Hydra or OmegaConf, with the nearest names if one is unknown."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         plugin = name.partition("_")[0]
@@ -447,21 +444,21 @@ def _explain(error: Exception) -> str:
 
 
 def _reasons(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came from, and so on: Hydra and OmegaConf wrap more than once."""
+    """Yields an error and its causes: Hydra and OmegaConf wrap errors more than once."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _check_launcher() -> None:
-    """Raises `UsageError` where a launcher was chosen and the run is one: Hydra ignores it then."""
+    """Raises `UsageError` if a launcher is chosen for a single run, since Hydra ignores it."""
     launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
     if launcher != "basic" and not is_sweep():
         raise UsageError(f"hydra/launcher={launcher} starts the runs of a sweep: add -m")
 
 
 def _import_own(modules: Iterable[str]) -> None:
-    """Imports what the command line names: configurations and agents may need it."""
+    """Imports modules named on the command line, which configurations and agents may need."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -472,7 +469,7 @@ def _import_own(modules: Iterable[str]) -> None:
 
 
 def _check_kinds(config: DictConfig) -> None:
-    """Raises `UsageError` where an override is of another kind than what it replaces."""
+    """Raises `UsageError` if an override has another type than the value that it replaces."""
     overrides = HydraConfig.get().overrides.task
     values = [o for o in overrides if "=" in o and not _is_choice(o)]
     default = _composed(overrides)
@@ -486,7 +483,7 @@ def _check_kinds(config: DictConfig) -> None:
 
 
 def _known_keys(of_hydra: bool) -> set[str]:
-    """Every key, ours or Hydra's, of what the group choices on the command line make."""
+    """All keys, ours or Hydra's, of the configuration with the chosen groups."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(
@@ -501,12 +498,12 @@ def _known_keys(of_hydra: bool) -> set[str]:
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:
-    """The configuration that the group choices among the overrides make."""
+    """The configuration with only the group choices among the overrides."""
     return hydra.compose(str(HydraConfig.get().job.config_name), _choices(overrides))
 
 
 def _choices(overrides: Iterable[str]) -> list[str]:
-    """The overrides that choose a file of a group (none of them from a sweep)."""
+    """The overrides that choose a file of a group, without those of a sweep."""
     return [override for override in overrides if _is_choice(override) and "," not in override]
 
 

@@ -1,4 +1,4 @@
-"""Records a data set from trained agents: `python scripts/collect.py --help`."""
+"""Records a data set with trained agents: `python scripts/collect.py --help`."""
 
 import logging
 from pathlib import Path
@@ -18,15 +18,15 @@ logger = logging.getLogger("eqx_q")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="collect")
 @task
 def main(config: DictConfig) -> None:
-    """Records."""
-    for key, what in (("run", "run to record"), ("out", "place for the data set")):
+    """Records a data set."""
+    for key, what in (("run", "run to record"), ("out", "directory for the data set")):
         if OmegaConf.is_missing(config, key):
             raise UsageError(f"there is no {what}: give {key}=DIR")
     given = settings(config)
     directories = [locate(str(run)) for run in _listed(given["run"])]
     epsilons = [0.0] if given["epsilon"] is None else _listed(given["epsilon"])
     if not directories or not epsilons:
-        raise UsageError("an empty list records nothing: give a run, and an epsilon or none")
+        raise UsageError("run or epsilon is an empty list: give at least one of each")
     dataset = collect_run(
         [(settings(stored_config(directory)), directory) for directory in directories],
         Path(str(given["out"])),
@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
         protocol=given.get("protocol"),
     )
     print(_table(dataset))
-    logger.info("written to %s", dataset.path)
+    logger.info("wrote %s", dataset.path)
 
 
 def _listed(value: Any) -> list:
@@ -55,7 +55,7 @@ def _checkpoints(value: Any) -> list[int] | str | None:
 
 
 def _table(dataset: Dataset) -> str:
-    """What is in each shard."""
+    """A table of the shards."""
     width = max(len(shard.name) for shard in dataset.shards)
     rows = [f"{'shard':<{width}}{'transitions':>13}{'episodes':>10}{'cut':>6}{'return':>12}"]
     for shard in dataset.shards:

@@ -1,4 +1,4 @@
-"""Converts recorded data to a data set of ours: `python scripts/convert.py --help`."""
+"""Converts recorded data from and to other formats: `python scripts/convert.py --help`."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ _ONLY_ATARI = ("run", "shards", "rows_per_shard", "num_actions")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="convert")
 @task
 def main(config: DictConfig) -> None:
-    """Converts."""
+    """Converts data."""
     for key in ("format", "source", "out"):
         if OmegaConf.is_missing(config, key):
             raise UsageError(f"there is no {key}: give {key}=..., see --help")
@@ -32,18 +32,18 @@ def main(config: DictConfig) -> None:
             _check_unused(given, *_ONLY_ATARI, "num_workers", "env", "leave_out")
             to_minari(Dataset(given["source"]), str(given["out"]), on_rows=progress)
             progress.close()
-            logger.info("written: the Minari data set '%s'", given["out"])
+            logger.info("wrote the Minari data set '%s'", given["out"])
             return
         source = _source(given)
         workers = whole_or_none(given, "num_workers")
         dataset = convert(source, given["out"], num_workers=workers, on_rows=progress)
     except KeyboardInterrupt:
-        then = "begin anew" if given["format"] == "to_minari" else "go on"
+        then = "start over" if given["format"] == "to_minari" else "continue"
         raise KeyboardInterrupt(f"stopped: run this again to {then}") from None
     finally:
         progress.close()
     logger.info(
-        "written to %s: %s transitions of %s; episodes: %s, shards: %d",
+        "wrote %s: %s transitions of %s; episodes: %s, shards: %d",
         given["out"],
         f"{dataset.num_transitions:,}",
         dataset.description.env,
@@ -75,7 +75,7 @@ def _source(given: dict[str, Any]) -> Source:
 def _check_unused(given: dict[str, Any], *keys: str) -> None:
     for key in keys:
         if given.get(key) is not None:
-            raise UsageError(f"format={given['format']} has no use for {key}: leave it out")
+            raise UsageError(f"format={given['format']} does not support {key}: leave it out")
 
 
 def _numbers(key: str, value: Any) -> list[int]:
@@ -85,21 +85,21 @@ def _numbers(key: str, value: Any) -> list[int]:
 
 
 class _Progress:
-    """Frames and frames/s."""
+    """Shows frames and frames/s."""
 
     def __init__(self):
         self._display = Display(at_once=False)
         self._rows, self._began = 0, time.perf_counter()
 
     def __call__(self, part: str, rows: int) -> None:
-        """Counts rows that were written."""
+        """Counts written rows."""
         self._rows += rows
         speed = self._rows / (time.perf_counter() - self._began)
         line = f"{self._rows:,} frames  {speed:,.0f} frames/s  {part}"
         self._display(self._rows, None, " frames", part, line)
 
     def close(self) -> None:
-        """Leaves what is shown as it is."""
+        """Closes the display and leaves it on the screen."""
         self._display.close()
 
 

@@ -38,7 +38,7 @@ def main(config: DictConfig) -> float:
     path = results / f"evaluation_{protocol}.json"
     write_json(path, {"protocol": protocol, **result})
     print(_table(result))
-    logger.info("written to %s", path)
+    logger.info("wrote %s", path)
     return result["return_mean"]
 
 

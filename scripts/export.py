@@ -16,7 +16,7 @@ logger = logging.getLogger("eqx_q")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="export")
 @task
 def main(config: DictConfig) -> None:
-    """Exports."""
+    """Exports an agent."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to export: give run=DIR")
     run, given = str(config.run), settings(config)
@@ -28,7 +28,7 @@ def main(config: DictConfig) -> None:
         member=None if given["member"] is None else whole(given, "member"),
         platforms=given["platforms"],
     )
-    logger.info("written to %s: what it is and how to use it says README.md there", path)
+    logger.info("wrote %s; README.md there describes it and its use", path)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ logger = logging.getLogger("eqx_q")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="publish")
 @task
 def main(config: DictConfig) -> None:
-    """Publishes."""
+    """Publishes an agent."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to publish: give run=DIR")
     given = settings(config)
     to, out = given["to"], given["out"]
     if out is None and to is None:
-        raise UsageError("there is no place to publish to: give out=DIR or to=hf:USER/NAME")
+        raise UsageError("there is no destination: give out=DIR or to=hf:USER/NAME")
     directory = locate(str(given["run"]))
     stored = settings(stored_config(directory))
     with contextlib.ExitStack() as stack:
@@ -35,10 +35,10 @@ def main(config: DictConfig) -> None:
         used = publish_run(stored, directory, out, member=member, name=to)
         store_config(OmegaConf.create(used), out)
         if given["out"] is not None:
-            logger.info("written to %s: its README.md says how to use it", out)
+            logger.info("wrote %s; README.md there describes the agent and its use", out)
         if to is not None:
-            address = push(out, str(to), private=given["private"])
-            logger.info("pushed to %s: load it with eqx_q.load('%s')", address, to)
+            url = push(out, str(to), private=given["private"])
+            logger.info("pushed %s; load it with eqx_q.load('%s')", url, to)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Goes once more through what made a run diverge: `python scripts/replay.py --help`."""
+"""Replays the updates that made a run diverge: `python scripts/replay.py --help`."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ _SHOWN = ("env_steps", "num_updates", "loss", "td_error", "q_value", "grad_norm"
 @hydra.main(version_base="1.3", config_path="../conf", config_name="replay")
 @task
 def main(config: DictConfig) -> None:
-    """Replays, and shows the last updates that were good."""
+    """Replays a run, and shows the last good updates."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to replay: give run=DIR")
     directory, given = Path(config.run), settings(config)
@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
 
 
 def _shown(value) -> str:
-    """A count as it is, else a number; of members their mean."""
+    """Formats a count, a number, or the mean over members."""
     return f"{value:,}" if isinstance(value, int) else f"{float(np.mean(value)):.6g}"
 
 

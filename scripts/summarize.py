@@ -15,17 +15,17 @@ logger = logging.getLogger("eqx_q")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="summarize")
 @task
 def main(config: DictConfig) -> None:
-    """Summarizes."""
+    """Summarizes a sweep."""
     if OmegaConf.is_missing(config, "sweep"):
         raise UsageError("there is no sweep to summarize: give sweep=DIR")
     sweep = Path(str(config.sweep))
     directories = sorted(path.parent for path in sweep.rglob("config.yaml"))
     if not directories:
-        raise UsageError(f"there is no run below '{sweep}': give the directory of a sweep")
+        raise UsageError(f"there are no runs below '{sweep}': give the directory of a sweep")
     out = sweep if config.out is None else Path(str(config.out))
     runs = [(settings(stored_config(directory)), directory) for directory in directories]
     print(as_markdown(summarize_sweep(runs, out, metric=str(config.metric))))
-    logger.info("written to %s: sweep.md, sweep.json, sweep.csv, sweep.png", out)
+    logger.info("wrote sweep.md, sweep.json, sweep.csv and sweep.png to %s", out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(config: DictConfig) -> float | None:
         prepare_jax(config)
         begin(config)
     if config.get("data"):
-        config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
+        config.data = str(Path(str(config.data)).resolve())  # for a resume from another directory
     again = resume or goes_on(config)
     directory = run_directory(config, resume=resume)
     if goes_on(config):
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> float | None:
             summary is not None, bool(checkpoints(directory / "checkpoints"))
         )
         if done:
-            logger.info("done already: %s", directory)
+            logger.info("already done: %s", directory)
             return None if summary is None else summary["eval_return_mean"]
     if not is_first_process():
         logger.setLevel(logging.WARNING)
@@ -62,7 +62,7 @@ def main(config: DictConfig) -> float | None:
         return None
     logger.info("%s", _in_words(summary))
     if summary["status"] == "stopped":
-        logger.info("stopped: go on with `python scripts/train.py resume=%s`", directory)
+        logger.info("stopped: continue with `python scripts/train.py resume=%s`", directory)
         end_preempted(summary, goes_on=again)
         end_sweep()
     return summary["eval_return_mean"]

@@ -38,7 +38,8 @@ def main(config: DictConfig) -> float | None:
     """Searches; returns the best trial's result."""
     if config.distributed.coordinator is not None:
         raise UsageError(
-            "processes share a search when each is started with resume=DIR: leave out distributed"
+            "distributed is not supported by searches: leave it out, and start each process with "
+            "resume=DIR to share a search"
         )
     resume = bool(config.resume) and config.resume != AUTO
     if resume:
@@ -46,7 +47,7 @@ def main(config: DictConfig) -> float | None:
     else:
         begin(config)
     if config.get("data"):
-        config.data = str(Path(str(config.data)).resolve())  # a resume may come from elsewhere
+        config.data = str(Path(str(config.data)).resolve())  # for a resume from another directory
     prepare_jax(config)
     directory = run_directory(config, resume=resume, record="study.journal")
     logger.info("search directory: %s", directory)
@@ -61,7 +62,7 @@ def main(config: DictConfig) -> float | None:
     if best is not None:
         logger.info("best: %s %.4g in trial %d, %s", config.metric, *_of(best), best["params"])
     if summary["status"] == "stopped":
-        logger.info("stopped: go on with `python scripts/tune.py resume=%s`", directory)
+        logger.info("stopped: continue with `python scripts/tune.py resume=%s`", directory)
         end_preempted(summary, goes_on=resume or goes_on(config))
     elif config.install and best is not None:
         path = CONF / "tuned" / f"{config.chosen.agent}_{config.chosen.env}.yaml"
@@ -72,7 +73,7 @@ def main(config: DictConfig) -> float | None:
 
 
 def _as_long(best: Path, shipped: DictConfig | None) -> str:
-    """The file `best`, with the length of the `shipped` runs: a search may be shorter."""
+    """The file `best`, with the length of the `shipped` runs, since a search may be shorter."""
     text = best.read_text()
     tuned = yaml.safe_load(text)
     if shipped is not None:
@@ -86,18 +87,18 @@ def _of(best: dict) -> tuple[float, int]:
 
 
 def _resumed(config: DictConfig) -> DictConfig:
-    """The configuration of the search that `resume` names, as far as it may not change."""
+    """The configuration of the search that `resume` names, with the changes that are allowed."""
     stored = stored_config(Path(config.resume))
     for override in overridden():
         key = override.split("=")[0].lstrip("+~")
         if key.split(".")[0] not in _CHANGEABLE:
-            raise UsageError(f"resume goes on with a search as it is: leave out {key}")
+            raise UsageError(f"resume continues a search with its own options: leave out {key}")
         OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
     return stored
 
 
 def _replacing(word: str) -> list[str]:
-    """An override of a space replaces what is there, or adds to it: Hydra would merge ranges."""
+    """Makes an override of a space replace or add a value, since Hydra would merge ranges."""
     key, _, values = word.partition("=")
     return [f"++{key}=null", f"++{word}"] if key.startswith("search.") and values else [word]
 

@@ -13,7 +13,7 @@ from eqx_q.saving.hub import locate, results_of
 @hydra.main(version_base="1.3", config_path="../conf", config_name="watch")
 @task
 def main(config: DictConfig) -> None:
-    """Plays."""
+    """Plays episodes."""
     if OmegaConf.is_missing(config, "run"):
         raise UsageError("there is no run to watch: give run=DIR")
     run, given = str(config.run), settings(config)

@@ -1,4 +1,4 @@
-"""Tests run with every annotation of shape and type checked, and without a screen."""
+"""Tests check every annotated shape and type, and run without a display."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Probe environments: small, pure, with returns that can be worked out by hand."""
+"""Probe environments: small and pure, with returns that are known exactly."""
 
 from typing import Any, ClassVar
 

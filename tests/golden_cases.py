@@ -1,6 +1,6 @@
-"""Short trainings whose numbers are kept in `golden/`, to see when a change changes them.
+"""Short trainings whose numbers are kept in `golden/`, to reveal unintended changes.
 
-`python tests/golden_cases.py` writes `golden/traces.json` anew: on purpose, or not at all.
+`python tests/golden_cases.py` replaces `golden/traces.json`: only run it on purpose.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The first twenty updates of every tuned configuration at tiny sizes, kept in `golden/`.
 
 `python tests/golden_configs.py compare [NAMES]` compares all of them, or some, in some minutes;
-the tests do so with those of `QUICK`. `write` instead of `compare` keeps what they give now: on
-purpose, or not at all.
+the tests compare those of `QUICK`. `write` instead of `compare` replaces the stored numbers: only
+do so on purpose.
 """
 
 import json

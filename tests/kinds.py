@@ -1,4 +1,4 @@
-"""Environments whose observations are of every kind, and whose actions are of any."""
+"""Environments with every kind of observation and action."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""What the tests of networks share: to call one, and to put one together from its parts."""
+"""Helpers for tests of networks: build one from parts, and call it."""
 
 import equinox as eqx
 import jax

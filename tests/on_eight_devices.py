@@ -1,4 +1,4 @@
-"""Run by `test_sharding.py` in a process that sees eight devices; prints what it found as JSON."""
+"""Run by `test_sharding.py` in a process with eight devices; prints its findings as JSON."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""An agent that is made of parts and learns nothing from the data that it is shown."""
+"""A test agent built from parts, which learns nothing from its data."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Raw episodes, and their transitions by a loop: what files in others' formats are to hold."""
+"""Raw episodes, and their transitions by a loop: the expected content of converted files."""
 
 from typing import NamedTuple
 

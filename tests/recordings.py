@@ -1,4 +1,4 @@
-"""Data sets to test with: random episodes, and how they get onto the disk."""
+"""Data sets for tests: random episodes, written to disk."""
 
 import gymnasium
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the tests of environments share: to act at random and to look at what comes."""
+"""Helpers for tests of environments: act at random and record what follows."""
 
 import equinox as eqx
 import jax

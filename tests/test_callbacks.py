@@ -156,7 +156,7 @@ def test_a_run_of_python_environments_is_restored_without_their_state(tmp_path, 
     assert load(newest_checkpoint(tmp_path)).timestep is None
     with caplog.at_level("INFO", "eqx_q"):
         run_state = restore(tmp_path, env)
-    assert "their episodes start anew" in caplog.text
+    assert "they start new episodes" in caplog.text
     assert_same(run_state.agent, agent)
     assert run_state.timestep.first.all()
     longer, _ = train(env, 64, [], run_state=run_state)
@@ -244,7 +244,7 @@ def test_a_renderer_that_fails_costs_only_the_pictures(env, tmp_path, monkeypatc
     video = Video(env.replicate(1), tmp_path, every=16)
     agent, _ = train(env, 64, [video])
     assert int(agent.env_steps) == 64
-    assert caplog.text.count("the run goes on without pictures") == 1
+    assert caplog.text.count("the run continues without pictures") == 1
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch, capsys):

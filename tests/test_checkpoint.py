@@ -1,4 +1,4 @@
-"""Files of trees: damage of every kind is detected, and the checkpoint before is used."""
+"""Files of trees: any damage is detected, and the previous checkpoint is used."""
 
 import logging
 import random
@@ -87,8 +87,8 @@ def test_says_what_is_wrong(tmp_path):
     path = tmp_path / "agent.eqx"
     data = small_file(path)
     for content, message in [
-        (b"\x80\x04pickle", "not a file of eqx_q"),
-        (b"", "not a file of eqx_q"),
+        (b"\x80\x04pickle", "not an eqx_q file"),
+        (b"", "not an eqx_q file"),
         (data.replace(b"eqx_q-file 0002", b"eqx_q-file 0003"), "format 3.*upgrade eqx_q"),
         (data[:200], "ends inside its header"),
         (data[:-1], "truncated"),
@@ -98,7 +98,7 @@ def test_says_what_is_wrong(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CorruptFileError, match=message):
             load(path)
-    with pytest.raises(UsageError, match=r"no file .*did you mean agent\.eqx"):
+    with pytest.raises(UsageError, match=r"does not exist: did you mean agent\.eqx"):
         load(tmp_path / "agnet.eqx")
     with pytest.raises(UsageError, match="give a file"):
         load(tmp_path)
@@ -139,7 +139,7 @@ def test_falls_back_to_the_one_before(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING):
         tree, path = load_latest(tmp_path)
     assert tree.tolist() == [1, 1, 1] and int(path.stem) == 1
-    assert re.search("000000000002.*trying the checkpoint before", caplog.text)
+    assert re.search("000000000002.*trying the previous checkpoint", caplog.text)
 
 
 def test_damaged_ones_do_not_count_as_kept(tmp_path):
@@ -156,5 +156,5 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path):
 
 def test_no_checkpoint(tmp_path):
     for directory in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UsageError, match="no checkpoint in"):
+        with pytest.raises(UsageError, match="has no checkpoint"):
             load_latest(directory)

@@ -1,4 +1,4 @@
-"""The scripts: what they leave behind, how they go on, and what they say to bad input."""
+"""The scripts: their files, their continuation, and their messages for bad input."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
     assert status == 0
     result = json.loads((run / "evaluation_as_trained.json").read_text())
     best = int(np.argmax(result["return_per_seed"]))
-    assert f"written to run/media/evaluation_as_trained.gif (member {best})" in out
+    assert f"wrote run/media/evaluation_as_trained.gif (member {best})" in out
     assert (run / "media" / "evaluation_as_trained.gif").read_bytes().startswith(b"GIF89a")
     agent = load(run / "agent.eqx")
     env = eqx_q.make("gymnax/CartPole-v1", num_envs=12)
@@ -80,7 +80,7 @@ def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path):
         assert again[key] == summary[key]
     np.testing.assert_allclose(again["train_return_per_seed"], summary["train_return_per_seed"])
     status, _, err = script("train", "resume=run")
-    assert status == 1 and "give a larger total_steps to go on" in err
+    assert status == 1 and "give a larger total_steps to continue" in err
 
 
 def test_total_steps_stretch_the_schedules(script, tmp_path):
@@ -110,10 +110,10 @@ def test_resume_changes_hyperparameters_that_are_leaves(script, tmp_path, num_se
     assert agent.discount == np.float32(0.99)
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.num_epochs=2")
     assert status == 1
-    assert "leave out 'agent.num_epochs=2' (of the agent it can change discount, epsilon_" in err
+    assert "leave out 'agent.num_epochs=2' (the agent's options that may change are" in err
     status, _, err = script("train", "resume=run", "total_steps=3000", "agent.adam_epsilon=1e-5")
     assert status == 1
-    assert "leave out 'agent.optimizer.eps=1e-5' (of the agent" in err
+    assert "leave out 'agent.optimizer.eps=1e-5' (the agent's" in err
 
 
 def test_killed_after_a_checkpoint_a_run_tells_the_same(script, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_same_command_goes_on(script, tmp_path, where):
     assert status == 0, err
     (run,) = tmp_path.glob("run" if where else "runs/*/*")
     whole, time = load(run / "agent.eqx"), (run / "agent.eqx").stat().st_mtime_ns
-    assert f"done already: {run}\n" in script("train", *command)[1]
+    assert f"already done: {run}\n" in script("train", *command)[1]
     assert (run / "agent.eqx").stat().st_mtime_ns == time
     # Killed, and started once more in the same way.
     (run / "summary.json").unlink()
@@ -161,7 +161,7 @@ def test_the_same_command_goes_on(script, tmp_path, where):
     # As it is named; then it is another run.
     assert script("train", f"resume={run}", "total_steps=700")[0] == 0
     status, _, err = script("train", *command)
-    assert status == 1 and "there is a run with total_steps=700, not 640, in" in err
+    assert status == 1 and "holds a run with total_steps=700, not 640" in err
     status, _, err = script("train", *command, "agent.discount=0.5")
     assert status == bool(where) and len([*tmp_path.glob("runs/*/*")]) == (0 if where else 2)
 
@@ -171,7 +171,7 @@ def test_a_sweep_goes_on_where_one_of_its_runs_fails(script, tmp_path):
     status, _, err = script("train", "-m", *options, "agent.discount=5,0.5")
     assert status == 1
     assert "error: run 0: discount=5" in err
-    assert "error: some of the sweep's runs failed, with the messages above" in err
+    assert "error: some runs of the sweep failed: see the messages above" in err
     assert load(tmp_path / "sweep" / "1" / "agent.eqx").discount == 0.5
 
 
@@ -182,8 +182,8 @@ def test_a_sweep_ends_where_one_of_its_runs_is_stopped(script, monkeypatch):
     train_run = lambda *arguments, **options: runs.append(arguments) or summary  # noqa: E731
     monkeypatch.setattr("eqx_q.run.train_run", train_run)
     status, _, err = script("train", "-m", *SMALL, *QUIET, "seed=0,1", "hydra.sweep.dir=sweep")
-    assert status == 1 and "error: the sweep was stopped: the same command with " in err
-    assert "hydra.sweep.dir=sweep goes on" in err
+    assert status == 1 and "error: the sweep was stopped: continue it with the same command" in err
+    assert "hydra.sweep.dir=sweep\n" in err
     assert len(runs) == 1
 
 
@@ -226,11 +226,11 @@ def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:-100])
     status, out, err = script("train", "resume=run")
     assert status == 0, err
-    assert f"{damaged}" in out + err and "trying the checkpoint before it" in out + err
+    assert f"{damaged}" in out + err and "trying the previous checkpoint" in out + err
     resumed, whole = load(tmp_path / "run" / "agent.eqx"), load(tmp_path / "whole" / "agent.eqx")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     status, _, err = script("train", "resume=run")
-    assert status == 1 and "give a larger total_steps to go on" in err
+    assert status == 1 and "give a larger total_steps to continue" in err
 
 
 BAD_INPUT = {
@@ -259,25 +259,25 @@ BAD_INPUT = {
     "eval.every=50 eval.max_episode_steps=-1": "eval.max_episode_steps=-1: give a whole number",
     "num_envs=1000000000000": "1,000,000,000,000 lanes are too many: lower num_envs",
     "resume=damaged": "config.yaml' is damaged: ",
-    "devices=2": "JAX sees 1 (cpu): give at most that, or divide the CPU by cpu_devices=2",
+    "devices=2": "JAX sees 1 (cpu): use at most that, or divide the CPU with cpu_devices=2",
     "cpu_devices=0": "cpu_devices=0: give a whole number of at least 1",
     "agent.lane_groups=3": "lane_groups=3 does not divide the 4 lanes of a rollout",
     "hydra/launcher=slurm": "hydra/launcher=slurm starts the runs of a sweep: add -m",
     "hydra.run.dri=there": "unknown option 'hydra.run.dri': the nearest are hydra.run.dir",
-    "distributed.num_processes=2": "without distributed.coordinator=HOST:PORT a process is alone",
+    "distributed.num_processes=2": "need a coordinator: add distributed.coordinator=HOST:PORT",
     "distributed.coordinator=here": "the processes do not find each other",
     "hydra.run.dir=file/run": "cannot write to the run directory",
     "hydra.run.dir=used": "already holds a run: delete it, or choose another directory",
     "hydra.run.dir=above/begun": "already holds a run: continue it with resume=",
-    "resume=above": "no config.yaml in it; the newest run below it is 'above/begun'",
-    "resume=nowhere": "error: 'nowhere' is not a run directory: there is no config.yaml in it",
+    "resume=above": "it has no config.yaml; the newest run below it is 'above/begun'",
+    "resume=nowhere": "error: 'nowhere' is not a run directory: it has no config.yaml",
     "agent.learning_rate=fast": "agent.learning_rate=fast: give a number, such as 0.0001",
     "agent.network_options.hidden_sizes=64": "give a list, such as [256, 256]",
     "agent.network_options.hidden_sizes=[0]": "cannot have hidden_sizes=(0,), ",
     "agent.bins=[3,1]": "bins=[3, 1]: give a whole number of at least 2, or a list of them",
-    "agent.value.sigma=0.5": "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen",
-    "agent.optimizer=sgd agent.optimizer.b1=0.9": "and sgd is chosen: leave it out, or choose",
-    "data=5": "/5' is no data set",
+    "agent.value.sigma=0.5": "agent.value.sigma needs agent.value=hl_gauss, but scalar is chosen",
+    "agent.optimizer=sgd agent.optimizer.b1=0.9": "but sgd is chosen: leave it out, or choose",
+    "data=5": "/5' is not a data set",
     "deterministic=maybe": "deterministic=maybe: give true or false, such as False",
     "+agent.lamda=1": "unknown hyperparameter 'lamda': the nearest are lambda_",
     "agent": "missing EQUAL",
@@ -404,7 +404,7 @@ def test_what_an_environment_in_python_says_is_one_line(script, tmp_path):
 
     def check(status, out, err):
         assert status == 1
-        assert err.startswith("error: team_reward=shared, but agents were paid ")
+        assert err.startswith("error: team_reward=shared, but agents got rewards ")
         assert err.count("\n") == 1 and "Traceback" not in out
 
     check(*script("train", *SMALL, *QUIET, *options))

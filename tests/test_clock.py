@@ -1,4 +1,4 @@
-"""How far a run is, by what it tells."""
+"""The progress of a run, read from its metrics."""
 
 import numpy as np
 import pytest

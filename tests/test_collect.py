@@ -1,4 +1,4 @@
-"""`scripts/collect.py`: what it records of runs, how it goes on, and what it refuses."""
+"""`scripts/collect.py`: what it records, its continuation, and what it refuses."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_what_was_interrupted_goes_on(script, tmp_path, monkeypatch):
         patch.setattr(Progress, "__call__", interrupt)
         status, _, err = script(*command, "out=data")
     assert status == 1
-    assert "stopped: 1 of 3 shards are kept beside 'data'; the same command goes on" in err
+    assert "stopped: 1 of 3 shards are kept next to 'data'; the same command continues" in err
     assert not (tmp_path / "data").exists() and shows[-1] < 600
     status, _, err = script(*command, "steps=901", "out=data")
     assert status == 1 and "the beginning of another data set" in err
@@ -206,16 +206,16 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
         assert not list(tmp_path.glob("*.partial"))
 
     check("there is no run to record: give run=DIR", "out=data")
-    check("there is no place for the data set: give out=DIR", "run=run")
+    check("there is no directory for the data set: give out=DIR", "run=run")
     check("'nowhere' is not a run directory", "run=nowhere", "out=data")
     check("finish it with", "run=begun", "out=data")
-    check("there is something at 'there' already", "run=run", "out=there")
+    check("'there' exists already", "run=run", "out=there")
     check("epsilon=1.5: give a number from 0 to 1", "run=run", "out=data", "epsilon=1.5")
     check("epsilon=2.0: give a number from 0 to 1", "run=run", "out=data", "epsilon=[0.1,2]")
     check("epsilon=much: give a number", "run=run", "out=data", "epsilon=much")
-    check("an empty list records nothing", "run=run", "out=data", "epsilon=[]")
+    check("run or epsilon is an empty list", "run=run", "out=data", "epsilon=[]")
     check("steps=0: give a whole number of at least 1", "run=run", "out=data", "steps=0")
-    check("too few for 2 players", "run=run", "out=data", "steps=1", "epsilon=[0,1]")
+    check("too few for 2 agents", "run=run", "out=data", "steps=1", "epsilon=[0,1]")
     check("has no checkpoint of step 5: there are 100, 200", "run=run", "out=d", "checkpoints=[5]")
     check("checkpoints=every: give a whole number", "run=run", "out=d", "checkpoints=every")
     check("was not trained in the environment of 'run'", "run=[run,other]", "out=data")
@@ -223,7 +223,7 @@ def test_bad_input_is_one_line_before_anything_is_played(script, tmp_path, monke
     check("unknown option 'step'", "run=run", "out=data", "step=5")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    check("takes about 0.027 GB, and 0.01 GB are free", "run=run", "out=deep/data")
+    check("takes about 0.027 GB, but 0.01 GB are free", "run=run", "out=deep/data")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     check("there are no checkpoints in 'run'", "run=run", "out=data", "checkpoints=all")
 

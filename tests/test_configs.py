@@ -1,4 +1,4 @@
-"""Every shipped configuration composes, fits together and builds."""
+"""Every shipped configuration composes, is consistent and builds."""
 
 import dataclasses
 import inspect

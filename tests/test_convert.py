@@ -1,4 +1,4 @@
-"""`scripts/convert.py`: what it leaves behind, how it goes on, and what it says to bad input."""
+"""`scripts/convert.py`: its files, its continuation, and its messages for bad input."""
 
 import re
 import resource
@@ -30,7 +30,7 @@ def flat(shards):
 def test_rlu(script, pong, tmp_path):
     status, out, err = script("convert", *RUN, "source=rlu/Pong")
     assert (status, err) == (0, "")
-    assert "written to out: 27 transitions of envpool/Pong-v5; episodes: 6, shards: 3" in out
+    assert "wrote out: 27 transitions of envpool/Pong-v5; episodes: 6, shards: 3" in out
     assert stored_transitions(Dataset(tmp_path / "out")) == flat(pong[1])
     options = ["run=[2,1]", "shards=[1]", "rows_per_shard=8", "num_workers=1", "env=atari"]
     status, _, err = script("convert", "format=rlu", "source=rlu/Pong", "out=some", *options)
@@ -54,7 +54,7 @@ def test_minari_there_and_back(script, pong, tmp_path, monkeypatch):
     script("convert", *RUN, "source=rlu/Pong")
     status, out, err = script("convert", "format=to_minari", "source=out", "out=atari/pong-v0")
     assert (status, err) == (0, "")
-    assert "written: the Minari data set 'atari/pong-v0'" in out
+    assert "wrote the Minari data set 'atari/pong-v0'" in out
     status, _, err = script("convert", "format=minari", "source=atari/pong-v0", "out=back")
     assert (status, err) == (0, "")
     before, after = Dataset(tmp_path / "out").rows, Dataset(tmp_path / "back").rows
@@ -86,12 +86,12 @@ def test_a_full_disk_and_on_from_there(script, pong, tmp_path):
     assert re.fullmatch(
         r"error: cannot write '.*small.partial' \(File too large\): free space on that disk or "
         r"choose a directory that you can write to; 2 of 3 parts are converted and kept: run this "
-        r"again to go on\n",
+        r"again to continue\n",
         err,
     )
     assert not (tmp_path / "small").exists()
     status, out, _ = script("convert", *RUN, "source=rlu/Pong", "out=small")
-    assert status == 0 and "2 of 3 parts are there from an earlier attempt" in out
+    assert status == 0 and "2 of 3 parts are done from an earlier attempt" in out
     for path in (tmp_path / "out").iterdir():
         assert (tmp_path / "small" / path.name).read_bytes() == path.read_bytes()
 
@@ -103,7 +103,7 @@ def test_interrupted(script, pong, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("eqx_q.data.conversion.Writer.commit", interrupted)
         status, _, err = script("convert", *RUN, "source=rlu/Pong")
-    assert status == 1 and err == "error: stopped: run this again to go on\n"
+    assert status == 1 and err == "error: stopped: run this again to continue\n"
     assert script("convert", *RUN, "source=rlu/Pong")[0] == 0
     assert stored_transitions(Dataset(tmp_path / "out")) == flat(pong[1])
 
@@ -115,13 +115,13 @@ def test_interrupted(script, pong, tmp_path, monkeypatch):
         (["source=rlu/Pong", "out=out"], "there is no format: give format="),
         (["format=rlu", "source=rlu/Pong"], "there is no out: give out="),
         (["format=rul", "source=rlu/Pong", "out=out"], "unknown format 'rul': the nearest are rlu"),
-        ([*RUN, "source=/nosuch"], "there is no folder '/nosuch'\n"),
-        ([*RUN, "source=rlu/Pnog"], "there is no folder 'rlu/Pnog': is it 'rlu/Pong'?"),
-        ([*RUN, "source=rlu"], "a game's folder is 'rlu/Pong'"),
-        ([*RUN, "source=rlu/Pong", "run=5"], "has no run 5: there is 1 to 2"),
+        ([*RUN, "source=/nosuch"], "'/nosuch' is not a folder\n"),
+        ([*RUN, "source=rlu/Pnog"], "'rlu/Pnog' is not a folder: did you mean 'rlu/Pong'?"),
+        ([*RUN, "source=rlu"], "give a game's folder, such as 'rlu/Pong'"),
+        ([*RUN, "source=rlu/Pong", "run=5"], "has no run 5: choose from 1 to 2"),
         ([*RUN, "source=rlu/Pong", "run=[1,x]"], "give whole numbers, such as run=[0,1]"),
         ([*RUN, "source=rlu/Pong", "shards=3"], "give whole numbers, such as shards=[0,1]"),
-        ([*RUN, "source=rlu/Pong", "shards=[3]"], "has no shard 3: there is 0 to 2"),
+        ([*RUN, "source=rlu/Pong", "shards=[3]"], "has no shard 3: choose from 0 to 2"),
         ([*RUN, "source=rlu/Pong", "num_workers=0"], "num_workers=0: give a whole number of at"),
         ([*RUN, "source=rlu/Pong", "rows_per_shard=1"], "rows_per_shard=1: give 2 or more"),
         ([*RUN, "source=rlu/Pong", "num_actions=5"], "num_actions=5, but Pong has 6"),
@@ -129,11 +129,11 @@ def test_interrupted(script, pong, tmp_path, monkeypatch):
             [*RUN, "source=rlu/Pong", "env=atari", "env.name=Breakout-v5"],
             "'rlu/Pong' holds Pong, but env is envpool/Breakout-v5",
         ),
-        ([*RUN, "source=rlu/Pong", "out=rlu"], "there is something at 'rlu' already"),
+        ([*RUN, "source=rlu/Pong", "out=rlu"], "'rlu' exists already"),
         ([*RUN, "source=rlu/Pong", "shard=[0]"], "unknown option 'shard': the nearest are shards"),
-        (["format=minari", "source=x-v0", "out=out", "run=1"], "has no use for run: leave it out"),
+        (["format=minari", "source=x-v0", "out=out", "run=1"], "does not support run: leave it"),
         (["format=minari", "source=x-v0", "out=out"], "unknown Minari data set 'x-v0'"),
-        (["format=to_minari", "source=rlu", "out=x-v0"], "'rlu' is no data set"),
+        (["format=to_minari", "source=rlu", "out=x-v0"], "'rlu' is not a data set"),
     ],
 )
 def test_wrong_input_ends_with_one_line(script, pong, tmp_path, monkeypatch, options, message):

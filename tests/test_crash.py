@@ -1,4 +1,4 @@
-"""Processes that are killed at every change of a file, and files of which one bit is another."""
+"""Processes killed at every change of a file, and files with a flipped bit."""
 
 import json
 import logging

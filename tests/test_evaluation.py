@@ -1,4 +1,4 @@
-"""Evaluation counts whole episodes, equally many from every lane."""
+"""Evaluation counts whole episodes, the same number from every lane."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""Population-based training: who copies whom, what is copied and perturbed, and that it resumes."""
+"""Population-based training: who copies whom, what is copied and perturbed, and resuming."""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ def test_bad_input(env, population):
         PopulationBasedTraining(["lamda"], every=1)(state, metrics)
     with pytest.raises(UnknownNameError, match="'episode_retrun': the nearest are episode_return"):
         PopulationBasedTraining(NAMES, every=1, fitness="episode_retrun")(state, metrics)
-    with pytest.raises(UsageError, match=r"8 members, of which 0.1 copy others, replaces none"):
+    with pytest.raises(UsageError, match=r"fraction=0.1 replaces none of 8 members"):
         PopulationBasedTraining(NAMES, every=1, fraction=0.1)(state, metrics)
     for factors in ([], [0.8, -1.2]):
         with pytest.raises(UsageError, match=r"factors=\[.*give positive numbers"):
@@ -199,6 +199,6 @@ def test_from_the_command_line(script, tmp_path):
     np.testing.assert_allclose(factors[~copied], 1)
     assert np.isclose(factors[copied], [0.8, 1.2]).any()
     status, _, err = script("train", *options[:-2], *evolution, "num_seeds=1", "hydra.run.dir=b")
-    assert status == 1 and "of 1 members, of which 0.25 copy others, replaces none" in err
+    assert status == 1 and "fraction=0.25 replaces none of 1 members" in err
     status, _, err = script("train", "resume=run", "pbt.every=1")
     assert status == 1 and "leave out 'pbt.every=1'" in err

@@ -1,4 +1,4 @@
-"""Runs outside JAX that are killed and resumed with `exact_resume=true`."""
+"""Host runs that are killed and resumed with `exact_resume=true`."""
 
 import dataclasses
 import shutil
@@ -68,10 +68,10 @@ def test_a_killed_run_with_memory_ends_as_one_that_was_not(script, tmp_path):
     assert (np.asarray(kept.steps) == 104).all()
 
     status, out, err = script("train", "resume=other", "exact_resume=false")
-    assert status == 0 and "their episodes start anew" in out + err
+    assert status == 0 and "they start new episodes" in out + err
     assert not same(load(other / "agent.eqx"), whole)
     status, _, err = script("train", "resume=other", "exact_resume=true", "total_steps=600")
-    assert status == 1 and "was not kept: go on with exact_resume=false" in err
+    assert status == 1 and "cannot be replayed: resume with exact_resume=false" in err
 
 
 def test_only_what_needs_it_is_kept(monkeypatch):

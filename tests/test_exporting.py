@@ -1,4 +1,4 @@
-"""Exported agents act as they do here, where nothing is installed but JAX and NumPy."""
+"""Exported agents act as they do here, with only JAX and NumPy installed."""
 
 import importlib.metadata
 import json
@@ -248,7 +248,7 @@ def test_a_run_is_exported_with_its_card(script, tmp_path, monkeypatch, capsys):
         "gymnax/CartPole-v1",
         "member 1 of 2",
         "| seed | 5 |",
-        "| 0 env steps, where training was stopped |",
+        "| 0 env steps, then training was stopped |",
         "end of training, with ε = 0.25 | 47.25 | 47.25 |",
         "with exploration | 20.5 | 20.5 |",
         "whole: 9 episodes, ε = 0.5 | 6.75 | 6.75 |",

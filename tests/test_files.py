@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 import errno
 import os
@@ -71,7 +71,7 @@ def test_makes_the_directory(tmp_path):
 
 
 def test_nobody_else_comes_in_while_one_is_there(tmp_path):
-    expected = pytest.raises(UsageError, match="another process is at work")
+    expected = pytest.raises(UsageError, match="another process is using")
     with alone_in(tmp_path / "run"), expected, alone_in(tmp_path / "run"):
         raise AssertionError
     with alone_in(tmp_path / "run"):  # it is free again

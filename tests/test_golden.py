@@ -1,4 +1,4 @@
-"""What short trainings gave and earlier versions saved, compared with today's."""
+"""Numbers of short trainings and files of earlier versions, compared with today's."""
 
 import json
 

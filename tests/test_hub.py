@@ -83,7 +83,7 @@ def networks(agent):
 def test_the_best_member_is_published(run, script, tmp_path):
     status, out, err = script("publish", f"run={run}", "out=out")
     assert status == 0, err
-    assert "written to out" in out
+    assert "wrote out" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "agent.eqx", "config.yaml", "summary.json", "README.md"
     }  # fmt: skip
@@ -127,11 +127,11 @@ def test_the_best_member_is_published(run, script, tmp_path):
     ("arguments", "message"),
     [
         ([], "there is no run to publish: give run=DIR"),
-        (["run=nowhere"], "there is no place to publish to: give out=DIR or to=hf:USER/NAME"),
+        (["run=nowhere"], "there is no destination: give out=DIR or to=hf:USER/NAME"),
         (["run=nowhere", "out=out"], "'nowhere' is not a run directory"),
-        (["run=RUN", "out=out", "member=3"], "this run has the members 0 to 2"),
+        (["run=RUN", "out=out", "member=3"], "choose one of this run's members 0 to 2"),
         (["run=RUN", "out=a_run"], "'a_run' holds a run: choose another directory"),
-        (["run=RUN", "to=me/thing"], "'me/thing' is no name of the hub: give hf:USER/NAME"),
+        (["run=RUN", "to=me/thing"], "'me/thing' is not a name on the hub: give hf:USER/NAME"),
         (["run=RUN", "to=hf:me/thing@main"], "leave out @main"),
         (["run=zoo:pqn/Breakout", "out=out"], "the nearest are pqn/Breakout-MinAtar"),
     ],
@@ -152,7 +152,7 @@ def test_without_evaluations_a_member_must_be_named(run, script, tmp_path):
     summary = {"env_steps": 32, "train_return_per_seed": [1.0, 2.0, 3.0]}  # it went on since
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     status, _, err = script("publish", "run=run", "out=out")
-    assert status == 1 and "choose one with member=0" in err
+    assert status == 1 and "choose a member with member=0" in err
     assert script("publish", "run=run", "out=out", "member=2")[0] == 0
     assert "in training" not in (tmp_path / "out" / "README.md").read_text()
     member = eqx_q.load(run / "agent.eqx").member(2)
@@ -190,18 +190,21 @@ def test_pushed_and_pulled(run, script, tmp_path, hub, monkeypatch):
 
     status, out, err = script("evaluate", f"run={before}", "episodes=2")
     assert status == 0, err
-    assert f"written to runs/hf/me/thing@{first}/evaluation_as_trained.json" in out
+    assert f"wrote runs/hf/me/thing@{first}/evaluation_as_trained.json" in out
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf:me/nothing", "there is no hf:me/nothing on the hub, or it is not open to you"),
-        ("hf:me/secret", "log in with `hf auth login`, or give a token in HF_TOKEN"),
-        ("hf:me/thing@nowhere", "leave out the revision, or give a commit, branch or tag"),
-        ("hf:me/other", "is no agent of eqx_q: there is no agent.eqx in it"),
-        ("hf:me", "'hf:me' is no name of the hub: give hf:USER/NAME"),
-        ("hf:me/--", "'hf:me/--' is no name of the hub: give hf:USER/NAME"),
+        ("hf:me/nothing", "hf:me/nothing does not exist on the hub, or you have no access"),
+        ("hf:me/secret", "check the name, or log in with `hf auth login`, or set HF_TOKEN"),
+        (
+            "hf:me/thing@nowhere",
+            "has no such revision: give a commit, branch or tag, or leave it out",
+        ),
+        ("hf:me/other", "hf:me/other has no agent.eqx: give a repository of scripts/publish.py"),
+        ("hf:me", "'hf:me' is not a name on the hub: give hf:USER/NAME"),
+        ("hf:me/--", "'hf:me/--' is not a name on the hub: give hf:USER/NAME"),
     ],
 )
 def test_what_the_hub_does_not_give(hub, name, message):
@@ -217,8 +220,14 @@ def test_what_the_hub_does_not_give(hub, name, message):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device"), "cannot be kept here ([Errno 28] No space left"),
-        (OSError("the line broke"), "was not transferred (the line broke): try again"),
+        (
+            OSError(28, "No space left on device"),
+            "cannot store hf:me/thing ([Errno 28] No space left",
+        ),
+        (
+            OSError("the line broke"),
+            "the transfer of hf:me/thing failed (the line broke): try again",
+        ),
     ],
 )
 def test_what_goes_wrong_on_the_way(hub, monkeypatch, error, message):
@@ -239,15 +248,15 @@ def test_what_the_hub_does_not_take(run, script, hub, monkeypatch):
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
         return err
 
-    assert "the hub answers 401" in error("to=hf:me/thing")  # no token
-    assert "a token in HF_TOKEN that may write there" in error("to=hf:me/thing")
+    assert "the hub refused hf:" in error("to=hf:me/thing")  # no token
+    assert "or set HF_TOKEN, with write access" in error("to=hf:me/thing")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert "the hub answers 401" in error("to=hf:you/thing")
+    assert "the hub refused hf:" in error("to=hf:you/thing")
     assert not hub.repositories
     hub.shutdown()
     hub.server_close()
-    assert "the hub cannot be reached for hf:me/thing" in error("to=hf:me/thing")
-    with pytest.raises(UsageError, match="the hub cannot be reached for hf:me/thing: check"):
+    assert "cannot reach the hub for hf:me/thing" in error("to=hf:me/thing")
+    with pytest.raises(UsageError, match="cannot reach the hub for hf:me/thing: check"):
         eqx_q.load("hf:me/thing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "run `pip install 'eqx_q[hub]'`" in error("to=hf:me/thing")
@@ -276,7 +285,7 @@ def _observations(agent):
 def test_an_agent_of_the_zoo_plays_as_published(script, tmp_path):
     status, out, err = script("evaluate", "run=zoo:pqn/CartPole-v1", "episodes=8", "seed=3")
     assert status == 0, err
-    assert "written to runs/zoo/pqn/CartPole-v1/evaluation_as_trained.json" in out
+    assert "wrote runs/zoo/pqn/CartPole-v1/evaluation_as_trained.json" in out
     path = tmp_path / "runs" / "zoo" / "pqn" / "CartPole-v1" / "evaluation_as_trained.json"
     assert json.loads(path.read_text())["return_mean"] == 500.0
     assert not list(ZOO.rglob("evaluation_*"))
@@ -286,7 +295,7 @@ def test_an_agent_of_the_zoo_plays_as_published(script, tmp_path):
 
 def test_every_script_takes_a_name(script, tmp_path):
     status, out, err = script("export", "run=zoo:pqn/CartPole-v1", "platforms=[cpu]")
-    assert status == 0 and "written to runs/zoo/pqn/CartPole-v1/export/agent.jaxexport" in out, err
+    assert status == 0 and "wrote runs/zoo/pqn/CartPole-v1/export/agent.jaxexport" in out, err
     card = (tmp_path / "runs" / "zoo" / "pqn" / "CartPole-v1" / "export" / "README.md").read_text()
     assert "member 0 of 5" in card and "| as_trained: 128 episodes, ε = 0.0 | 500 | 500 |" in card
     status, out, err = script("collect", "run=[zoo:pqn/CartPole-v1]", "steps=20", "out=data")

@@ -1,4 +1,4 @@
-"""What must be learnt, on tasks of seconds: with memory, and in teams."""
+"""Agents learn tasks that take seconds: with memory, and in teams."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""GIFs that are small and true to the frames; episodes recorded whole."""
+"""GIFs are small and true to the frames; episodes are recorded whole."""
 
 import builtins
 from typing import Any

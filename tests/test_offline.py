@@ -1,4 +1,4 @@
-"""The offline loop: what it learns, that it can be cut and taken up anywhere, what it refuses."""
+"""The offline loop: what it learns, resuming anywhere, what it refuses."""
 
 import dataclasses
 import inspect
@@ -482,7 +482,7 @@ def test_a_chunk_that_is_none(dataset):
 
 
 def test_data_that_are_not_there(tmp_path):
-    with pytest.raises(UsageError, match="is no data set"):
+    with pytest.raises(UsageError, match="is not a data set"):
         train(make_agent(), tmp_path)
 
 

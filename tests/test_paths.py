@@ -1,4 +1,4 @@
-"""Hyperparameters of an agent's parts, by their path: what a run may change, search and evolve."""
+"""Hyperparameters of an agent's parts by path: what a run may change, search and evolve."""
 
 import equinox as eqx
 import gymnasium

@@ -1,4 +1,4 @@
-"""Several processes: none waits for one that is gone, and only the first writes."""
+"""Several processes: none waits for one that has died, and only the first writes."""
 
 import re
 import signal

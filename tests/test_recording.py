@@ -1,4 +1,4 @@
-"""Recordings against a plain loop, lane by lane, over the same environment."""
+"""Recordings against a plain loop over the same environment, lane by lane."""
 
 import envpool
 import equinox as eqx

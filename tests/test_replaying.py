@@ -1,4 +1,4 @@
-"""A run that diverges leaves the update that did it."""
+"""A run that diverges saves the update that diverged."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_the_update_that_diverged_is_found_again(script, tmp_path, kind):
     status, out, err = script("replay", "run=run", "rows=1")
     assert status == 0, err
     assert "the loss is not finite after " in out and "640 steps" not in out
-    assert "all that the update begins with is finite" in out
+    assert "all inputs of the update are finite" in out
     update = load(tmp_path / "run" / "diverged_update.eqx")
     before = np.max(update["agent"].learnt)
     assert f"after {before + 64} steps" in out

@@ -1,4 +1,4 @@
-"""Runs from data, as the scripts make them: what they leave, how they go on, what they refuse."""
+"""Offline runs by the scripts: their files, their continuation, what they refuse."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(Evaluation, "__call__", interrupt)
         status, out, _ = script("train", *options, "hydra.run.dir=cut", "log_every=30")
-        assert status == 0 and "stopped: go on with `python scripts/train.py resume=" in out
+        assert status == 0 and "stopped: continue with `python scripts/train.py resume=" in out
     assert json.loads((tmp_path / "cut/summary.json").read_text())["status"] == "stopped"
     status, _, err = script("train", "resume=cut", "sampling.fraction=0.5")
     assert status == 1 and "leave out 'sampling.fraction=0.5'" in err
@@ -99,7 +99,7 @@ def test_interrupted_and_resumed_it_ends_the_same(data, script, tmp_path, monkey
     for ours, theirs in zip(*map(_leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     status, _, err = script("train", "resume=cut")
-    assert status == 1 and "has made its 120 updates: give a larger num_updates" in err
+    assert status == 1 and "has completed its 120 updates: give a larger num_updates" in err
     best = [json.loads((tmp_path / x / "summary.json").read_text()) for x in ("whole", "cut")]
     for name in ("best_eval_return_per_seed", "best_eval_num_updates_per_seed"):
         assert best[0][name] == best[1][name]
@@ -112,16 +112,16 @@ def _leaves(agent):
 
 BAD = {
     ("agent=cql",): "this agent learns from recorded data: give data=DIR",
-    ("data=data",): "this agent learns from environments, and data=... is no use to it",
-    ("agent=cql", "data=nothing"): "nothing' is no data set: there is no header.json in it",
-    ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, and the environment is",
+    ("data=data",): "this agent learns from environments, so data=... is not supported",
+    ("agent=cql", "data=nothing"): "nothing' is not a data set, since it has no header.json",
+    ("agent=cql", "data=data", "env=acrobot"): "is of gymnax/CartPole-v1, but the environment is",
     ("agent=cql", "data=data", "env=cartpole", "+env.observe=[0,2]"): "data' has observations",
-    ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a share above 0, up to 1",
+    ("agent=cql", "data=data", "sampling.fraction=2"): "fraction=2: give a number above 0, up to 1",
     ("agent=cql", "data=data", "sampling.by=game"): "unknown by 'game': known are episode,",
     ("agent=cql", "data=data", "sampling.runs=[7]"): "has no run 7: it has 0",
     ("agent=cql", "data=data", "sampling.memory_gb=1e-9"): "raise memory_gb",
     ("agent=cql", "data=data", "agent.td_loss=hubert"): "unknown td_loss 'hubert': the nearest",
-    ("agent=cql", "data=data", "agent.alpha=-1"): "alpha=-1 makes no sense",
+    ("agent=cql", "data=data", "agent.alpha=-1"): "alpha=-1 is out of range",
     ("agent=cql", "data=data", "num_updates=0"): "give a whole number of at least 1",
 }
 
@@ -138,7 +138,7 @@ def test_bad_input_ends_with_one_line(data, script, tmp_path):
     bytes_[-1] ^= 1
     path.write_bytes(bytes_)
     status, _, err = script("train", "agent=cql", "data=data", "hydra.run.dir=bad")
-    assert status == 1 and "obs.npy' is damaged: its checksum is wrong" in err
+    assert status == 1 and "obs.npy' is damaged, its checksum is wrong" in err
 
 
 @pytest.mark.parametrize("learning_rate", [100, 1e30])
@@ -153,7 +153,7 @@ def test_from_data_the_update_that_diverged_is_found_again(data, script, tmp_pat
     status, out, err = script("replay", "run=run")
     assert status == 0, err
     assert "the loss is not finite after " in out and "100 updates" not in out
-    assert "all that the update begins with is finite" in out
+    assert "all inputs of the update are finite" in out
     update = load(tmp_path / "run" / "diverged_update.eqx")
     assert update["experience"].weight is not None
     agent, metrics = update["agent"].update(update["experience"], key=update["key"])

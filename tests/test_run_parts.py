@@ -1,4 +1,4 @@
-"""Parts in a configuration: short forms, options of what was not chosen, earlier versions' keys."""
+"""Parts in a configuration: short forms, options of other choices, earlier versions' keys."""
 
 import equinox as eqx
 import jax
@@ -43,11 +43,11 @@ def test_a_part_keeps_the_options_that_it_has():
 
 def test_an_option_of_a_part_that_is_not_chosen_is_told():
     options = {"value": "scalar", "optimizer": {"name": "sgd"}, "mixer": {"name": "vdn"}}
-    message = "agent.value.sigma is of agent.value=hl_gauss, and scalar is chosen: leave it out"
+    message = "agent.value.sigma needs agent.value=hl_gauss, but scalar is chosen: leave it out"
     with pytest.raises(UsageError, match=message):
         check_of_chosen(options, "value.sigma")
     with pytest.raises(
-        UsageError, match=r"agent.optimizer.b1 is of .*=adabelief or adam.* and sgd"
+        UsageError, match=r"agent.optimizer.b1 needs .*=adabelief or adam.* but sgd"
     ):
         check_of_chosen(options, "optimizer.b1", ["rmsprop"])
     check_of_chosen(options, "value.sigma", ["quantile", "hl_gauss"])

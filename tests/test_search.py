@@ -1,4 +1,4 @@
-"""Search: what is varied, who proposes, what is learnt and told, and what survives a kill."""
+"""Search: what varies, who proposes, what is learnt and reported, and surviving a kill."""
 
 import csv
 import json
@@ -116,10 +116,10 @@ BAD_SPACES = [
     ({"agent": {"lambda_": ["much"]}}, "give numbers"),
     ({"agent": {"learning_rate": {"low": 1.0, "high": 0.1}}}, "search.agent.learning_rate: "),
     ({"agent": {"num_epochs": {"low": 1, "high": 2, "hihg": 3}}}, "with log or step"),
-    ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 makes no sense"),
+    ({"agent": {"lambda_": {"low": 0.5, "high": 1.5}}}, "lambda_=1.5 is out of range"),
     ({"agent": {"network": ["mlp", "mpl"]}}, "unknown network 'mpl'"),
-    ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma is of agent.value=hl_gauss"),
-    ({}, "there is nothing to search"),
+    ({"agent": {"value": {"sigma": [0.5, 1]}}}, "agent.value.sigma needs agent.value=hl_gauss"),
+    ({}, "the search space is empty"),
 ]
 
 
@@ -518,11 +518,11 @@ def test_a_sweep_of_searches_goes_on_with_its_own(script, tmp_path, quick):
     status, _, err = script("tune", *command)
     assert status == 0 and rows_of(tmp_path / "sweep" / "0") == rows, err
     status, _, err = script("tune", *command, "num_seeds=2")
-    assert status == 1 and "there is a run with num_seeds=1, not 2, in" in err
+    assert status == 1 and "holds a run with num_seeds=1, not 2" in err
     # As training would, it refuses what would be another search, in a directory of the sweep's.
     for name in ("tune", "train"):
         status, _, err = script(name, "-m", "resume=sweep/0", "hydra.sweep.dir=other")
-        assert status == 1 and "resume goes on with one run, in its own directory" in err
+        assert status == 1 and "resume continues one run, in its own directory" in err
     assert not (tmp_path / "other" / "0" / "study.journal").exists()
 
 
@@ -571,7 +571,7 @@ BAD_INPUT = {
     "search.agent.lamda_=[0.5]": "unknown hyperparameter of the space 'agent.lamda_'",
     "sampler=tep": "sampler=tep: choose one of tpe, random, grid",
     "direction=up": "direction=up: choose maximize or minimize",
-    "eval.every=0": "eval.every=0 evaluates nothing: choose another metric",
+    "eval.every=0": "needs evaluations, but eval.every=0",
     "trials=0": "trials=0: give a whole number of at least 1",
     "halving.rungs=9": "halving.rungs=9 are too many for total_steps=640",
     "pbt.every=64": "leave out pbt",

@@ -1,4 +1,4 @@
-"""Files that somebody sent: what they hold is read, and nothing of theirs is run."""
+"""Files from untrusted sources are read, and nothing in them is executed."""
 
 import hashlib
 import pickle
@@ -71,7 +71,7 @@ def test_an_agent(evil, tmp_path, old, new):
     if old not in text:  # by the name that the file has
         old = NAMES_OF_PQN[1]
     rewrite(tmp_path / "a.eqx", old, new)
-    with pytest.raises(UsageError, match=r"import evil.* first, if you trust who made that file"):
+    with pytest.raises(UsageError, match=r"import evil.* first, if you trust the author of"):
         eqx_q.load(tmp_path / "a.eqx")
 
 
@@ -87,7 +87,7 @@ def test_an_agent_of_the_hub(evil, tmp_path, monkeypatch, script):
         hub.commit(
             "you/thing", {**files, "evil.py": b"", "pytorch_model.bin": pickle.dumps(Bomb())}
         )
-        with pytest.raises(UsageError, match="import evil first, if you trust who made that file"):
+        with pytest.raises(UsageError, match="import evil first, if you trust the author of"):
             eqx_q.load("hf:you/thing")
         status, _, err = script("evaluate", "run=hf:you/thing")
         assert status == 1 and "config.yaml' is damaged" in err
@@ -97,10 +97,10 @@ def test_an_agent_of_the_hub(evil, tmp_path, monkeypatch, script):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"agent": {"_target_": "evil.Agent"}}, "import evil first, if you trust who wrote it"),
-        ({"agent": {"_target_": "os.system"}}, "_target_=os.system is no class of Agents"),
-        ({"agent": {"_target_": "eqx_q.save"}}, "_target_=eqx_q.save is no class of Agents"),
-        ({"tracker": {"_target_": "subprocess.Popen"}}, "is no class of Trackers"),
+        ({"agent": {"_target_": "evil.Agent"}}, "import evil first, if you trust its author"),
+        ({"agent": {"_target_": "os.system"}}, "_target_=os.system is not a subclass of Agent"),
+        ({"agent": {"_target_": "eqx_q.save"}}, "_target_=eqx_q.save is not a subclass of Agent"),
+        ({"tracker": {"_target_": "subprocess.Popen"}}, "is not a subclass of Tracker"),
         ({"tracker": {"_target_": "evil.run"}}, "import evil first"),
     ],
 )
@@ -143,7 +143,7 @@ def test_what_is_trusted_is_said(script, tmp_path, monkeypatch):
     options = ["agent._target_=mine.PQN", "total_steps=64", "num_envs=2", "tracker=jsonl"]
     options += ["agent.rollout_length=4", "agent.num_minibatches=2", "eval.every=0"]
     status, _, err = script("train", *options, "video.every=0")
-    assert status == 1 and "(scripts do so by +imports=[mine])" in err
+    assert status == 1 and "(in scripts: +imports=[mine])" in err
     assert script("train", *options, "video.every=0", "+imports=[mine]")[0] == 0
     status, _, err = script("train", *options, "+imports=[nowhere.mine]")
     assert status == 1 and "cannot import 'nowhere.mine'" in err

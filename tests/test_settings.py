@@ -1,4 +1,4 @@
-"""Configurations read once: defaults that depend on the run, and numbers that make no sense."""
+"""Configurations are read once: defaults that depend on the run, and invalid numbers."""
 
 from pathlib import Path
 
@@ -59,9 +59,9 @@ def test_what_is_given_is_taken():
         ("pbt.every=5 pbt.factors=[a,b]", r"pbt.factors=\['a', 'b'\]: give a list of numbers"),
         ("pbt.every=5 pbt.hyperparameters=[3]", r"pbt.hyperparameters=\[3\]: give a list of names"),
         ("pbt.every=5 pbt.fitness=eval/return eval.every=0", "leave out eval.every=0"),
-        ("pbt.every=5 data=some", "episode_return is not known .* give pbt.fitness=eval/return"),
-        ("pbt=3", "pbt=3: give what is in it, such as pbt.every=..."),
-        ("eval=3", "eval=3: give what is in it, such as eval.every=..."),
+        ("pbt.every=5 data=some", "episode_return does not exist .* give pbt.fitness=eval/return"),
+        ("pbt=3", "pbt=3: set its entries instead, such as pbt.every=..."),
+        ("eval=3", "eval=3: set its entries instead, such as eval.every=..."),
         ("pbt.every=5 pbt.fraction=7", "pbt.fraction=7.0: give a number from 0 to 1"),
     ],
 )

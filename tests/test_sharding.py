@@ -1,4 +1,4 @@
-"""Many devices and many processes, simulated on CPU: the same results, and what is exchanged."""
+"""Many devices and processes, simulated on CPU: equal results, and what they exchange."""
 
 import json
 import os
@@ -101,11 +101,11 @@ def test_what_cannot_be_shared_is_refused(found):
     expected = [
         "the processes do not find each other",
         "the processes do not find each other",
-        "devices=9, and JAX sees 8 (cpu)",
+        "devices=9, but JAX sees 8 (cpu)",
         "batch_size=12 does not divide over 8 devices",
-        "this environment lives outside JAX, where every device needs its own, and was made for 1",
-        "this environment lives outside JAX, where every device needs its own, and was made for 8",
-        "devices=9, and JAX sees 8 (cpu)",
+        "this environment lives outside JAX and was made for 1",
+        "this environment lives outside JAX and was made for 8",
+        "devices=9, but JAX sees 8 (cpu)",
         "lane_groups=12 does not divide over 8 devices",
         "devices=0: give a whole number of devices",
         "lane_groups=32 does not divide the 48 lanes",

@@ -1,4 +1,4 @@
-"""Sweeps: skipped, gone on with, started by launchers, and summarized."""
+"""Sweeps: skipped, continued, started by launchers, and summarized."""
 
 import csv
 import importlib
@@ -55,7 +55,7 @@ def test_joblib_runs_them_side_by_side_and_the_same_command_goes_on(script, tmp_
     assert run.returncode == 1, run.stderr
     assert "error: run 0: discount=5" in run.stderr and "Traceback" not in run.stderr
     assert run.stderr.endswith(
-        "error: some of the sweep's runs failed, with the messages above (of submitit's jobs: in "
+        "error: some runs of the sweep failed: see the messages above (for submitit jobs, those in "
         ".submitit/ of the sweep's directory)\n"
     ), run.stderr
     runs = [tmp_path / "sweep" / str(i) for i in (1, 2)]
@@ -72,7 +72,7 @@ def test_joblib_runs_them_side_by_side_and_the_same_command_goes_on(script, tmp_
     assert 0 < begun < 640
     status, out, err = script("train", *command)
     assert status == 1 and err.count("error: ") == 2 and "error: run 0: discount=5" in err
-    assert "done already: " not in out
+    assert "already done: " not in out
     for run, before in zip(runs, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, load(run / "agent.eqx"), before)
         lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -92,13 +92,13 @@ def test_joblib_runs_them_side_by_side_and_the_same_command_goes_on(script, tmp_
     OmegaConf.save(stored, runs[0] / "config.yaml")
     times = [(run / "agent.eqx").stat().st_mtime_ns for run in runs]
     _, out, _ = script("train", *command)
-    assert all(f"done already: {run}\n" in out for run in runs)
+    assert all(f"already done: {run}\n" in out for run in runs)
     assert [(run / "agent.eqx").stat().st_mtime_ns for run in runs] == times
 
     other = ["hydra.sweep.subdir=1", "agent.discount=0.9", "agent.lambda_=0.5"]
     status, _, err = script("train", *command[:-1], *other)
     assert status == 1
-    assert f"there is a run with agent.lambda_=0.65, not 0.5, in '{runs[0]}': choose" in err
+    assert f"'{runs[0]}' holds a run with agent.lambda_=0.65, not 0.5: choose" in err
 
 
 def test_without_a_launcher_the_extra_is_named(monkeypatch):
@@ -249,7 +249,7 @@ def test_human_normalised_scores_of_57_games():
     ("arguments", "message"),
     [
         ([], "there is no sweep to summarize: give sweep=DIR"),
-        (["sweep=nowhere"], "there is no run below 'nowhere'"),
+        (["sweep=nowhere"], "there are no runs below 'nowhere'"),
         (["sweep=."], "none of the 1 runs is finished and has eval_return"),
         (["sweep=.", "metric=return"], "unknown metric 'return': the nearest are"),
     ],

@@ -1,4 +1,4 @@
-"""The loop: what it computes, what it compiles, what it keeps, what it tells."""
+"""The loop: what it computes, compiles, keeps and logs."""
 
 import equinox as eqx
 import jax
@@ -285,7 +285,7 @@ def test_bad_input():
     for steps in (0, -1, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="total_steps must be positive"):
             eqx_q.train(agent, env, total_steps=steps, key=jax.random.key(0))
-    with pytest.raises(UsageError, match=r"are .* updates, and 2\*\*31 are too many"):
+    with pytest.raises(UsageError, match=r"are .* updates, but 2\*\*31 are too many"):
         eqx_q.train(agent, env, total_steps=2**50, key=jax.random.key(0))
     with pytest.raises(UsageError, match="log_every must be"):
         eqx_q.train(agent, env, total_steps=64, key=jax.random.key(0), log_every=0)

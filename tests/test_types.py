@@ -1,4 +1,4 @@
-"""Timesteps built in a loop of somebody's own keep the boundary rule."""
+"""Timesteps built in a user's own loop keep the boundary rule."""
 
 import jax
 import numpy as np

@@ -40,7 +40,7 @@ def test_without_a_screen_there_is_a_gif(script, tmp_path):
     assert status == 0, err
     (episode_return,) = [float(line.split()[-1]) for line in out.splitlines() if "return" in line]
     assert -120 < episode_return <= -60
-    assert "written to runs/zoo/pqn/Acrobot-v1/media/watch.gif" in out
+    assert "wrote runs/zoo/pqn/Acrobot-v1/media/watch.gif" in out
     durations, size = frames(
         tmp_path / "runs" / "zoo" / "pqn" / "Acrobot-v1" / "media" / "watch.gif"
     )
@@ -57,7 +57,7 @@ def test_in_a_window_too(script, pictures, tmp_path):
     assert len(frames(tmp_path / "a.gif")[0]) <= len(pictures)
     assert pictures[0].shape == (600, 400, 3) and (pictures[0] != pictures[5]).any()
     status, out, _ = script("watch", f"run={CARTPOLE}", *options[1:])
-    assert status == 0 and "written" not in out
+    assert status == 0 and "wrote" not in out
 
 
 def test_closing_the_window_ends_it(script, pictures, caplog):
@@ -101,9 +101,9 @@ def test_small_pictures_are_enlarged(pictures):
     [
         ([], "there is no run to watch: give run=DIR"),
         (["run=zoo:pqn/Cart"], "unknown agent of the zoo 'pqn/Cart': the nearest are pqn/CartPole"),
-        (["run=bandit"], "gymnax/BernoulliBandit-misc cannot be drawn"),
+        (["run=bandit"], "gymnax/BernoulliBandit-misc cannot be rendered"),
         ([f"run={CARTPOLE}", "fps=0"], "fps=0: give a number of at least 1"),
-        ([f"run={CARTPOLE}", "member=1"], "this run has the members 0 to 0"),
+        ([f"run={CARTPOLE}", "member=1"], "choose one of this run's members 0 to 0"),
     ],
 )
 def test_bad_input(script, tmp_path, arguments, message):

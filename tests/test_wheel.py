@@ -1,4 +1,4 @@
-"""The wheel and the light core alone: nothing of any extra is there to be imported."""
+"""The wheel and the light core alone: no extra is installed."""
 
 import importlib.metadata
 import json

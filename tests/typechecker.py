@@ -1,4 +1,4 @@
-"""Beartype as the tests use it: an `int` is a `float`, as in PEP 484."""
+"""Beartype with the tests' setting: an `int` is accepted as a `float`, as in PEP 484."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""An environment of any spaces, and an agent for it: what they say and do is drawn at random."""
+"""An environment with any spaces, and an agent for it; both draw everything at random."""
 
 import dataclasses
 from typing import Any

@@ -1,7 +1,7 @@
-"""Where an update's time goes, and the least that its matrix products alone would take.
+"""Measures the split of an update's time, and the time of its matrix products alone.
 
 The argument is JSON: `config` (as `scripts/train.py` composes it) and `seed`. All times are
-seconds per update; the matrix products are timed alone, in a compiled scan as in training.
+seconds per update; matrix products are timed alone, in a compiled scan as in training.
 """
 
 import json
@@ -24,9 +24,9 @@ Product = tuple[int, int, int]  # rows x inner x columns
 
 
 def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, int]]:
-    """The network's matrix products, each with how often it is computed, one after the other.
+    """The network's matrix products in order, each with its number of repetitions.
 
-    A convolution is a product of patches; a recurrence has a product a step.
+    A convolution is a product of patches; a recurrence has a product per step.
     """
     rows = lanes * (agent.num_agents or 1)
 
@@ -39,8 +39,8 @@ def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, i
     action = jax.ShapeDtypeStruct((steps, rows, agent.actions.num_factors), jnp.int32)
     reward = jax.ShapeDtypeStruct((steps, rows), jnp.float32)
     products = _products(jax.make_jaxpr(values)(obs, action, reward).jaxpr, 1)
-    # A product with a single column is a sum in disguise, as in layer normalisation, where it is
-    # not one with a weight.
+    # A product with a single column is a plain sum, as in layer normalisation, unless it has a
+    # weight.
     heads = {x.shape[0] for x in jax.tree.leaves(agent.network) if x.shape[1:] == (1,)}
     return [
         ((rows, inner, columns), times)
@@ -51,10 +51,10 @@ def forward_products(agent, lanes: int, steps: int = 1) -> list[tuple[Product, i
 
 def _products(jaxpr, times):
     for equation in jaxpr.eqns:
-        repeated = times * equation.params.get("length", 1)  # of a scan
+        repeated = times * equation.params.get("length", 1)  # a scan's iterations
         for value in equation.params.values():
             if equation.primitive.name == "cond" and isinstance(value, tuple):
-                value = value[0]  # of `platform_dependent` the CPU's
+                value = value[0]  # the CPU's branch of `platform_dependent`
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _products(inner, repeated)
@@ -70,9 +70,9 @@ def _products(jaxpr, times):
 
 
 def learning_products(forward: list[tuple[Product, int]]) -> list[tuple[Product, int]]:
-    """Forward and backward: gradients of all weights, and of all inputs but the observations.
+    """Forward and backward products: gradients of all weights, and of inputs except observations.
 
-    The gradient of a weight that is used at every step is one product over all of them.
+    The gradient of a weight that is used at every step is one product over all steps.
     """
     weights = [((inner, rows * times, columns), 1) for (rows, inner, columns), times in forward]
     inputs = [((rows, columns, inner), times) for (rows, inner, columns), times in forward[1:]]
@@ -96,18 +96,18 @@ def median_seconds(function, *args, repetitions: int = 5) -> float:
 def seconds_of(products: list[tuple[Product, int]], times: int) -> float:
     """Seconds that `times` rounds of these products take, one after the other.
 
-    A product that is repeated, as in a recurrence, has the same weight every time.
+    A repeated product, as in a recurrence, has the same weight every time.
     """
     operands = [
         (jnp.full((rows, inner), 1e-3), jnp.full((inner, columns), 1e-3))
         for (rows, inner, columns), _ in products
     ]
 
-    def corner(left, right):  # of a product that is needed whole
+    def corner(left, right):  # while the whole product must be computed
         return jax.lax.optimization_barrier(left @ right)[0, 0]
 
     def round_(operands, _):
-        # What one product computes enters the next, so that none can be left out.
+        # Each product depends on the one before, so that none can be optimized away.
         after = []
         for (left, right), (_, repeated) in zip(operands, products, strict=True):
             left = jax.lax.fori_loop(
@@ -147,7 +147,7 @@ def measure(config) -> dict[str, float]:
 
             keys = jax.random.split(key, num_updates * length)
             carry = (state, timestep, agent.initial_memory(lanes))
-            # All of it: in some games what is seen does not depend on what was done.
+            # The whole carry, since in some games observations do not depend on actions.
             return jax.lax.scan(step, carry, keys)[0]
 
         first = eqx_q.start(agent, env, key=jax.random.key(0))

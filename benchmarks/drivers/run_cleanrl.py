@@ -1,4 +1,4 @@
-"""Times CleanRL's `pqn.py` by the steps per second that it prints last. Runs under its Python.
+"""Times CleanRL's `pqn.py` by the last steps per second that it prints. Runs under its Python.
 
 The argument is JSON: `path`, `script`, `arguments` (by name), `seed`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 request = json.loads(sys.argv[1])
 script = Path(request["path"], "cleanrl", request["script"]).resolve()
 flags = [f"--{name.replace('_', '-')}={value}" for name, value in request["arguments"].items()]
-with tempfile.TemporaryDirectory() as directory:  # it writes TensorBoard files where it runs
+with tempfile.TemporaryDirectory() as directory:  # for its TensorBoard files
     process = subprocess.run(
         [sys.executable, script, f"--seed={request['seed']}", *flags],
         cwd=directory,

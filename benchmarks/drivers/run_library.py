@@ -1,4 +1,4 @@
-"""Times `eqx_q.train` when nothing is left to compile.
+"""Times `eqx_q.train` after compilation.
 
 The argument is JSON: `config` (as `scripts/train.py` composes it) and `seed`.
 """
@@ -29,7 +29,7 @@ def train(total_steps):
 
 _, history = train(1)  # one update: everything is compiled after it
 compile_seconds = history[-1]["compile_seconds"]
-# All of the call counts: resets, copies, chunks, and the host's work between them.
+# Times the whole call: resets, copies, chunks, and the host's work between them.
 seconds, history = train(config["total_steps"])
 
 memory = jax.devices()[0].memory_stats() or {}

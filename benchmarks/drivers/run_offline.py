@@ -1,4 +1,4 @@
-"""Times `eqx_q.train_offline` when nothing is left to compile, and drawing batches alone.
+"""Times `eqx_q.train_offline` after compilation, and sampling batches alone.
 
 The argument is JSON: `agent` and `config` (as `scripts/train.py` composes it), `data` (a data set),
 `num_updates`, `num_batches` and `seed`.
@@ -33,7 +33,7 @@ agent = eqx_q.DQN.create(
 
 
 def train(num_updates):
-    """How long it takes to learn, and what comes before: compiling, and loading the data."""
+    """Seconds of learning, and of compilation and loading the data before."""
     start = time.perf_counter()
     _, history = eqx_q.train_offline(
         agent, dataset, num_updates=num_updates, key=jax.random.key(request["seed"])
@@ -44,7 +44,7 @@ def train(num_updates):
 
 @eqx.filter_jit
 def draw(replay, key):
-    """Batches of which every byte is read."""
+    """Draws batches and reads every byte of them."""
 
     def body(index, total):
         place = replay.draw(jax.random.fold_in(key, index), (agent.learns_from.size,))

@@ -1,6 +1,6 @@
 """Times purejaxql's training call. Runs under purejaxql's own Python, from its own checkout.
 
-Training is one compiled call there: it is lowered and compiled first, then timed alone.
+Training is one compiled call: it is lowered and compiled first, then timed alone.
 The argument is JSON: `path`, `script`, `algorithm` (its configuration file), `overrides`, `seed`.
 """
 
@@ -32,7 +32,7 @@ config: Any = OmegaConf.to_container(
     )
 )
 key = jax.random.PRNGKey(request["seed"])
-if hasattr(script, "env_from_config"):  # of teams: the environment is made before
+if hasattr(script, "env_from_config"):  # for teams, the environment is made before
     env, _ = script.env_from_config(copy.deepcopy(config))
     train = script.make_train(config, env)
 else:

@@ -1,9 +1,9 @@
-"""Times slimCQL's updates and its sampling, both as its own training loop calls them.
+"""Times slimCQL's updates and sampling, called as in its own training loop.
 
 Runs under its Python. The argument is JSON: `path`, `arrays` (an .npz of frames, actions, rewards,
 terminals and episode ends), `algorithm`, `hyperparameters`, `num_updates`, `updates_per_call`,
-`num_batches` and `seed`. Its loop makes 500 updates a call, whose batches take 7 GB in memory:
-fewer are timed here, which makes no difference to it.
+`num_batches` and `seed`. Its loop makes 500 updates per call, whose batches take 7 GB of memory;
+here it makes fewer, which does not affect its speed.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""What learns."""
+"""Agents: Q-learning algorithms, their parts, and populations of them."""
 
 from .agent import (
     Agent as Agent,

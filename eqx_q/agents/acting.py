@@ -1,4 +1,4 @@
-"""From observations to decisions: what every agent that computes Q-values has in common."""
+"""From observations to decisions: the code that all agents with Q-values share."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ from .values import AbstractValue
 
 
 class AgentMemory(eqx.Module):
-    """What an agent remembers, a row per lane and agent.
+    """An agent's memory, with a row per lane and agent.
 
-    That is the network's memory, the last choice of each factor (-1 where there was none), and what
-    exploration remembers.
+    It holds the network's memory, the last choice of each factor (-1 if there was none), and the
+    memory of the exploration.
     """
 
     network: PyTree[Array]
@@ -42,9 +42,8 @@ class AgentMemory(eqx.Module):
 class QAgent(Agent):
     """Acts by the Q-values of a network.
 
-    **Attributes:** the parts of it; see their classes. `statistics`: running statistics of the
-    network's normalisation. `bins`: see `Actions`. `epsilon`: of acting with a key, where none is
-    given.
+    **Attributes:** its parts; see their classes. `statistics`: running statistics of the network's
+    normalisation. `bins`: see `Actions`. `epsilon`: the default for acting with a key.
     """
 
     action_space: AbstractVar[Leaf]
@@ -70,7 +69,7 @@ class QAgent(Agent):
 
     @property
     def model(self) -> Model:
-        """What is computed of observations."""
+        """The agent's computation as a `Model`."""
         return Model(self.network, self.mixer, self.value, self.actions, self.observation_space)
 
     @property
@@ -104,7 +103,7 @@ class QAgent(Agent):
         epsilon: Scalar | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Decision:
-        """See `Agent`. Raises `UsageError` where `obs` does not fit the observation space."""
+        """See `Agent`. Raises `UsageError` if `obs` does not fit the observation space."""
         space, actions = self.observation_space, self.actions
         obs = spaces.cast(space, spaces.select(space, obs))
         lanes = self._lanes(obs)
@@ -136,7 +135,7 @@ class QAgent(Agent):
         else:
             epsilon = self.epsilon if epsilon is None else epsilon
             is_legal = actions.legal(mask)
-            if is_legal is not None:  # of every row, which draws its own
+            if is_legal is not None:  # one per row, since each row draws its own
                 is_legal = jnp.broadcast_to(is_legal, q_values.shape)
             starts = None if starts is None else starts[0]
             index, after = self.exploration(q_values, epsilon, key, after, starts, is_legal)
@@ -149,7 +148,7 @@ class QAgent(Agent):
         )
 
     def _lanes(self, obs: Observation) -> tuple[int, ...]:
-        """The axes before those of one agent's observation: lanes, if any; agents, in a team."""
+        """The leading axes of an observation: lanes, if any, then the agents of a team."""
         lanes = spaces.leading_axes(self.observation_space, obs)
         team = () if self.num_agents is None else (self.num_agents,)
         if len(lanes) - len(team) not in (0, 1) or lanes[len(lanes) - len(team) :] != team:
@@ -171,9 +170,9 @@ class QAgent(Agent):
         return hyperparameters.replace(self, values)
 
     def with_fresh_optimizer(self) -> "QAgent":
-        """The same agent with its optimiser as before the first step.
+        """The same agent with a fresh optimiser state.
 
-        What is only to act is a third as large in a file, since moments of zeros take no bytes.
+        Zeros take no space in files, so that this agent's file is a third as large with Adam.
         """
         parameters, _ = split_parameters((self.network, self.mixer))
         return dataclasses.replace(self, optimizer_state=self.optimizer.init(parameters))
@@ -183,9 +182,9 @@ class QAgent(Agent):
         return fn(rollout)
 
     def _checked_memory(self, memory: Memory, rows: int) -> Memory:
-        """The memory that is given, or else that of an episode's start.
+        """The given memory, or that of an episode's start.
 
-        **Raises:** `UsageError` where it is not of this agent, or of so many rows.
+        **Raises:** `UsageError` if it does not match this agent or the number of rows.
         """
         num_lanes = rows // (self.num_agents or 1)
         start = self.initial_memory(num_lanes)
@@ -193,8 +192,8 @@ class QAgent(Agent):
             return start
         if _shapes(memory) != _shapes(start):
             raise UsageError(
-                f"memory does not match {num_lanes} lanes of this agent: give what "
-                "agent.initial_memory or the decision before gave"
+                f"memory does not match {num_lanes} lanes of this agent: pass the result of "
+                "agent.initial_memory or the memory of the previous decision"
             )
         return memory
 
@@ -206,6 +205,6 @@ def _shapes(memory: Memory) -> tuple[Any, list[tuple[int, ...]]]:
 def _check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> None:
     if mask is not None and jnp.shape(mask) != shape:
         raise UsageError(
-            f"action_mask has shape {jnp.shape(mask)}, not {shape}: axes are lanes, agents of a "
-            "team, then choices"
+            f"action_mask has shape {jnp.shape(mask)}, not {shape}: give it axes for lanes, agents "
+            "of a team, and choices"
         )

@@ -1,9 +1,9 @@
-"""Actions as factors: what an agent chooses, and what an environment takes.
+"""Converts between an agent's choices and an environment's actions.
 
-An action has one factor or several, each with choices of its own: `Discrete` has one factor,
-`MultiDiscrete` one for each entry, `MultiBinary` one for each bit, and a bounded `Box` one for each
-dimension, cut into bins. The value of a joint action is the mean of its factors' values, so that
-the best joint action is the best choice of each factor (decoupled Q-networks, Seyde et al. 2023,
+An action has one or more factors, each with its own choices: `Discrete` has one factor,
+`MultiDiscrete` one per entry, `MultiBinary` one per bit, and a bounded `Box` one per dimension,
+divided into bins. The value of a joint action is the mean of its factors' values, so that the best
+joint action consists of the best choice of each factor (decoupled Q-networks, Seyde et al. 2023,
 arXiv 2210.12566, equation 3).
 """
 
@@ -28,10 +28,10 @@ class Actions(eqx.Module):
 
     **Attributes:**
 
-    - `space`: of one agent's actions.
-    - `bins`: choices of each dimension of a `Box`, evenly from its lower to its upper bound: 2 are
-        its ends (bang-bang control, Seyde et al. 2021, arXiv 2111.02552). One number for all, or
-        one each.
+    - `space`: one agent's action space.
+    - `bins`: choices per dimension of a `Box`, evenly spaced from its lower to its upper bound: 2
+        are its ends (bang-bang control, Seyde et al. 2021, arXiv 2111.02552). One number for all
+        dimensions, or one each.
     """
 
     space: Leaf = eqx.field(static=True)
@@ -43,13 +43,13 @@ class Actions(eqx.Module):
         size = math.prod(self.space.shape)
         if len(self.bins) != size:
             raise UsageError(
-                f"bins={list(self.bins)} are {len(self.bins)} numbers, and actions have {size} "
-                "dimensions: give one each, or one number for all"
+                f"bins={list(self.bins)} are {len(self.bins)} numbers, but actions have {size} "
+                "dimensions: give one number each, or one for all"
             )
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """How many choices each factor has."""
+        """The number of choices of each factor."""
         if not isinstance(self.space, Box):
             return factors(self.space)
         size = math.prod(self.space.shape)
@@ -62,32 +62,32 @@ class Actions(eqx.Module):
 
     @property
     def num_choices(self) -> int:
-        """`A`: of all factors together."""
+        """`A`: the choices of all factors together."""
         return sum(self.choices)
 
     @property
     def has_padding(self) -> bool:
-        """Whether `by_factor` pads: factors have different numbers of choices."""
+        """Whether `by_factor` pads, because factors have different numbers of choices."""
         return len(set(self.choices)) > 1
 
     @property
     def is_rounded(self) -> bool:
-        """Whether `encode` rounds: the space has more actions than there are choices."""
+        """Whether `encode` rounds, because the space has more actions than choices."""
         return isinstance(self.space, Box)
 
     def decode(self, index: Int[Array, "*lanes F"]) -> Shaped[Array, "*lanes_and_action"]:
-        """The action that makes these choices, as the environment takes it."""
+        """The action for these choices, in the environment's form."""
         lanes, space = index.shape[:-1], self.space
         if isinstance(space, Box):
             low, step, _ = self._bins()
             high = space.high.reshape(-1).astype(np.float32)
             is_last = index == np.asarray(self.choices) - 1
-            action = jnp.where(is_last, high, low + step * index)  # exactly, whatever is rounded
+            action = jnp.where(is_last, high, low + step * index)  # the exact upper bound
             return action.reshape(*lanes, *space.shape)
         return (index + self._starts).reshape(*lanes, *(space.shape or ()))
 
     def encode(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Int[Array, "*lanes F"]:
-        """The choices that an action makes; of a `Box` the nearest bins."""
+        """The choices for an action; for a `Box`, the nearest bins."""
         action, space = jnp.asarray(action), self.space
         own = len(space.shape or ())
         lanes = action.shape[: action.ndim - own]
@@ -99,9 +99,9 @@ class Actions(eqx.Module):
         return action.astype(jnp.int32) - self._starts
 
     def rounding(self, action: Shaped[AnyArray, "*lanes_and_action"]) -> Float[Array, "*lanes"]:
-        """How far an action is from the one that `encode` makes of it: root mean square.
+        """Root mean square distance from an action to the nearest one that has a choice.
 
-        Each dimension counts in parts of its range; 0 but for a `Box`.
+        Each dimension is measured in units of its range; 0 except for a `Box`.
         """
         if not isinstance(self.space, Box):
             lanes = jnp.ndim(action) - len(self.space.shape or ())
@@ -116,7 +116,7 @@ class Actions(eqx.Module):
     def by_factor(
         self, x: Shaped[Array, "*lanes A"], padding: float | bool
     ) -> Shaped[Array, "*lanes F C"]:
-        """What belongs to choices, apart by factors; where one has fewer than `C`, `padding`."""
+        """Splits the axis of choices by factor; factors with fewer than `C` are padded."""
         if not self.has_padding:
             return x.reshape(*x.shape[:-1], self.num_factors, -1)
         choices = np.asarray(self.choices)
@@ -125,9 +125,9 @@ class Actions(eqx.Module):
         return jnp.where(is_there, x[..., np.where(is_there, place, 0)], padding)
 
     def legal(self, mask: Bool[AnyArray, "*lanes A"] | None) -> Bool[Array, "*lanes F C"] | None:
-        """Legal choices by factors, padding never; `None` where every choice is legal.
+        """Mask of legal choices by factor, without padding; `None` if every choice is legal.
 
-        Where nothing is legal for a factor (games say so when they are over) everything is.
+        If a factor has no legal choice (as in some games at the end), all of its choices are legal.
         """
         if mask is None:
             if not self.has_padding:
@@ -142,32 +142,32 @@ class Actions(eqx.Module):
     def take(
         self, x: Float[Array, "*lanes A K"], index: Int[Array, "*lanes F"]
     ) -> Float[Array, "*lanes F K"]:
-        """What belongs to the chosen choice of each factor."""
+        """Selects the entries of each factor's chosen choice."""
         choices = np.asarray(self.choices)
         place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
         return jnp.take_along_axis(x, place[..., None], axis=-2)
 
     @property
     def _starts(self) -> Int[np.ndarray, "#F"]:
-        """What the environment calls the first choice of each factor."""
+        """The environment's number for the first choice of each factor."""
         return np.reshape(getattr(self.space, "start", 0), -1).astype(np.int32)
 
     def _bins(self) -> tuple[Float[np.ndarray, " F"], ...]:
-        """Of each dimension: the lowest bin, the distance between bins, and a nonzero divisor.
+        """The lowest bin of each dimension, the distance between bins, and a nonzero divisor.
 
-        The divisor is that distance, or 1 where it is 0.
+        The divisor is the distance, or 1 where that is 0.
         """
         assert isinstance(self.space, Box)
         low = self.space.low.reshape(-1).astype(np.float32)
         high = self.space.high.reshape(-1).astype(np.float32)
         step = (high - low) / (np.asarray(self.choices, np.float32) - 1)
-        return low, step, np.where(step > 0, step, np.float32(1))  # of one value alone: not 0
+        return low, step, np.where(step > 0, step, np.float32(1))  # 0 if the bounds are equal
 
 
 def as_bins(given: Any) -> Bins:
-    """`bins` as a static field holds it: Python's numbers, also where NumPy's are given.
+    """Converts `bins` to Python numbers, so that it can be a static field.
 
-    **Raises:** `UsageError` for what is no whole number of at least 2, nor a sequence of them.
+    **Raises:** `UsageError` unless it is a whole number of at least 2, or a sequence of them.
     """
     is_list = isinstance(given, Iterable)
     sizes: tuple[Any, ...] = tuple(given) if is_list else (given,)

@@ -1,4 +1,4 @@
-"""The agent contract: what acts, and how it learns, online or offline."""
+"""The agent contract: acting, and learning online or offline."""
 
 import abc
 import dataclasses
@@ -31,10 +31,11 @@ class Rollouts:
 
     **Fields:**
 
-    - `length`: `T`, the steps per lane that are learnt from.
-    - `burn_in`: steps before those, which a rollout must have too, to warm up memory.
-    - `lane_groups`: groups of lanes that minibatches are drawn within; devices can share them.
-    - `num_minibatches`: into which a group is divided, and whether they have `whole_lanes`.
+    - `length`: `T`, the steps per lane to learn from.
+    - `burn_in`: extra steps at the start of a rollout that only warm up memory.
+    - `lane_groups`: number of lane groups. Every minibatch takes equally from each, so that devices
+        can share them.
+    - `num_minibatches`: minibatches per group; with `whole_lanes` they consist of whole lanes.
     """
 
     length: int
@@ -46,18 +47,18 @@ class Rollouts:
     unit: ClassVar[str] = "env_steps"
 
     def units(self, num_envs: int) -> int:
-        """What an update counts: the steps of so many lanes."""
+        """Units that one update counts: the steps of `num_envs` lanes."""
         return self.length * num_envs
 
     @property
     def shared(self) -> tuple[int, str]:
-        """What devices that share one agent divide equally: how many, and the option's name."""
+        """The number that devices sharing one agent must divide equally, and its option's name."""
         return self.lane_groups, "lane_groups"
 
     def num_items(self, num_lanes: int) -> int:
-        """What minibatches are made of, over so many lanes: lanes or transitions.
+        """The number of items (lanes or transitions) that are divided into minibatches.
 
-        **Raises:** `UsageError` where those do not divide into groups, or minibatches.
+        **Raises:** `UsageError` if they do not divide into groups or minibatches.
         """
         if num_lanes % self.lane_groups:
             raise UsageError(
@@ -81,8 +82,7 @@ class Rollouts:
 class Batches:
     """Offline learning: the batches that one update takes.
 
-    They are `Transitions`, or where there is a `sequence_length` a `Rollout` with a lane for each
-    sequence.
+    They are `Transitions`, or with a `sequence_length` a `Rollout` with one lane per sequence.
 
     **Fields:**
 
@@ -99,7 +99,7 @@ class Batches:
     unit: ClassVar[str] = "num_updates"
 
     def units(self, num_envs: int) -> int:
-        """What an update counts: itself."""
+        """Units that one update counts: 1."""
         return 1
 
     @property
@@ -109,15 +109,15 @@ class Batches:
 
 
 class Agent(eqx.Module):
-    """An immutable PyTree that acts, and that learns by giving back another one.
+    """An immutable PyTree that acts; learning returns a new agent.
 
     **Attributes:**
 
     - `observation_space`, `action_space`: Gymnasium spaces of one lane.
-    - `num_choices`: `A`, of all factors of an action: the size of an action mask.
+    - `num_choices`: `A`, summed over all factors of an action: the size of an action mask.
     - `num_agents`: `None`, or `M` for a team, whose observations and actions are `[N, M, ...]`.
     - `num_members`: `None`, or `S` for a population, whose lanes are `[S * N]`.
-    - `learns_from`: what `update` takes. It makes the agent learn online or offline.
+    - `learns_from`: the input of `update`, which makes the agent learn online or offline.
     - `learnt`: lane-steps (online) or updates (offline) so far (`[S]` in a population).
     """
 
@@ -150,38 +150,37 @@ class Agent(eqx.Module):
         **Arguments:**
 
         - `obs`: with or without a lane axis; NumPy or JAX.
-        - `memory`: from the decision before, or from `initial_memory` (for one lane, without a lane
-            axis in `obs`); by default that of an episode's start.
-        - `first`: where an episode starts, so that memory is reset.
+        - `memory`: from the previous decision, or from `initial_memory` (for one lane if `obs` has
+            no lane axis); by default that of an episode's start.
+        - `first`: lanes in which an episode starts, which resets their memory.
         - `action_mask`: legal actions.
-        - `reward`: that came with `obs`, for networks that look at it; in a team each agent's, or
-            one for all.
+        - `reward`: the reward that came with `obs`, for networks that use it; for a team, one per
+            agent or one for all.
         - `epsilon`: probability of a random legal action; by default the schedule's.
-        - `key`: randomness. Without it the choice is greedy.
+        - `key`: source of randomness. Without it actions are greedy.
         """
 
     @abc.abstractmethod
     def update(
         self, experience: Rollout | Transitions, *, key: PRNGKeyArray
     ) -> tuple["Agent", dict[str, Float[Array, "..."]]]:
-        """Learns from a rollout, or from a batch (in a population: one for each member).
+        """Learns from a rollout, or from a batch (in a population: one per member).
 
-        **Returns:** the new agent, and metrics by name: scalars, or distributions with axes of
-        their own (in a population both behind one of members). Of a batch there is `priority`
-        among them, by which one may choose what to learn from next: `[B]`, the absolute TD error
-        of each item.
+        **Returns:** the new agent, and metrics by name: scalars, or distributions with their own
+        axes (in a population, after the axis of members). For a batch they include `priority`,
+        `[B]`: the absolute TD error of each item, for prioritised sampling.
         """
 
     @abc.abstractmethod
     def with_schedule(self, steps: Float[Array, "*S"]) -> "Agent":
-        """The same agent with schedules over so many lane-steps, unless its creator has set them.
+        """The same agent with schedules over `steps` lane-steps, unless their length was set.
 
-        An agent without schedules is the same as before.
+        An agent without schedules is returned as it is.
         """
 
     @abc.abstractmethod
     def hyperparameters(self) -> dict[str, Shaped[Array, "*S"]]:
-        """By their path: see `eqx_q.agents.hyperparameters`."""
+        """Hyperparameters by path: see `eqx_q.agents.hyperparameters`."""
 
     @abc.abstractmethod
     def with_hyperparameters(
@@ -191,7 +190,7 @@ class Agent(eqx.Module):
 
     @abc.abstractmethod
     def measure(self, fn: Callable[[Rollout], PyTree[Array]], rollout: Rollout) -> PyTree[Array]:
-        """`fn(rollout)`, or that of every member's own lanes, stacked, in a population."""
+        """`fn(rollout)`; in a population, stacked over the members' own lanes."""
 
 
 def decide(
@@ -202,7 +201,7 @@ def decide(
     epsilon: Float[AnyArray, "..."] | Scalar | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Decision:
-    """`agent.act` on all that a timestep says."""
+    """`agent.act` with all fields of a timestep."""
     return agent.act(
         timestep.obs,
         memory,

@@ -1,4 +1,4 @@
-"""An agent's parts, from their names: what every agent's `create` does."""
+"""Makes an agent's parts from their names, for every agent's `create`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from .actions import Actions, as_bins
 from .exploration import AbstractExploration, make_exploration
 from .mixers import AbstractMixer, make_mixer
 from .model import size_of_observations
-from .optimizers import Optimizer, make_optimizer
+from .optimizers import AnyOptimizer, make_optimizer
 from .values import AbstractValue, make_value
 
 Choice = str | Mapping[str, Any]  # of a part: its name, or {"name": ..., **options}
@@ -37,36 +37,36 @@ def make_parts(
     bins: int | Sequence[int],
     mixer: Choice | AbstractMixer,
     exploration: Choice | AbstractExploration,
-    optimizer: Choice | Optimizer,
+    optimizer: AnyOptimizer,
 ) -> dict[str, Any]:
-    """The fields of an agent that are its parts, and their first state.
+    """Makes an agent's parts and their initial state, as fields of the agent.
 
     **Arguments:**
 
-    - `observation_space`, `action_space`: Gymnasium spaces of one lane, in a team of one agent.
+    - `observation_space`, `action_space`: Gymnasium spaces of one lane; in a team, of one agent.
     - `key`: for the parameters.
     - `num_agents`: `M` of a team, else `None`.
-    - `state_size`: numbers of the global state, for mixers that look at it. `None`: they look at
-        all observations side by side.
+    - `state_size`: size of the global state, for mixers that use it. `None`: they use all
+        observations concatenated.
     - `network`: the name of a shipped network (`eqx_q.nets.make_network`), or an Equinox module: an
-        `AbstractQNetwork`, or any that maps one observation to values `[A]` (`[A, K]` where the
-        value has `K` numbers a choice).
+        `AbstractQNetwork`, or any that maps one observation to values `[A]` (`[A, K]` if the value
+        has `K` numbers per choice).
     - `network_options`: options of the named network.
-    - `value`, `mixer`, `exploration`, `optimizer`: a part each: a name, a mapping with `name` and
-        options, or an object.
+    - `value`, `mixer`, `exploration`, `optimizer`: each a name, a mapping with `name` and options,
+        or an object.
     - `bins`: see `Actions`.
 
-    **Raises:** `UsageError` for spaces, names, options or sizes that cannot work together.
+    **Raises:** `UsageError` for spaces, names, options or sizes that do not work together.
     """
     check_whole(num_agents=1 if num_agents is None else num_agents)
     observation_space = spaces.of_observations(observation_space)
     actions = Actions(spaces.of_actions(action_space), as_bins(bins))
     value = make_value(value)
     if "num_agents" in (network_options or {}):
-        raise UsageError("num_agents is no option of the network: give it to create itself")
+        raise UsageError("num_agents is not an option of the network: pass it to create instead")
     if "num_quantiles" in (network_options or {}):
         raise UsageError(
-            "num_quantiles is an option of the value: value={'name': 'quantile', "
+            "num_quantiles is an option of the value: give value={'name': 'quantile', "
             "'num_quantiles': ...} (agent.value=quantile agent.value.num_quantiles=...)"
         )
     if isinstance(network, str):
@@ -80,7 +80,7 @@ def make_parts(
             **(network_options or {}),
         )
     elif network_options:
-        raise UsageError("network_options are for named networks: drop them, or name a network")
+        raise UsageError("network_options are for named networks: remove them, or name a network")
     network = as_network(network, value.num_outputs)
     check_network(network, observation_space, actions, value, num_agents or 1)
     if state_size is None:
@@ -108,42 +108,42 @@ def make_parts(
 
 
 def check_burn_in(burn_in: int, has_memory: bool) -> None:
-    """Raises `UsageError` for what is no number of steps, or for a network without memory."""
+    """Raises `UsageError` for an invalid number of steps, or a network without memory."""
     check_whole(burn_in=burn_in, least=0)
     if burn_in and not has_memory:
         raise UsageError(
-            f"burn_in={burn_in} warms up memory, and this network has none: set it to 0, or choose "
+            f"burn_in={burn_in} warms up memory, but this network has none: set it to 0, or choose "
             "a memory (network_options.memory)"
         )
 
 
 def check_together(value: AbstractValue, mixer: AbstractMixer) -> None:
-    """Refuses what no literature defines.
+    """Checks that the value and the mixer work together.
 
-    **Raises:** `UsageError` where a joint mixer would mix quantiles.
+    **Raises:** `UsageError` if a joint mixer would mix quantiles.
     """
     if mixer.is_joint and value.num_samples > 1:
         raise UsageError(
-            f"{type(mixer).__name__} mixes expected values, from which quantiles cannot be learnt: "
-            "choose value=scalar, rescaled or hl_gauss, or mixer=independent"
+            f"{type(mixer).__name__} mixes expected values, so it cannot learn quantiles: choose "
+            "value=scalar, rescaled or hl_gauss, or mixer=independent"
         )
 
 
 def check_mixer(mixer: AbstractMixer, num_agents: int, state_size: int) -> None:
-    """Tries a mixer on one lane, without computing anything.
+    """Checks a mixer's shapes on one lane, without computing anything.
 
-    **Raises:** `UsageError` where it does not mix so many agents by such a state.
+    **Raises:** `UsageError` if it cannot mix `num_agents` agents with a state of `state_size`.
     """
     values = jax.ShapeDtypeStruct((1, num_agents), jnp.float32)
     state = jax.ShapeDtypeStruct((1, state_size), jnp.float32) if mixer.is_joint else None
-    team = f"{num_agents} agents by a global state of {state_size} numbers"
+    team = f"{num_agents} agents with a global state of {state_size} numbers"
     with explained(f"{type(mixer).__name__} does not mix the values of {team}"):
         mixed = eqx.filter_eval_shape(mixer.mix, values, state)
     expected = (1, 1 if mixer.is_joint else num_agents)
     if mixed.shape != expected:
         raise UsageError(
-            f"{type(mixer).__name__} mixes the values of {team} into {mixed.shape[1:]}: what it "
-            f"gives must have shape {expected[1:]}"
+            f"{type(mixer).__name__} mixes the values of {team} into shape {mixed.shape[1:]}: "
+            f"return shape {expected[1:]}"
         )
 
 
@@ -154,10 +154,10 @@ def check_network(
     value: AbstractValue,
     num_agents: int,
 ) -> None:
-    """Tries a network on one observation of each agent, without computing anything.
+    """Checks a network's shapes on one observation of each agent, without computing anything.
 
-    **Raises:** `UsageError` where it does not take it, does not give values for each choice, or
-    does not give back memory and statistics of the shapes and types that it started with.
+    **Raises:** `UsageError` if it does not accept the observation, does not return values for each
+    choice, or changes the shapes or types of memory or statistics.
     """
     rows = (1, num_agents)
     action = jax.ShapeDtypeStruct((*rows, actions.num_factors), jnp.int32)
@@ -173,12 +173,12 @@ def check_network(
             compute, spaces.shapes(observation_space, *rows), action, reward
         )
     if not isinstance(output, NetworkOutput):
-        raise UsageError(f"a network gives a NetworkOutput, not {type(output).__name__}")
+        raise UsageError(f"a network must return a NetworkOutput, not {type(output).__name__}")
     for name, before, after in (
         ("memory", memory, output.memory),
         ("statistics", statistics, output.statistics),
     ):
-        if not eqx.tree_equal(before, after):  # of shapes and types
+        if not eqx.tree_equal(before, after):  # compares shapes and types
             raise UsageError(
                 f"the network's {name} must keep its shapes and types: before a step it is "
                 f"{before}, after it {after}"
@@ -188,7 +188,7 @@ def check_network(
     expected = (*rows, actions.num_choices, value.num_outputs)
     if output.values.shape != expected:
         raise UsageError(
-            f"the network gives values of shape {output.values.shape[2:]}, and there are "
+            f"the network returns values of shape {output.values.shape[2:]}, but there are "
             f"{expected[2]} choices of action with {expected[3]} values each: its output must have "
             f"shape {expected[2:]}"
         )

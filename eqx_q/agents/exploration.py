@@ -1,13 +1,13 @@
-"""Explorations: how an agent strays from its best action.
+"""Explorations: how an agent deviates from its best action.
 
-To add one: a class here, and a line in `EXPLORATIONS`.
+To add one: write a class here, and add a line to `EXPLORATIONS`.
 
-An action has `F` factors, each of which chooses among `C`; that of a `Discrete` space has one. ε is
-the probability with which a factor explores: at 0 every one of them is greedy, so that agents are
-evaluated alike, whatever they were trained with. Classes differ in what is done with probability ε.
+An action has `F` factors with up to `C` choices each; `Discrete` has one factor. ε is the
+probability that a factor explores. At 0 every exploration is greedy, so agents are evaluated alike,
+however they were trained. The classes differ in what they do with probability ε.
 
 Each factor explores on its own, as in the authors' code of decoupled Q-networks (Seyde et al. 2023,
-arXiv 2210.12566): factors that are not explored stay greedy, and one action tries out few of them.
+arXiv 2210.12566): factors that do not explore stay greedy, so one action explores few of them.
 """
 
 import abc
@@ -31,14 +31,14 @@ def epsilon_greedy(
     key: PRNGKeyArray,
     action_mask: Bool[Array, "*lanes A"] | None = None,
 ) -> Int[Array, "*lanes"]:
-    """With probability `epsilon` an action drawn uniformly from the legal ones, else the best.
+    """With probability `epsilon` a uniformly random legal action, else the best.
 
     `q_values` of illegal actions must be -inf already (see `Model.q_values`).
     """
     *lanes, num_actions = q_values.shape
     greedy = jnp.argmax(q_values, axis=-1)
     if action_mask is None:
-        # One draw for both questions: whether to explore, and what.
+        # One draw for both: whether to explore, and which action.
         explore, choice = jax.random.uniform(key, (2, *lanes))
         random = jnp.floor(choice * num_actions).astype(greedy.dtype)
     else:
@@ -49,18 +49,18 @@ def epsilon_greedy(
 
 
 def _uniform(key: PRNGKeyArray, is_legal: Bool[Array, "*lanes A"]) -> Int[Array, "*lanes"]:
-    """An action drawn uniformly from the legal ones."""
+    """A uniformly random legal action."""
     return jnp.argmax(jnp.where(is_legal, jax.random.uniform(key, is_legal.shape), -1.0), axis=-1)
 
 
 class AbstractExploration(Part):
-    """How actions are drawn, given Q-values and ε."""
+    """Draws actions, given Q-values and ε."""
 
     @abc.abstractmethod
     def initial_memory(self, num_rows: int, num_factors: int = 1) -> PyTree[Array]:
-        """What is remembered before the first step, `num_rows` on the leading axis of every leaf.
+        """Memory before the first step, with `num_rows` on the leading axis of every leaf.
 
-        `()` where nothing is.
+        `()` without memory.
         """
 
     @abc.abstractmethod
@@ -77,14 +77,14 @@ class AbstractExploration(Part):
 
         **Arguments:**
 
-        - `q_values`: of all rows, which are lanes, or the agents of a team in lane after lane; -inf
-            where a choice is illegal, or only fills up a factor that has fewer than `C`.
-        - `epsilon`: the probability with which each factor explores.
-        - `memory`: from `initial_memory`, or from the call before.
-        - `first`: where an episode starts: what is remembered of the one before is forgotten.
-        - `is_legal`: the choices that may be drawn; `None` if all may, which is cheaper.
+        - `q_values`: of all rows, which are lanes, or a team's agents lane by lane; -inf where a
+            choice is illegal or padding.
+        - `epsilon`: the probability that each factor explores.
+        - `memory`: from `initial_memory`, or from the previous call.
+        - `first`: rows in which an episode starts, which resets their memory.
+        - `is_legal`: mask of the choices that may be drawn; `None` if all may, which is cheaper.
 
-        **Returns:** the index of what each factor chooses, and what to remember.
+        **Returns:** the index of each factor's choice, and the new memory.
         """
 
 
@@ -93,7 +93,7 @@ def _scalar(value: Scalar) -> Float[Array, ""]:
 
 
 class EpsilonGreedy(AbstractExploration):
-    """With probability ε a legal choice drawn uniformly, else the best."""
+    """With probability ε a uniformly random legal choice, else the best."""
 
     def initial_memory(self, num_rows: int, num_factors: int = 1) -> tuple[()]:
         return ()
@@ -111,11 +111,11 @@ class EpsilonGreedy(AbstractExploration):
 
 
 class LaneEpsilons(AbstractExploration):
-    """ε-greedy with another ε in each row (Ape-X, Horgan et al. 2018, §4).
+    """ε-greedy with a different ε in each row (Ape-X, Horgan et al. 2018, §4).
 
-    That of row `i` of `R` is `ε ** (1 + alpha * i / (R - 1))`: from ε in the first down to
-    `ε ** (1 + alpha)` in the last. Some rows explore all along, others go deep. The rows of a team
-    are its agents, lane after lane, so that the agents of one lane have nearly the same ε.
+    Row `i` of `R` has `ε ** (1 + alpha * i / (R - 1))`: from ε in the first down to
+    `ε ** (1 + alpha)` in the last. So some rows always explore, while others are nearly greedy. The
+    rows of a team are its agents, lane by lane, so the agents of one lane have nearly the same ε.
 
     **Attributes:** `alpha`: *traced*; 0 is ε-greedy.
     """
@@ -137,14 +137,14 @@ class LaneEpsilons(AbstractExploration):
         first: Bool[Array, " R"] | None = None,
         is_legal: Bool[Array, "R F C"] | None = None,
     ) -> tuple[Int[Array, "R F"], PyTree[Array]]:
-        num_rows = q_values.shape[0]  # any, in an exported agent
+        num_rows = q_values.shape[0]  # symbolic in an exported agent
         place = jnp.arange(num_rows) / jnp.maximum(num_rows - 1, 1)
         epsilons = jnp.power(jnp.asarray(epsilon, jnp.float32), 1 + self.alpha * place)
         return epsilon_greedy(q_values, epsilons[:, None], key, is_legal), memory
 
 
 class Repeating(eqx.Module):
-    """What `EpsilonZGreedy` remembers: what each factor repeats, and for how many steps more."""
+    """Memory of `EpsilonZGreedy`: the choice that each factor repeats, and the steps left."""
 
     choice: Int[Array, "R F"]
     remaining: Int[Array, "R F"]
@@ -153,15 +153,16 @@ class Repeating(eqx.Module):
 class EpsilonZGreedy(AbstractExploration):
     """Temporally extended ε-greedy (Dabney et al. 2020, arXiv 2006.01782).
 
-    With probability ε a legal choice is drawn uniformly, and is repeated for `n` steps in all,
-    where `n` is drawn from a zeta distribution: its probability is in proportion to `n ** -mu`. A
-    new episode ends the repetition, and so does a step in which the choice is not legal: what to do
-    is then decided anew. An ε that has fallen to 0 begins no repetition, and ends none.
+    With probability ε a legal choice is drawn uniformly and repeated for `n` steps in total. `n` is
+    drawn from a zeta distribution, with probability proportional to `n ** -mu`. The repetition
+    also ends at a new episode, or when its choice becomes illegal; the factor then decides afresh.
+    When ε falls to 0, no new repetition begins, but a running one continues.
 
     **Attributes:**
 
-    - `mu`: *traced*; the larger, the shorter: 2 is the paper's, and 0 makes all durations alike.
-    - `max_duration`: longer durations are not drawn. Each step computes as many probabilities.
+    - `mu`: *traced*; the larger, the shorter: 2 is the paper's, 0 makes all durations equally
+        likely.
+    - `max_duration`: the longest duration. Each step computes that many probabilities.
     """
 
     mu: Float[Array, ""] = eqx.field(default=2.0, converter=_scalar)
@@ -187,8 +188,8 @@ class EpsilonZGreedy(AbstractExploration):
         *shape, num_choices = q_values.shape
         if memory.choice.shape != tuple(shape):
             raise UsageError(
-                f"exploration remembers {memory.choice.shape} rows and factors, not "
-                f"{tuple(shape)}: give what initial_memory or the call before gave"
+                f"exploration memory has {memory.choice.shape} rows and factors, not "
+                f"{tuple(shape)}: pass the result of initial_memory or the previous call"
             )
         explore_key, choice_key, duration_key = jax.random.split(key, 3)
         repeats = memory.remaining > 0
@@ -208,11 +209,11 @@ class EpsilonZGreedy(AbstractExploration):
         return index, Repeating(index, remaining)
 
     def _durations(self, key: PRNGKeyArray, shape: list[int]) -> Int[Array, "R F"]:
-        """Whole numbers from 1 on, by the inverse of their cumulative distribution."""
+        """Draws durations from 1 on, by inverting their cumulative distribution."""
         weights = jnp.arange(1.0, self.max_duration + 1) ** -self.mu
         cumulative = jnp.cumsum(weights)
         drawn = jax.random.uniform(key, shape) * cumulative[-1]
-        # The last one is never exceeded, whatever is rounded.
+        # Without the last entry, rounding cannot exceed the longest duration.
         return 1 + jnp.searchsorted(cumulative[:-1], drawn, side="right").astype(jnp.int32)
 
 
@@ -224,8 +225,8 @@ EXPLORATIONS: dict[str, type[AbstractExploration]] = {
 
 
 def make_exploration(given: str | Mapping[str, Any] | AbstractExploration) -> AbstractExploration:
-    """An exploration: a name of `EXPLORATIONS`, a mapping of `"name"` and options, or an object.
+    """Makes an exploration from a name, a mapping with `"name"` and options, or an object.
 
-    **Raises:** `UsageError` for a name or an option that is not known.
+    **Raises:** `UsageError` for an unknown name or option.
     """
     return make_part("exploration", given, AbstractExploration, EXPLORATIONS)

@@ -1,10 +1,10 @@
-"""Hyperparameters of an agent by their path: `"learning_rate"`, `"value.sigma"`, `"optimizer.b1"`.
+"""Hyperparameters of an agent by path: `"learning_rate"`, `"value.sigma"`, `"optimizer.b1"`.
 
-A hyperparameter is a field that holds one number or switch which learning does not change. Its
-annotation says so, `Float[Array, ""]` or `Bool[Array, ""]`, and it is a field of the agent itself
-or of one of its `Part`s, whose names then come first, with dots between. A mapping of such numbers,
-`dict[str, Float[Array, ""]]`, counts as so many fields. What is no `Part` (the network, the mixer,
-statistics, the optimiser's state) has no hyperparameters.
+A hyperparameter is a field that holds one number or switch which learning does not change. It is
+annotated as `Float[Array, ""]` or `Bool[Array, ""]`, and belongs to the agent itself or to one of
+its `Part`s, whose names precede it in the path. Each entry of a `dict[str, Float[Array, ""]]`
+counts as a field. Whatever is not a `Part` (the network, the mixer, statistics, the optimiser's
+state) has no hyperparameters.
 
 Every function here takes one agent, or the stacked members of a population, whose leaves have a
 leading axis of members.
@@ -27,9 +27,9 @@ from .parts import Part
 
 _Agent = TypeVar("_Agent", bound=eqx.Module)
 
-# Where a hyperparameter makes sense. Those that are not here may be any number.
+# Valid ranges. Hyperparameters that are not listed may be any number.
 _FRACTION, _POSITIVE = (0.0, 1.0), (0.0, jnp.inf)
-_DECAY = (0.0, 0.999999)  # a moving average whose bias is corrected: at 1 it would never move
+_DECAY = (0.0, 0.999999)  # a bias-corrected moving average would never move at 1
 RANGES = {
     "learning_rate": _POSITIVE,
     "learning_rate_end": _POSITIVE,
@@ -60,21 +60,21 @@ RANGES = {
 
 
 def leaves(agent: eqx.Module) -> dict[str, Any]:
-    """Every hyperparameter by its path: scalars, or `[S]` of stacked members."""
+    """All hyperparameters by path: scalars, or `[S]` for stacked members."""
     return dict(_walk(agent, ""))
 
 
 def names(agent: eqx.Module | type[eqx.Module]) -> list[str]:
-    """Their paths.
+    """The paths of all hyperparameters.
 
-    Of a class: those that annotations alone tell. What depends on which parts an agent is made of
-    is known of an agent only; its shapes (`eqx.filter_eval_shape`) will do.
+    For a class: those that follow from its annotations. Paths that depend on the choice of parts
+    need an agent, or its shapes (`eqx.filter_eval_shape`).
     """
     return [path for path, _ in _walk(agent, "")]
 
 
 def get(agent: eqx.Module, path: str) -> Shaped[Array, "*S"]:
-    """One of them. Raises `UnknownNameError` where there is no such hyperparameter."""
+    """One hyperparameter. Raises `UnknownNameError` if it does not exist."""
     known = leaves(agent)
     if path not in known:
         raise UnknownNameError("hyperparameter", path, known)
@@ -82,13 +82,13 @@ def get(agent: eqx.Module, path: str) -> Shaped[Array, "*S"]:
 
 
 def replace(agent: _Agent, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]) -> _Agent:
-    """The agent with other values, each by its path.
+    """The agent with other values, given by path.
 
-    They keep the type and shape of what they replace: one value goes to all members of a
-    population, or each gets its own.
+    Values take the type and shape of those they replace: in a population, give one for all members
+    or one each.
 
-    **Raises:** `UnknownNameError` for a path that there is not, `UsageError` for a value that does
-    not fit, or outside its range.
+    **Raises:** `UnknownNameError` for an unknown path, `UsageError` for a value of the wrong shape
+    or outside its range.
     """
     new = [_like(get(agent, path), value, path) for path, value in values.items()]
     for path, value in values.items():
@@ -97,19 +97,19 @@ def replace(agent: _Agent, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]
 
 
 def range_of(path: str) -> tuple[float, float]:
-    """Where a hyperparameter makes sense, ends included."""
+    """The valid range of a hyperparameter, ends included."""
     return RANGES.get(path, (-jnp.inf, jnp.inf))
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, as Python, NumPy or JAX have it; a switch is none."""
+    """Whether `value` is a number of Python, NumPy or JAX; a `bool` is not."""
     return eqx.is_array_like(value) and not isinstance(value, bool) and jnp.ndim(value) == 0
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Checks what is known before tracing: under `vmap` values are not.
+    """Checks values that are known; traced values (under `vmap`) are skipped.
 
-    **Raises:** `UsageError` for what is no number, or outside its range.
+    **Raises:** `UsageError` for a value that is not a number, or is outside its range.
     """
     for path, value in values.items():
         if not isinstance(value, Tracer) and not is_number(value):
@@ -122,11 +122,11 @@ def _check_range(path: str, value: Any) -> None:
         return  # its value is not known here
     (low, high), numbers = range_of(path), np.asarray(value)
     if not np.all((low <= numbers) & (numbers <= high)):
-        raise UsageError(f"{path}={value} makes no sense: choose it from {low:g} to {high:g}")
+        raise UsageError(f"{path}={value} is out of range: give a value from {low:g} to {high:g}")
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Paths and what is there; in a class, annotations."""
+    """Yields paths and their values; for a class, annotations instead of values."""
     is_class = isinstance(node, type)
     for field in dataclasses.fields(node):
         kind = _annotation(node, field)
@@ -140,7 +140,7 @@ def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _annotation(node: Any, field: dataclasses.Field) -> Any:
-    if isinstance(field.type, str):  # of a module with `from __future__ import annotations`
+    if isinstance(field.type, str):  # from a module with `from __future__ import annotations`
         return typing.get_type_hints(node if isinstance(node, type) else type(node))[field.name]
     return field.type
 

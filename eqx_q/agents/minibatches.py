@@ -1,7 +1,7 @@
 """Shuffled minibatches of a rollout, drawn within groups of lanes.
 
-Of `G` lane groups every minibatch takes as much from each, so that devices that share the groups
-have all that they learn from.
+Every minibatch takes equally from each of `G` lane groups, so that devices that share the groups
+need no data of each other.
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ from ..types import AnyArray, Rollout
 def shuffled(
     key: PRNGKeyArray, num_items: int, num_epochs: int, num_minibatches: int, num_groups: int
 ) -> Int[Array, "steps G B"]:
-    """For each gradient step the places of its items in each group, of `num_items` in a group.
+    """Indices of the items of each gradient step within each group of `num_items`.
 
-    A shuffle an epoch.
+    Each epoch is shuffled once.
     """
     # One sort of random keys: `jax.random.permutation` sorts twice.
     shape = (num_epochs, num_groups, num_items)
@@ -28,18 +28,18 @@ def shuffled(
 
 
 def as_row(x: Shaped[AnyArray, "T N ..."], num_groups: int) -> Shaped[Array, "TN ..."]:
-    """All steps of all lanes in one row, lane group by lane group."""
+    """Flattens all steps of all lanes, lane group by lane group."""
     groups = jnp.reshape(x, (x.shape[0], num_groups, -1, *x.shape[2:]))
     return jnp.moveaxis(groups, 1, 0).reshape(-1, *x.shape[2:])
 
 
 def take(tree: PyTree[Array], index: Int[Array, "G B"], axis: int = 0) -> PyTree[Array]:
-    """Items of each lane group, by their places in it; along `axis` there is group after group."""
+    """Takes items by their indices in each lane group; `axis` holds group after group."""
     return jax.tree.map(partial(_take, index=index, axis=axis), tree)
 
 
 def take_lanes(rollout: Rollout, index: Int[Array, "G B"]) -> Rollout:
-    """Some lanes of a rollout, of each lane group."""
+    """Takes lanes of a rollout by their indices in each lane group."""
     num_lanes = rollout.actions.shape[1]
     timesteps, actions = take((rollout.timesteps, rollout.actions), index, axis=1)
 
@@ -51,7 +51,7 @@ def take_lanes(rollout: Rollout, index: Int[Array, "G B"]) -> Rollout:
 
 
 def apart(rollout: Rollout, num_groups: int) -> Rollout:
-    """A rollout of each lane group, on a leading axis."""
+    """Splits a rollout by lane group, on a leading axis."""
 
     def lanes(x: Array, axis: int) -> Array:
         x = x.reshape(*x.shape[:axis], num_groups, -1, *x.shape[axis + 1 :])

@@ -1,7 +1,7 @@
-"""Mixers: what the agents of a team learn together.
+"""Mixers: combine the values of a team's agents.
 
-A mixer turns the values of `M` agents into `K`: one for the team, or one for each agent. An agent
-on its own is a team of one. To add one: a class here, and a line in `MIXERS`.
+A mixer turns the values of `M` agents into `K`: one for the team, or one for each agent. A single
+agent is a team of one. To add one: write a class here, and add a line to `MIXERS`.
 """
 
 import abc
@@ -22,12 +22,12 @@ from .parts import make_part
 
 
 class AbstractMixer(eqx.Module):
-    """From agents' values to those that are regressed on targets.
+    """Maps agents' values to the values that are regressed on targets.
 
     Its inexact arrays are parameters, trained with those of the network.
 
-    **Attributes:** `is_joint`: whether `K` is 1, a value of the team that learns from the team's
-    reward; else each agent's value learns from its own.
+    **Attributes:** `is_joint`: whether `K` is 1: one value for the team, learnt from the team's
+    reward. Otherwise each agent's value is learnt from its own reward.
     """
 
     is_joint: AbstractClassVar[bool]
@@ -38,11 +38,11 @@ class AbstractMixer(eqx.Module):
         values: Float[Array, "*lanes M"],
         global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes K"]:
-        """Mixes values of actions, chosen or best; those of agents that do not act are 0."""
+        """Mixes the values of chosen or best actions; values of inactive agents are 0."""
 
 
 class Independent(AbstractMixer):
-    """Each agent learns of its own reward, or the team's where there is no other (Tan 1993)."""
+    """Each agent learns from its own reward if there is one, else the team's (Tan 1993)."""
 
     is_joint: ClassVar[bool] = False
 
@@ -70,15 +70,15 @@ class VDN(AbstractMixer):
 class QMIX(AbstractMixer):
     """A monotone mixing network (Rashid et al. 2018, arXiv 1803.11485, §4).
 
-    The team's Q is that of a network of two layers, with ELU between them, whose inputs are the
-    agents' values. Its weights and biases are outputs of *hypernetworks* of the global state, the
-    weights as absolute values: the team's Q never falls where an agent's rises, and so each agent's
-    best action is its part of the team's best.
+    The team's Q is the output of a network of two layers with ELU between them, whose inputs are
+    the agents' values. *Hypernetworks* of the global state output its weights and biases. Weights
+    are absolute values, so the team's Q never falls when an agent's rises, and each agent's best
+    action is its part of the team's best.
 
-    The scale of states differs much from environment to environment, and the outcome is quadratic
-    in it: a state is first brought to a root mean square below 1, `s / sqrt(1 + mean(s²))`, from
-    which it could be told again. Parameters start as in PyMARL, the authors' code: uniform within
-    `1 / sqrt(inputs)`, biases too.
+    The scale of states varies between environments, and the output is quadratic in it. So a state
+    is first mapped to a root mean square below 1, `s / sqrt(1 + mean(s²))`, which is invertible.
+    Parameters are initialised as in PyMARL, the authors' code: uniform within `1 / sqrt(inputs)`,
+    biases too.
     """
 
     is_joint: ClassVar[bool] = True
@@ -100,10 +100,10 @@ class QMIX(AbstractMixer):
         """**Arguments:**
 
         - `num_agents`, `state_size`: `M` and `S`.
-        - `embed_size`: units of the mixing network between its layers, and of the hidden layer of
-            the hypernetwork of its last bias.
-        - `hypernetwork_size`: units of the hidden layer of the hypernetworks of weights (with
-            ReLU). `None`: they have none, and are linear, as in the paper.
+        - `embed_size`: hidden units of the mixing network, and of the hypernetwork for its last
+            bias.
+        - `hypernetwork_size`: hidden units, with ReLU, of the hypernetworks for weights. `None`:
+            these are linear, as in the paper.
 
         **Raises:** `UsageError` for sizes that are not whole numbers of at least 1.
         """
@@ -123,7 +123,7 @@ class QMIX(AbstractMixer):
         values: Float[Array, "*lanes M"],
         global_state: Float[AnyArray, "*lanes S"] | None = None,
     ) -> Float[Array, "*lanes 1"]:
-        assert global_state is not None, "QMIX mixes by a global state"
+        assert global_state is not None, "QMIX needs a global state"
         square = jnp.mean(jnp.square(global_state), axis=-1, keepdims=True)
         state = global_state * jax.lax.rsqrt(1 + square)
         first_weight = jnp.abs(_apply(self.first_weight, state))
@@ -136,14 +136,14 @@ class QMIX(AbstractMixer):
 
 
 def _mlp(sizes: list[int], key: PRNGKeyArray) -> AbstractLayer:
-    """Linear layers between these sizes, with ReLU between them."""
+    """Linear layers of these sizes, with ReLU between them."""
     keys = jax.random.split(key, len(sizes) - 1)
     first, *rest = map(_linear, sizes[:-1], sizes[1:], keys)
     return Sequential((first, *(layer for one in rest for layer in (Activation("relu"), one))))
 
 
 def _linear(inputs: int, outputs: int, key: PRNGKeyArray) -> Linear:
-    """Biases are drawn as well: of a state of zeros all weights would be 0, and learn nothing."""
+    """A linear layer with random biases: without, a zero state would get weights of 0 for ever."""
     layer, bound = Linear(inputs, outputs, key=key), 1 / math.sqrt(inputs)
     weight_key, bias_key = jax.random.split(key)
     weight = jax.random.uniform(weight_key, layer.weight.shape, minval=-bound, maxval=bound)
@@ -152,7 +152,7 @@ def _linear(inputs: int, outputs: int, key: PRNGKeyArray) -> Linear:
 
 
 def _apply(layer: AbstractLayer, x: Float[AnyArray, "*lanes S"]) -> Float[Array, "*lanes outputs"]:
-    # A layer wants a batch. To make one axis of all lanes would mix those of several devices.
+    # A layer needs a batch axis. Flattening the lanes would move them between devices.
     return layer(jnp.asarray(x)[None], layer.initial_statistics())[0][0]
 
 
@@ -170,16 +170,16 @@ def make_mixer(
     state_size: int,
     key: PRNGKeyArray,
 ) -> AbstractMixer:
-    """A mixer: a name of `MIXERS`, a mapping of `"name"` and options, or an object.
+    """Makes a mixer from a name, a mapping with `"name"` and options, or an object.
 
     **Arguments:**
 
-    - `num_agents`: `M`; 1 where there is no team.
-    - `state_size`: `S`, of the global state. Where an environment has none, an agent gives all
-        agents' observations side by side.
+    - `num_agents`: `M`; 1 without a team.
+    - `state_size`: `S`, size of the global state. Without one in the environment, an agent passes
+        all agents' observations concatenated.
     - `key`: for the parameters.
 
-    **Raises:** `UsageError` for a name or an option that is not known.
+    **Raises:** `UsageError` for an unknown name or option.
     """
     context = {"num_agents": num_agents, "state_size": state_size, "key": key}
     return make_part("mixer", given, AbstractMixer, MIXERS, **context)

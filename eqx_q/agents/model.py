@@ -1,9 +1,8 @@
-"""What an agent computes: raw values of choices, their worth, and what is regressed on targets.
+"""An agent's computation: raw values of choices, Q-values, and predictions to regress on targets.
 
-Shapes: `T` steps, `N` lanes, `M` agents of a lane (1 where it is no team), `F` factors of an
-action, `A` choices of all factors, `K` raw values of a choice. Of what is regressed there are `P`
-predictions a lane: one for a team whose mixer is joint, else one for each agent; and `L` samples of
-each target.
+Shapes: `T` steps, `N` lanes, `M` agents per lane (1 without a team), `F` factors of an action, `A`
+choices of all factors, `K` raw values per choice, `P` predictions per lane (one for a team with a
+joint mixer, else one per agent), `L` samples of each target.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from .values import AbstractValue
 
 
 class Unrolled(NamedTuple):
-    """What a network makes of `T` steps."""
+    """A network's output over `T` steps."""
 
     values: Float[Array, "T N M A K"]
     memory: PyTree[Array]
@@ -33,7 +32,7 @@ class Unrolled(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What is regressed on targets, and by which loss."""
+    """Predictions to regress on targets, and the value that defines the loss."""
 
     raw: Float[Array, "*steps P K"]
     value: AbstractValue
@@ -42,7 +41,7 @@ class Predictions(NamedTuple):
 class Model(eqx.Module):
     """Network, mixer, value and actions of an agent, with all axes `[T, N, M, ...]`.
 
-    The network sees rows: the agents of all lanes, side by side.
+    The network gets rows: the agents of all lanes on one axis.
     """
 
     network: AbstractQNetwork
@@ -66,7 +65,7 @@ class Model(eqx.Module):
         last_reward: Float[Array, "T R"] | None = None,
         batch_mask: Bool[Array, "T R"] | None = None,
     ) -> NetworkOutput:
-        """The network on rows. Where an episode starts nothing led to the observation."""
+        """Applies the network to rows. Clears last actions and rewards where an episode starts."""
         if first is not None:
             if last_action is not None:
                 last_action = jnp.where(first[..., None], -1, last_action)
@@ -81,7 +80,7 @@ class Model(eqx.Module):
         obs: Observation,
         acting: Bool[Array, "*lanes M"] | None = None,
     ) -> Unrolled:
-        """Raw values `[*lanes, M, A, K]` of observations that stand by themselves: no memory."""
+        """Raw values `[*lanes, M, A, K]` of single observations, for a network without memory."""
         lengths = spaces.leading_axes(self.observation_space, obs)
         mask = None if acting is None else acting.reshape(1, -1)
         rows = spaces.as_rows(self.observation_space, obs, 1, -1)
@@ -102,14 +101,14 @@ class Model(eqx.Module):
         **Arguments:**
 
         - `statistics`: running statistics of normalisation.
-        - `timesteps`: whose `first` and rewards networks with memory look at.
-        - `memory`: the network's, before the first of them; by default of a network without.
-        - `last_action`: choices that led to each, for networks with memory.
-        - `acting`: in training, what counts for normalisation.
+        - `timesteps`: networks with memory also use their `first` and rewards.
+        - `memory`: the network's memory before the first timestep; by default none.
+        - `last_action`: choices that led to each timestep, for networks with memory.
+        - `acting`: in training, mask of the rows that count for normalisation.
         """
         lengths = spaces.leading_axes(self.observation_space, timesteps.obs)
 
-        def rows(x: AnyArray) -> Array:  # of each agent, or of all agents of a lane
+        def rows(x: AnyArray) -> Array:  # x has values per agent, or per lane
             x = jnp.asarray(x)
             x = x if x.ndim > 2 else jnp.broadcast_to(x[..., None], lengths)
             return x.reshape(lengths[0], -1, *x.shape[3:])
@@ -130,7 +129,7 @@ class Model(eqx.Module):
     def q_values(
         self, values: Float[Array, "*lanes A K"], action_mask: Bool[AnyArray, "*lanes A"] | None
     ) -> Float[Array, "*lanes F C"]:
-        """Q-values by factors, -inf where a choice is illegal or padding."""
+        """Q-values by factor, -inf where a choice is illegal or padding."""
         q_values = self.actions.by_factor(self.value.expected(values), -jnp.inf)
         is_legal = self.actions.legal(action_mask)
         return q_values if is_legal is None else jnp.where(is_legal, q_values, -jnp.inf)
@@ -138,7 +137,7 @@ class Model(eqx.Module):
     def of_action(
         self, values: Float[Array, "*lanes A K"], index: Int[Array, "*lanes F"]
     ) -> Float[Array, "*lanes K"]:
-        """Raw values of a joint action: of a single factor its own."""
+        """Raw values of a joint action; with a single factor, that factor's own."""
         taken = self.actions.take(values, index)
         return taken[..., 0, :] if self.actions.num_factors == 1 else self.value.join(taken)
 
@@ -148,9 +147,9 @@ class Model(eqx.Module):
         action_mask: Bool[AnyArray, "*lanes A"] | None,
         chooser: Float[Array, "*lanes F C"] | None = None,
     ) -> Float[Array, "*lanes L"]:
-        """Samples of the best legal action's return: by its own Q-values, or a `chooser`'s."""
+        """Return samples of the best legal action, by these Q-values or those of `chooser`."""
         q_values = self.q_values(values, action_mask)
-        if chooser is None and self.value.num_samples == 1:  # nothing but the maximum is needed
+        if chooser is None and self.value.num_samples == 1:  # only the maximum is needed
             return jnp.mean(jnp.max(q_values, axis=-1), axis=-1, keepdims=True)
         index = jnp.argmax(q_values if chooser is None else chooser, axis=-1)
         return self.value.samples(self.of_action(values, index))
@@ -158,7 +157,7 @@ class Model(eqx.Module):
     def mixed_samples(
         self, samples: Float[Array, "*lanes M L"], timesteps: TimeStep
     ) -> Float[Array, "*lanes P L"]:
-        """Samples of what is predicted, from those of agents (0 of agents that are dead)."""
+        """Samples per prediction, from those per agent (0 for dead agents)."""
         if not self.mixer.is_joint:
             return samples
         return self._mix(samples[..., 0], self.global_state(timesteps))[..., None]
@@ -169,9 +168,9 @@ class Model(eqx.Module):
         acting: Bool[Array, "*steps M"],
         global_state: Float[Array, "*steps S"] | None,
     ) -> Predictions:
-        """What is regressed, from raw values of the agents' actions.
+        """Predictions from raw values of the agents' actions.
 
-        A joint mixer mixes expected values, and its prediction is one too, whatever the value is.
+        A joint mixer mixes expected values, so its prediction is an expected value too.
         """
         if not self.mixer.is_joint:
             return Predictions(raw, self.value)
@@ -183,23 +182,23 @@ class Model(eqx.Module):
     ) -> Float[Array, "*lanes P"]:
         size = None if global_state is None else global_state.shape[-1]
         with explained(
-            f"{type(self.mixer).__name__} does not mix by a global state of {size} numbers: create "
+            f"{type(self.mixer).__name__} does not fit a global state of {size} numbers: create "
             f"the agent with state_size={size}"
         ):
             return self.mixer.mix(values, global_state)
 
     def reward(self, timesteps: TimeStep) -> Float[Array, "*lanes P"]:
-        """The reward of each prediction: the team's, or each agent's own (one for all alike)."""
+        """The reward of each prediction: the team's, or each agent's own if there is one."""
         if self.mixer.is_joint or timesteps.agent_reward is None:
             return jnp.asarray(timesteps.reward)[..., None]
         return jnp.asarray(timesteps.agent_reward)
 
     def acts(self, acting: Bool[Array, "*lanes M"]) -> Bool[Array, "*lanes P"]:
-        """Which predictions count, given which agents act: a team's while any agent does."""
+        """Mask of predictions that count, given which agents act: a team's while any agent does."""
         return jnp.any(acting, axis=-1, keepdims=True) if self.mixer.is_joint else acting
 
     def global_state(self, timesteps: TimeStep) -> Float[Array, "*lanes S"] | None:
-        """What a joint mixer sees: the environment's state, or all observations side by side."""
+        """Input of a joint mixer: the environment's state, or all observations concatenated."""
         if not self.mixer.is_joint:
             return None
         if timesteps.global_state is not None:
@@ -210,6 +209,6 @@ class Model(eqx.Module):
 
 
 def size_of_observations(space: spaces.Space, num_agents: int | None) -> int:
-    """How many numbers all observations of a team are, side by side."""
+    """The size of all observations of a team, concatenated."""
     sizes = [x.size for x in jax.tree.leaves(spaces.shapes(space))]
     return sum(sizes) * (num_agents or 1)

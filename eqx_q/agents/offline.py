@@ -1,4 +1,4 @@
-"""DQN and what is learnt from data with it: CQL and behaviour cloning.
+"""Offline agents: DQN, CQL and behaviour cloning.
 
 Mnih et al. 2015 (DQN); Kumar et al., "Conservative Q-Learning for Offline Reinforcement Learning",
 2020 (arXiv 2006.04779); with `value="quantile"` Dabney et al. 2018 (QR-DQN, arXiv 1710.10044).
@@ -32,7 +32,7 @@ from .gradients import descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
-from .optimizers import OPTIMIZERS, Optimizer
+from .optimizers import OPTIMIZERS, AnyOptimizer, Optimizer
 from .parts import with_default
 from .regression import Items, average, fit, items_of, outcome
 from .sequences import as_team, part, unroll, warmed_up
@@ -40,7 +40,7 @@ from .values import VALUES, AbstractValue
 
 
 class Defaults(NamedTuple):
-    """In what the agents here differ: the loss of a scalar value, Adam's `eps`, and two weights."""
+    """Defaults per agent class: the loss of a scalar value, Adam's `eps`, and two loss weights."""
 
     td_loss: str
     eps: float
@@ -49,21 +49,21 @@ class Defaults(NamedTuple):
 
 
 class OfflineQ(QAgent):
-    """Q-learning from recorded experience with a target network, conservative where asked.
+    """Q-learning from recorded experience with a target network, optionally conservative.
 
         loss = td_weight * TD(s, a) + alpha * (logsumexp_b Q(s, b) - Q(s, a))
 
-    averaged over the batch. TD is the loss of the value part on the n-step target; the conservative
-    term is that of CQL(H) (Kumar et al. 2020, equation 4 and §4.1), of expected values, and of
-    several factors of an action the mean over them. `DQN` has the first term, `CQL` both, and `BC`
-    the second, whose logits are the Q-values.
+    averaged over the batch. TD is the value's loss on the n-step target. The conservative term is
+    that of CQL(H) (Kumar et al. 2020, equation 4 and §4.1) on expected values, averaged over the
+    factors of an action. `DQN` has the first term, `CQL` both, and `BC` the second, with Q-values
+    as logits.
 
-    An agent on its own without memory learns from single transitions. With memory, and in a team,
-    it learns from sequences: of `burn_in` steps that warm up the memory, `sequence_length` that are
-    learnt from, and `n_step - 1` that their targets look ahead to.
+    A single agent without memory learns from transitions. With memory, or in a team, it learns from
+    sequences: `burn_in` steps warm up the memory, `sequence_length` steps are learnt from, and the
+    last `n_step - 1` steps serve only their targets.
 
-    Hyperparameters marked *traced* are array leaves: another value compiles nothing, and `vmap`
-    runs over them. The others are static.
+    Hyperparameters marked *traced* are array leaves: changing them does not recompile, and they can
+    differ under `vmap`. The others are static.
 
     **Attributes:**
 
@@ -71,7 +71,7 @@ class OfflineQ(QAgent):
     - `target_network`, `target_mixer`: copies of the trained parts.
     - `batch_size`: transitions, or sequences, in one update.
     - `n_step`: steps of each transition.
-    - `sequence_length`: steps that are learnt from in a sequence; `None`: from transitions.
+    - `sequence_length`: steps of a sequence to learn from; `None`: learn from transitions.
     - `burn_in`: steps before those.
     - `target_update_period`: updates between copies of the network to the target network.
     - `double`: whether the network, not its target, chooses the next action (van Hasselt et al.
@@ -79,10 +79,10 @@ class OfflineQ(QAgent):
     - `learning_rate`: *traced*.
     - `max_grad_norm`: *traced*; gradients are clipped by their global norm.
     - `discount`: *traced*; γ.
-    - `alpha`, `td_weight`: *traced*; of the two terms of the loss.
+    - `alpha`, `td_weight`: *traced*; weights of the two terms of the loss.
     - `reward_scale`: *traced*; rewards are multiplied by it before targets are formed.
-    - `epsilon`: *traced*; of acting with a key, where none is given.
-    - `num_updates`: learnt so far.
+    - `epsilon`: *traced*; the default for acting with a key.
+    - `num_updates`: number of updates so far.
     """
 
     defaults: AbstractClassVar[Defaults]
@@ -132,7 +132,7 @@ class OfflineQ(QAgent):
         bins: int | Sequence[int] = 2,
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
-        optimizer: Choice | Optimizer = "adam",
+        optimizer: AnyOptimizer = "adam",
         batch_size: int = 32,
         n_step: int = 1,
         sequence_length: int | None = None,
@@ -147,21 +147,21 @@ class OfflineQ(QAgent):
         reward_scale: Scalar = 1.0,
         epsilon: Scalar = 0.001,
     ) -> "OfflineQ":
-        """A fresh agent.
+        """Creates an untrained agent.
 
         **Arguments:**
 
         - `observation_space`, `action_space`, `num_agents`, `state_size`, `network`,
             `network_options`, `value`, `bins`, `mixer`, `exploration`, `optimizer`: see
-            `eqx_q.agents.assembly.make_parts`. A network may be that of a trained PQN.
+            `eqx_q.agents.assembly.make_parts`. The network may come from a trained PQN.
         - `key`: for the parameters.
-        - `value`, `optimizer`: their `td_loss` and `eps` are by default those of the class's
-            `defaults`, and so are `alpha` and `td_weight`.
-        - `sequence_length`: by default 32 with memory, 1 in a team without.
+        - `value`, `optimizer`: the class's `defaults` give the defaults of their `td_loss` and
+            `eps`, and of `alpha` and `td_weight`.
+        - `sequence_length`: by default 32 with memory, 1 in a team without memory.
 
         Every other argument is an attribute of the class.
 
-        **Raises:** `UsageError` for spaces, names, options or sizes that cannot work.
+        **Raises:** `UsageError` for invalid spaces, names, options or sizes.
         """
         sizes = {
             "batch_size": batch_size,
@@ -225,21 +225,21 @@ class OfflineQ(QAgent):
 
     @property
     def learnt(self) -> Count:
-        """See `Agent`: updates."""
+        """See `Agent`: the number of updates."""
         return Count.of(self.num_updates)
 
     def with_schedule(self, steps: Float[Array, ""]) -> "OfflineQ":
-        """See `Agent`: there is no schedule."""
+        """See `Agent`: this agent has no schedule."""
         return self
 
     def update(
         self, experience: Transitions | Rollout, *, key: PRNGKeyArray
     ) -> tuple["OfflineQ", dict[str, Array]]:
-        """One gradient step, and every `target_update_period` of them a new target network.
+        """Takes a gradient step, and updates the target network every `target_update_period` steps.
 
-        See `Agent`. There is no randomness in it: `key` is not used.
+        See `Agent`. The update is deterministic: `key` is not used.
 
-        **Raises:** `UsageError` where an agent with memory, or a team, is given transitions.
+        **Raises:** `UsageError` if an agent with memory, or a team, is given transitions.
         """
         experience = jax.tree.map(jnp.asarray, experience)
         if isinstance(experience, Rollout):
@@ -281,11 +281,11 @@ class OfflineQ(QAgent):
 
     @property
     def target_model(self) -> Model:
-        """What targets are computed with."""
+        """The model that computes targets."""
         return self.model.having(self.target_network, self.target_mixer)
 
     def _items(self, batch: Transitions) -> Items:
-        """What is learnt from transitions, each a team of one."""
+        """Regression items from transitions, each a team of one."""
         values = self.target_model.evaluate(self.statistics, batch.next_obs).values
         mask, chooser = batch.next_action_mask, None
         if self.double:
@@ -304,7 +304,7 @@ class OfflineQ(QAgent):
         )
 
     def _with_targets(self, rollout: Rollout) -> tuple[Rollout, Items]:
-        """Sequences as teams, and what is learnt from them."""
+        """Sequences with an axis of agents, and their regression items."""
         rollout = as_team(self, rollout, self.burn_in)
         if rollout.memory is None and self.has_memory:
             rollout = dataclasses.replace(
@@ -324,7 +324,7 @@ class OfflineQ(QAgent):
         if length < 1:
             raise UsageError(
                 f"a sequence of {len(target)} steps after its burn-in is too short for "
-                f"n_step={self.n_step}: give at least as many"
+                f"n_step={self.n_step}: give at least {self.n_step} steps"
             )
         return rollout, jax.tree.map(lambda x: x[:length], items)
 
@@ -358,13 +358,13 @@ class OfflineQ(QAgent):
         importance: Float[AnyArray, " B"] | None,
         action_mask: Bool[AnyArray, "*steps B M A"] | None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
-        """The mean loss of a batch, metrics, and the absolute TD error of each of its items."""
+        """The mean loss of a batch, and metrics, including the absolute TD error of each item."""
         losses, real, of_predictions = fit(model, values, items)
         scale = 1.0 if importance is None else importance[:, None]
         weight, acting = _shares(real), _shares(items.acting)
         q_values = model.q_values(values, None)
         chosen = jnp.take_along_axis(q_values, items.index[..., None], axis=-1)[..., 0]
-        if action_mask is not None:  # what was done could be done, whatever the data's mask says
+        if action_mask is not None:  # the action taken was legal, whatever the data's mask says
             done = jnp.arange(q_values.shape[-1]) == items.index[..., None]
             q_values = jnp.where(done, q_values, model.q_values(values, action_mask))
         gap = jnp.mean(jax.nn.logsumexp(q_values, axis=-1) - chosen, axis=-1)
@@ -378,7 +378,7 @@ class OfflineQ(QAgent):
         }
         metrics = {"loss": loss, **average(weight, of_predictions), **average(acting, of_agents)}
         error = jnp.where(real, of_predictions["td_error"], 0.0)
-        axes = (*range(real.ndim - 2), real.ndim - 1)  # all but that of items
+        axes = (*range(real.ndim - 2), real.ndim - 1)  # all but the axis of items
         metrics["priority"] = jnp.sum(error, axes) / jnp.maximum(jnp.sum(real, axes), 1)
         return loss, metrics
 
@@ -399,7 +399,7 @@ class OfflineQ(QAgent):
 
 
 def _shares(counts: Bool[Array, "*steps P"]) -> Float[Array, "*steps P"]:
-    """The weight of each of what counts, in a mean over them."""
+    """Weights for a mean over the true entries."""
     return counts / jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1)
 
 
@@ -416,7 +416,7 @@ class CQL(OfflineQ):
 
 
 class BC(OfflineQ):
-    """Behaviour cloning: what is left of `CQL` without temporal differences. See `OfflineQ`.
+    """Behaviour cloning: `CQL` without the TD term. See `OfflineQ`.
 
     The loss is the cross entropy of the data's actions.
     """

@@ -1,9 +1,9 @@
-"""Optimisers: optax's, by name, or a transformation of one's own."""
+"""Optimisers: optax's by name, or a custom transformation."""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from .parts import Part, check_options, name_and_options
 
 @functools.wraps(optax.adam)
 def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
-    """As optax's, but the state is that of `scale_by_adam` alone."""
+    """Adam as in optax, with only the state of `scale_by_adam`."""
     adam = optax.scale_by_adam(**options)
 
     def update(updates, state, params=None):
@@ -30,13 +30,13 @@ def _adam(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-# They need the loss or a key at each step, or fix their rate when created; `optimistic_adam` is
+# These need the loss or a key at each step, or fix their rate on creation; `optimistic_adam` is
 # deprecated.
 _OTHERS = {"lbfgs", "noisy_sgd", "rprop", "optimistic_adam"}
 
 
 def _is_optimizer(name: str, make: Any) -> bool:
-    """Whether it is one that needs gradients, parameters and a rate at each step."""
+    """Whether `make` makes an optimiser that needs only gradients, parameters and a rate."""
     if name.startswith(("_", "scale_by")) or name in _OTHERS:
         return False
     is_function = inspect.isfunction(make) or isinstance(make, functools.partial)
@@ -49,16 +49,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class Optimizer(Part):
-    """Makes updates of parameters from gradients, at a learning rate that each step is given.
+    """Turns gradients into parameter updates, with a learning rate given at each step.
 
     **Attributes:**
 
     - `transformation`: a name of `OPTIMIZERS`; a function from a learning rate to an optax
         transformation; or such a transformation, whose updates are multiplied by the learning rate.
-        The last should be made with a rate of 1, as `optax.adamw(1.0)` is.
-    - `options`: *traced*; the numbers that the name was given with. What was not given keeps
-        optax's default, and is no hyperparameter.
-    - `settings`: other options that the name was given with.
+        Make the last with a rate of 1, as in `optax.adamw(1.0)`.
+    - `options`: *traced*; the given numeric options. Options that are not given keep optax's
+        defaults, and are not hyperparameters.
+    - `settings`: the other given options.
     """
 
     transformation: str | optax.GradientTransformation | Callable = eqx.field(static=True)
@@ -84,20 +84,22 @@ class Optimizer(Part):
         return self.transformation(learning_rate)
 
 
-def make_optimizer(
-    given: str | Mapping[str, Any] | optax.GradientTransformation | Callable | Optimizer,
-) -> Optimizer:
-    """An optimiser by its name in optax, by a mapping `{"name": ..., **options}`, or one's own.
+AnyOptimizer: TypeAlias = (
+    str | Mapping[str, Any] | optax.GradientTransformation | Callable | Optimizer
+)
+
+
+def make_optimizer(given: AnyOptimizer) -> Optimizer:
+    """Makes an optimiser from optax's name, a mapping `{"name": ..., **options}`, or an object.
 
     Options are those of optax's function of that name; those that are `None` keep their default. A
     number is a leaf of the agent, unless optax's default is a whole number or a switch.
 
-    One's own is a function of the learning rate, or a transformation made with a rate of 1 (see
-    `Optimizer`). An agent can be saved with a function that can be imported by its name, and not
-    with a transformation.
+    An object is a function of the learning rate, or a transformation made with a rate of 1 (see
+    `Optimizer`). Agents can be saved with an importable function, but not with a transformation.
 
-    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for what
-    makes no step from gradients, parameters and a learning rate.
+    **Raises:** `UnknownNameError` for an unknown name or option, `UsageError` if it cannot make a
+    step from gradients, parameters and a learning rate alone.
     """
     if isinstance(given, Optimizer):
         return given
@@ -123,11 +125,11 @@ def make_optimizer(
 
 
 def _tried(optimizer: Optimizer) -> Optimizer:
-    """The same, after a step without computing anything."""
+    """Checks that an optimiser can make a step, without computing anything."""
     parameters = {"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     named = in_words({**optimizer.options, **dict(optimizer.settings)})
     with explained(
-        f"optimizer {optimizer.transformation!r} with {named} makes no step from gradients, "
+        f"optimizer {optimizer.transformation!r} with {named} cannot make a step from gradients, "
         "parameters and a learning rate"
     ):
         eqx.filter_eval_shape(

@@ -1,4 +1,4 @@
-"""Parts that an agent is made of, and how one is chosen: by name, with options, or as an object."""
+"""Parts of an agent, chosen by name, by name with options, or as an object."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from ..errors import UnknownNameError, UsageError, explained, in_words
 class Part(eqx.Module):
     """A part of an agent whose scalar fields are hyperparameters of the agent.
 
-    See `hyperparameters`. Networks and mixers are none: what they hold is trained.
+    See `hyperparameters`. Networks and mixers are not `Part`s: their arrays are trained.
     """
 
 
@@ -26,16 +26,15 @@ def make_part(
     known: Mapping[str, Callable[..., _Chosen]],
     **context: Any,
 ) -> _Chosen:
-    """A part by its name, by a mapping `{"name": ..., **options}`, or the one that is given.
+    """Makes a part from its name, from a mapping `{"name": ..., **options}`, or returns an object.
 
     Options that are `None` keep their default.
 
-    **Arguments:** `kind`: what messages call it; `base`: the class of all such parts; `known`: how
-    to make those that have a name; `context`: arguments that the agent supplies; each maker gets
-    those that it has a parameter for.
+    **Arguments:** `kind`: its name in messages; `base`: the class of all such parts; `known`: the
+    makers by name; `context`: arguments that the agent supplies to makers with such a parameter.
 
-    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for what
-    an option cannot be.
+    **Raises:** `UnknownNameError` for an unknown name or option, `UsageError` for an invalid value
+    of an option.
     """
     if isinstance(given, base):
         return given
@@ -49,11 +48,11 @@ def make_part(
 
 
 def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What a name, or a mapping with one, asks for, without what is `None`."""
+    """Splits a name, or a mapping with `"name"`, into name and options that are not `None`."""
     options = {"name": given} if isinstance(given, str) else given
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise UsageError(
-            f"{kind}={given!r} names nothing: give one of {', '.join(sorted(known))}, "
+            f"{kind}={given!r} is not a name: give one of {', '.join(sorted(known))}, "
             'or a mapping {"name": ..., **options}'
         )
     options = {option: value for option, value in options.items() if value is not None}
@@ -66,8 +65,8 @@ def name_and_options(kind: str, given: Any, known: Mapping[str, Any]) -> tuple[s
 def check_options(
     kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
 ) -> None:
-    """Raises `UnknownNameError` for an option that is not known, `UsageError` where a switch
-    is neither true nor false.
+    """Raises `UnknownNameError` for an unknown option, `UsageError` for a switch that is not a
+    `bool`.
     """
     for option, value in options.items():
         if option not in known:
@@ -77,7 +76,7 @@ def check_options(
 
 
 def with_default(given: Any, known: Mapping[str, Callable[..., Any]], **defaults: Any) -> Any:
-    """The given name or mapping, completed by `defaults` for options that it leaves out."""
+    """Adds `defaults` to a name or mapping for options that it leaves out."""
     options = {"name": given} if isinstance(given, str) else given
     if not isinstance(options, Mapping) or options.get("name") not in known:
         return given

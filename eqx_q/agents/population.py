@@ -1,4 +1,4 @@
-"""Many agents as one."""
+"""Populations: many agents as one."""
 
 from collections.abc import Mapping
 
@@ -18,14 +18,14 @@ from .agent import Agent, Batches, Rollouts
 class Population(Agent):
     """`S` agents (seeds x hyperparameters) that act and learn side by side, as one `Agent`.
 
-    Lanes are `[S * N]`, member by member; each member sees its own `N`. Since environments are
-    not vmapped, it works where they cannot be: many seeds in one emulator pool.
+    Lanes are `[S * N]`, member by member; each member gets its own `N`. Environments are not
+    vmapped, so this also works with those that cannot be: many seeds in one emulator pool.
 
         keys = jax.random.split(key, 16)
         members = eqx.filter_vmap(lambda key: PQN.create(obs_space, act_space, key=key))(keys)
         agent = Population(members)
 
-    It learns from what its members learn from: rollouts of all lanes, or batches of transitions.
+    It learns as its members do: from rollouts of all lanes, or from batches of transitions.
 
     **Attributes:** `members`: an agent whose array leaves have a leading axis `S`.
     """
@@ -33,7 +33,7 @@ class Population(Agent):
     members: Agent
 
     def __init__(self, members: Agent):
-        """Raises `UsageError` where `members` is not one agent with a leading member axis."""
+        """Raises `UsageError` unless `members` is one agent with a leading member axis."""
         self.members = members
         sizes = {x.shape[:1] for x in jax.tree.leaves(eqx.filter(members, eqx.is_array))}
         if members.num_members is not None or len(sizes) != 1 or () in sizes:
@@ -49,40 +49,40 @@ class Population(Agent):
 
     @property
     def observation_space(self) -> gymnasium.Space:
-        """That of one lane."""
+        """The space of one lane."""
         return self.members.observation_space
 
     @property
     def action_space(self) -> Leaf:
-        """That of one lane."""
+        """The space of one lane."""
         return self.members.action_space
 
     @property
     def num_agents(self) -> int | None:
-        """That of every member."""
+        """See `Agent`; the same for every member."""
         return self.members.num_agents
 
     @property
     def num_choices(self) -> int:
-        """That of every member."""
+        """See `Agent`; the same for every member."""
         return self.members.num_choices
 
     @property
     def learns_from(self) -> Rollouts | Batches:
-        """What every member learns from."""
+        """See `Agent`; the same for every member."""
         return self.members.learns_from
 
     @property
     def learnt(self) -> Count:
-        """How much each member has learnt from."""
+        """See `Agent`; one number per member."""
         return self.members.learnt
 
     def member(self, index: int) -> Agent:
-        """One of the agents, on its own."""
+        """One member as a single agent."""
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.members)
 
     def select(self, indices: Int[AnyArray, " K"]) -> "Population":
-        """A population of `K` of the members, whole; one may be in it more than once."""
+        """A population of `K` of the members; indices may repeat."""
         take = lambda x: x[jnp.asarray(indices)] if eqx.is_array(x) else x  # noqa: E731
         return Population(jax.tree.map(take, self.members))
 
@@ -103,7 +103,7 @@ class Population(Agent):
         epsilon=None,
         key=None,
     ) -> Decision:
-        """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one for each."""
+        """See `Agent`. `obs` has the lanes of all members; `epsilon` may be one per member."""
         space = self.observation_space
         obs = spaces.cast(space, spaces.select(space, obs))
         axes = spaces.leading_axes(space, obs)
@@ -135,10 +135,10 @@ class Population(Agent):
     def update(
         self, experience: Rollout | Transitions, *, key: PRNGKeyArray
     ) -> tuple["Population", dict[str, Float[Array, "S ..."]]]:
-        """See `Agent`. Member `i` is given `jax.random.split(key, S)[i]`.
+        """See `Agent`. Member `i` gets `jax.random.split(key, S)[i]`.
 
-        Of a rollout each member learns from its own lanes, of a batch `[S, B, ...]` from its own
-        row.
+        Each member learns from its own lanes of a rollout, or from its own row of a batch
+        `[S, B, ...]`.
         """
         if isinstance(experience, Rollout):
             experience = self._split_rollout(experience)
@@ -154,13 +154,13 @@ class Population(Agent):
         return Population(with_schedule(self.members, steps))
 
     def hyperparameters(self) -> dict[str, Shaped[Array, " S"]]:
-        """See `Agent`: of every member."""
+        """See `Agent`: one value per member."""
         return self.members.hyperparameters()
 
     def with_hyperparameters(
         self, values: Mapping[str, Scalar | Shaped[AnyArray, " S"]]
     ) -> "Population":
-        """See `Agent`: each member gets its own, or all the same."""
+        """See `Agent`: give one value per member, or one for all."""
         return Population(self.members.with_hyperparameters(values))
 
     def measure(self, fn, rollout: Rollout) -> PyTree[Array]:
@@ -171,7 +171,7 @@ class Population(Agent):
         if num_envs % self.num_members:
             raise UsageError(
                 f"{num_envs} lanes do not divide over {self.num_members} members: "
-                "make the environment with num_members x lanes"
+                f"make the environment with a multiple of {self.num_members} lanes"
             )
         return num_envs // self.num_members
 

@@ -1,7 +1,7 @@
 """PQN: parallelised Q-learning without replay buffer or target network.
 
-Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811). With a
-network that has memory it is PQN-RNN, with a joint mixer PQN-VDN or PQN-QMIX.
+Gallici et al., "Simplifying Deep Temporal Difference Learning", 2024 (arXiv 2407.04811). With
+memory in the network it is PQN-RNN, with a joint mixer PQN-VDN or PQN-QMIX.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from .gradients import descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
-from .optimizers import Optimizer
+from .optimizers import AnyOptimizer, Optimizer
 from .regression import Items, acting_in, average, fit, items_of, outcome
 from .schedules import linear
 from .sequences import as_team, unroll, warmed_up
@@ -41,32 +41,32 @@ from .values import AbstractValue
 class PQN(QAgent):
     """Parallelised Q-learning with Q(λ) targets.
 
-    Without memory it learns from single transitions, with targets computed once an update. A
-    network with memory learns from whole lanes, unrolled from the memory at their start, with
-    targets computed anew in every gradient step (PQN-RNN). In a team the mixer's values are
-    learnt (PQN-VDN); an agent on its own is a team of one.
+    Without memory it learns from single transitions, with targets computed once per update. With
+    memory it learns from whole lanes, unrolled from the memory at their start, with targets
+    recomputed in every gradient step (PQN-RNN). In a team the mixer's values are learnt (PQN-VDN);
+    a single agent is a team of one.
 
-    Hyperparameters marked *traced* are array leaves: another value compiles nothing, and `vmap`
-    runs over them. The others are static.
+    Hyperparameters marked *traced* are array leaves: changing them does not recompile, and they can
+    differ under `vmap`. The others are static.
 
     **Attributes:**
 
     - `network`, `mixer`, `value`, `exploration`, `optimizer`, `bins`: its parts; see `create`.
     - `rollout_length`: steps per lane in one update.
-    - `burn_in`: steps before those, to warm up memory with today's parameters: nothing is learnt
-        from them, and no gradient flows through them (R2D2, Kapturowski et al. 2019, §3).
-    - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps in a pass.
-    - `lane_groups`: every minibatch takes as much from each of so many equal groups of neighbouring
-        lanes. Devices that share the groups then have all that they learn from: see
+    - `burn_in`: steps before those, to warm up memory with the current parameters: nothing is
+        learnt from them, and no gradient flows through them (R2D2, Kapturowski et al. 2019, §3).
+    - `num_epochs`, `num_minibatches`: passes over a rollout, and gradient steps per pass.
+    - `lane_groups`: number of equal groups of neighbouring lanes. Every minibatch takes equally
+        from each, so that devices that share the groups need no data of each other: see
         `eqx_q.sharding`.
-    - `learning_rate`, `learning_rate_end`: *traced*; falling linearly over the schedule.
+    - `learning_rate`, `learning_rate_end`: *traced*; the rate changes linearly over the schedule.
     - `max_grad_norm`: *traced*; gradients are clipped by their global norm.
     - `discount`, `lambda_`: *traced*; γ and λ.
     - `epsilon_start`, `epsilon_end`, `epsilon_decay`: *traced*; ε falls linearly from start to end
         over the fraction `epsilon_decay` of the schedule.
     - `reward_scale`: *traced*; rewards are multiplied by it before targets are formed.
-    - `schedule_steps`: *traced*; lane-steps of the schedules, infinite where unset: progress then
-        stays at 0. `train` fills it in, unless it `schedule_is_given`.
+    - `schedule_steps`: *traced*; lane-steps of the schedules; infinite if unset, so that progress
+        stays at 0. `train` fills it in, unless `schedule_is_given`.
     - `env_steps`: lane-steps learnt from so far.
     """
 
@@ -116,7 +116,7 @@ class PQN(QAgent):
         bins: int | Sequence[int] = 2,
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
-        optimizer: Choice | Optimizer = "radam",
+        optimizer: AnyOptimizer = "radam",
         rollout_length: int = 32,
         burn_in: int = 0,
         num_epochs: int = 2,
@@ -133,7 +133,7 @@ class PQN(QAgent):
         reward_scale: Scalar = 1.0,
         schedule_steps: Scalar | None = None,
     ) -> "PQN":
-        """A fresh agent.
+        """Creates an untrained agent.
 
         **Arguments:**
 
@@ -145,7 +145,7 @@ class PQN(QAgent):
 
         Every other argument is an attribute of the class.
 
-        **Raises:** `UsageError` for spaces, names, options or sizes that cannot work.
+        **Raises:** `UsageError` for invalid spaces, names, options or sizes.
         """
         sizes = {
             "rollout_length": rollout_length,
@@ -192,8 +192,8 @@ class PQN(QAgent):
         check_burn_in(burn_in, agent.has_memory)
         if burn_in > rollout_length:
             raise UsageError(
-                f"burn_in={burn_in} must not be above rollout_length={rollout_length}: those steps "
-                "come from the rollout before"
+                f"burn_in={burn_in} exceeds rollout_length={rollout_length}, but its steps come "
+                "from the previous rollout: lower burn_in"
             )
         return agent
 
@@ -210,12 +210,12 @@ class PQN(QAgent):
 
     @property
     def learnt(self) -> Count:
-        """See `Agent`: lane-steps."""
+        """See `Agent`: the number of lane-steps."""
         return self.env_steps
 
     @property
     def epsilon(self) -> Float[Array, ""]:
-        """ε where the schedule stands."""
+        """The current ε of the schedule."""
         progress = self.env_steps.rounded() / self.schedule_steps
         return linear(self.epsilon_start, self.epsilon_end, progress, self.epsilon_decay)
 
@@ -231,9 +231,9 @@ class PQN(QAgent):
     ) -> tuple["PQN", dict[str, Float[Array, ""]]]:
         """One PQN update (Algorithm 1): Q(λ) targets, then epochs of minibatch regression on them.
 
-        **Raises:** `UsageError` where `lane_groups` does not divide the lanes, or `num_minibatches`
-        the transitions of a group (with memory: its lanes), or where `experience` is no rollout
-        of this agent.
+        **Raises:** `UsageError` if `lane_groups` does not divide the lanes, or `num_minibatches`
+        the transitions of a group (with memory: its lanes), or if `experience` is not a rollout of
+        this agent.
         """
         if not isinstance(experience, Rollout):
             raise UsageError("this agent learns from rollouts: give it a Rollout")
@@ -288,7 +288,7 @@ class PQN(QAgent):
     def _check_rollout_memory(self, rollout: Rollout) -> None:
         if rollout.memory is None:
             raise UsageError(
-                "this agent has memory and the rollout has none: give Rollout(timesteps, actions, "
+                "this agent has memory but the rollout has none: give Rollout(timesteps, actions, "
                 "memory), with the memory before its first timestep"
             )
         num_lanes = rollout.actions.shape[1]
@@ -297,7 +297,7 @@ class PQN(QAgent):
     def _minibatches(
         self, num_items: int, num_steps: int, key: PRNGKeyArray
     ) -> tuple[Int[Array, "steps G B"], Float[Array, " steps"]]:
-        """For each gradient step: which items to take of each lane group, and the learning rate."""
+        """Indices of each gradient step's items within each lane group, and its learning rate."""
         indices = minibatches.shuffled(
             key,
             num_items // self.lane_groups,
@@ -311,14 +311,14 @@ class PQN(QAgent):
         return indices, linear(self.learning_rate, self.learning_rate_end, progress)
 
     def _transitions(self, rollout: Rollout) -> tuple[Observation, Items]:
-        """All steps of all lanes in one row, lane group by lane group, with their targets."""
+        """Flattens all steps of all lanes, lane group by lane group, with their targets."""
         obs = jax.tree.map(lambda x: x[:-1], rollout.timesteps.obs)
         items = items_of(self.model, rollout, self._targets(rollout))
         row = partial(minibatches.as_row, num_groups=self.lane_groups)
         return jax.tree.map(row, (obs, items))
 
     def _transition_loss(self, parameters, rest, statistics, batch: tuple[Observation, Items]):
-        """The loss of flat transitions, whose targets are there."""
+        """The loss of flat transitions with given targets."""
         model = self.model.having(*eqx.combine(parameters, rest))
         obs, items = batch
         output = model.evaluate(statistics, obs, items.acting)
@@ -326,13 +326,13 @@ class PQN(QAgent):
         return loss, (output.statistics, *told)
 
     def _sequence_loss(self, parameters, rest, statistics, rollout: Rollout):
-        """The loss of whole lanes; their targets come from the same pass over them."""
+        """The loss of whole lanes, with targets from the same forward pass."""
         model = self.model.having(*eqx.combine(parameters, rest))
 
         def learn_from(rollout: Rollout):
             rollout = warmed_up(model, statistics, rollout, self.burn_in)
             acting = acting_in(rollout)
-            ahead = jnp.zeros_like(acting[:1])  # the last observation is only looked ahead to
+            ahead = jnp.zeros_like(acting[:1])  # the last observation only serves targets
             unrolled = unroll(model, statistics, rollout, jnp.concatenate([acting, ahead]))
             values, action_mask = unrolled.values, rollout.timesteps.action_mask
             samples = model.samples(jax.lax.stop_gradient(values), action_mask)
@@ -342,8 +342,8 @@ class PQN(QAgent):
         if self.lane_groups == 1 or jax.tree.leaves(statistics):
             learnt_from, statistics = learn_from(rollout)
         else:
-            # The same, and no step makes one axis of the time and the lanes of several groups:
-            # devices that share the groups would have to exchange all that is on it.
+            # The same, without flattening time and the lanes of several groups into one axis:
+            # devices that share the groups would have to exchange that data.
             learnt_from, _ = jax.vmap(learn_from)(minibatches.apart(rollout, self.lane_groups))
         loss, *told = self._loss(model, *learnt_from)
         return loss, (statistics, *told)
@@ -351,11 +351,11 @@ class PQN(QAgent):
     def _loss(
         self, model: Model, values: Float[Array, "*steps M A K"], items: Items
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Scalar]:
-        """The mean loss over what happened, metrics, and a factor that both still lack.
+        """The mean loss over real transitions, metrics, and a scale to apply to both.
 
-        Of several lane groups the mean is over all transitions, happened or not, and that is the
-        factor to the right one: devices that share the groups can then exchange gradients and
-        count at once, where a count that is needed first would have them wait twice.
+        With several lane groups the mean is over all transitions, real or not, and the scale
+        corrects it. So devices that share the groups exchange gradients and count together,
+        instead of waiting for the count first.
         """
         losses, real, metrics = fit(model, values, items)
         count, scale = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1), 1.0
@@ -366,7 +366,7 @@ class PQN(QAgent):
         return loss, {"loss": loss, **average(weight, metrics)}, scale
 
     def _targets(self, rollout: Rollout) -> Float[Array, "T N P L"]:
-        """Targets of transitions, from the values that acting computed, where those suffice."""
+        """Targets of transitions, from the values that acting computed if those suffice."""
         model, timesteps = self.model, rollout.timesteps
         if rollout.values is None or self.value.num_samples > 1:
             samples = model.samples(

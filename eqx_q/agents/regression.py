@@ -1,4 +1,4 @@
-"""Regression of raw values on targets: the part of learning that every agent shares.
+"""Regression of raw values on targets, shared by all agents.
 
 Shapes are those of `eqx_q.agents.model`.
 """
@@ -15,9 +15,9 @@ from .model import Model
 
 
 class Items(eqx.Module):
-    """What is learnt from: choices, their targets, and whose transition happened.
+    """Choices to learn from, their targets, and a mask of real transitions.
 
-    `acting` is false where a transition led into a reset, and for an agent that was dead.
+    `acting` is false for transitions into a reset, and for dead agents.
     """
 
     index: Int[Array, "*steps M F"]
@@ -27,16 +27,16 @@ class Items(eqx.Module):
 
 
 def items_of(model: Model, rollout: Rollout, target: Float[Array, "T N P L"]) -> Items:
-    """What is learnt from a team's rollout, given its targets."""
+    """Items of a team's rollout, given its targets."""
     before = jax.tree.map(lambda x: x[:-1], rollout.timesteps)
     index = model.actions.encode(rollout.actions)
     return Items(index, target, acting_in(rollout), model.global_state(before))
 
 
 class Fit(NamedTuple):
-    """How well values fit their targets.
+    """The fit of values to their targets.
 
-    **Fields:** the `loss` of each prediction, 0 where it is not `real`; `metrics` of each, by name.
+    **Fields:** `loss` of each prediction, 0 where it is not `real`; `metrics` of each, by name.
     """
 
     loss: Float[Array, "*steps P"]
@@ -45,11 +45,11 @@ class Fit(NamedTuple):
 
 
 def fit(model: Model, values: Float[Array, "*steps M A K"], items: Items) -> Fit:
-    """Compares values of what was done with its targets."""
+    """Compares the values of the actions taken with their targets."""
     raw = model.of_action(values, items.index)
     raw, value = model.predict(raw, items.acting, items.global_state)
     real = model.acts(items.acting)
-    # Targets of masked transitions may be anything, NaN included.
+    # Targets of masked transitions may be anything, even NaN.
     target = jnp.where(real[..., None], items.target, 0.0)
     predicted, mean = value.expected(raw), jnp.mean(target, axis=-1)
     metrics = {"td_error": jnp.abs(mean - predicted), "q_value": predicted, "target": mean}
@@ -65,7 +65,7 @@ def average(
 
 
 def acting_in(rollout: Rollout) -> Bool[Array, "T N M"]:
-    """Whose transition happened: it led into no reset, and the agent was alive."""
+    """Mask of agents with a real transition: not into a reset, and the agent was alive."""
     timesteps = rollout.timesteps
     real = jnp.asarray(rollout.real)[..., None]
     if timesteps.agent_mask is None:
@@ -74,7 +74,7 @@ def acting_in(rollout: Rollout) -> Bool[Array, "T N M"]:
 
 
 class Outcome(NamedTuple):
-    """What steps led to, for each prediction and each of its samples."""
+    """Outcomes of steps, for each prediction and each of its samples."""
 
     reward: Float[Array, "T N P L"]
     terminated: Bool[Array, "T N P L"]
@@ -88,10 +88,10 @@ def outcome(
     timesteps: TimeStep,
     reward_scale: Float[Array, ""],
 ) -> Outcome:
-    """What `T` steps led to, given samples at all `T + 1` timesteps.
+    """Outcomes of `T` steps, given samples at all `T + 1` timesteps.
 
-    A dead agent's episode counts as terminated. Where the next step leads into a reset, the episode
-    counts as truncated: it ended here, or its environment broke (see `eqx_q.wrappers.guard`).
+    A dead agent's episode counts as terminated. If the next step resets the lane, the episode
+    counts as truncated: it ended here, or its environment failed (see `eqx_q.wrappers.guard`).
     """
     later = jax.tree.map(lambda x: jnp.asarray(x)[1:], timesteps)
     samples, terminated = samples[1:], later.terminated[..., None]

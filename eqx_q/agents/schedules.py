@@ -12,6 +12,6 @@ def linear(
     progress: Float[AnyArray, "*P"],
     duration: Scalar = 1.0,
 ) -> Float[Array, "*P"]:
-    """From `start` to `end` over the first `duration` (a fraction) of `progress`, then constant."""
+    """Linear from `start` to `end` while `progress` goes from 0 to `duration`, then constant."""
     fraction = jnp.clip(progress / jnp.maximum(duration, 1e-9), 0.0, 1.0)
     return jnp.asarray(start + (end - start) * fraction)

@@ -1,6 +1,6 @@
-"""Rollouts as agents see them: with an axis of agents, checked, unrolled, warmed up.
+"""Prepares rollouts for learning: adds an axis of agents, checks, unrolls, warms up memory.
 
-An agent on its own is a team of one.
+A single agent is a team of one.
 """
 
 import equinox as eqx
@@ -16,9 +16,10 @@ from .model import Model, Unrolled
 
 
 def as_team(agent: QAgent, rollout: Rollout, burn_in: int) -> Rollout:
-    """The rollout with an axis of agents after that of lanes.
+    """Adds an axis of agents after that of lanes.
 
-    **Raises:** `UsageError` where it is no rollout of this agent, or has nothing after its burn-in.
+    **Raises:** `UsageError` if the rollout does not match the agent, or is no longer than its
+    burn-in.
     """
     own = agent.action_space.shape or ()
     team = () if agent.num_agents is None else (agent.num_agents,)
@@ -33,15 +34,15 @@ def as_team(agent: QAgent, rollout: Rollout, burn_in: int) -> Rollout:
     found = spaces.leading_axes(agent.observation_space, timesteps.obs)
     if found != seen:
         raise UsageError(
-            f"timesteps.obs has leading axes {found}, not {seen}: axes are steps (a rollout has "
-            "one timestep more than actions), lanes, agents of a team, then those of the space"
+            f"timesteps.obs has leading axes {found}, not {seen}: give it axes for steps (one more "
+            "timestep than actions), lanes, agents of a team, then those of the space"
         )
     _check_shape("action_mask", timesteps.action_mask, (*seen, agent.actions.num_choices))
     _check_shape("agent_mask", timesteps.agent_mask, seen)
     if num_steps <= burn_in:
         raise UsageError(
             f"a rollout of {num_steps} steps leaves nothing after burn_in={burn_in}: give "
-            "the last steps of the rollout before, then new ones"
+            "the last steps of the previous rollout, then new ones"
         )
     if team:
         return rollout
@@ -56,8 +57,8 @@ def as_team(agent: QAgent, rollout: Rollout, burn_in: int) -> Rollout:
 def _check_shape(name: str, x: AnyArray | None, expected: tuple[int, ...]) -> None:
     if x is not None and x.shape != expected:
         raise UsageError(
-            f"{name} has shape {x.shape}, not {expected}: axes are steps (a rollout has one "
-            "timestep more than actions), lanes, agents of a team, then one's own"
+            f"{name} has shape {x.shape}, not {expected}: give it axes for steps (one more "
+            "timestep than actions), lanes, agents of a team, then its own"
         )
 
 
@@ -67,7 +68,7 @@ def unroll(
     rollout: Rollout,
     acting: Bool[Array, "T N M"] | None = None,
 ) -> Unrolled:
-    """What the model makes of all timesteps of a team's rollout, from the memory at its start."""
+    """Applies the model to all timesteps of a team's rollout, from the memory at its start."""
     memory = rollout.memory
     if memory is None:
         return model.unroll(statistics, rollout.timesteps, acting=acting)
@@ -77,14 +78,14 @@ def unroll(
 
 
 def warmed_up(model: Model, statistics: PyTree[Array], rollout: Rollout, burn_in: int) -> Rollout:
-    """The rollout after its burn-in, with the memory that today's parameters have there.
+    """The rollout after its burn-in, with the memory that the current parameters reach there.
 
     Nothing is learnt from the burn-in (R2D2, Kapturowski et al. 2019, §3).
     """
     if not burn_in:
         return rollout
     timesteps, actions = jax.tree.map(lambda x: x[:burn_in], (rollout.timesteps, rollout.actions))
-    # Without a batch mask: only what is learnt from counts for normalisation.
+    # No batch mask: only the steps to learn from count for normalisation.
     unrolled = unroll(model, statistics, Rollout(timesteps, actions[:-1], rollout.memory))
     last = model.actions.encode(actions[-1])
     memory = AgentMemory(jax.lax.stop_gradient(unrolled.memory), last.reshape(-1, last.shape[-1]))
@@ -92,6 +93,6 @@ def warmed_up(model: Model, statistics: PyTree[Array], rollout: Rollout, burn_in
 
 
 def part(rollout: Rollout, steps: slice, memory: Memory) -> Rollout:
-    """Some timesteps of a rollout and the actions at them."""
+    """A slice of a rollout's timesteps, with the actions taken there."""
     timesteps = jax.tree.map(lambda x: x[steps], rollout.timesteps)
     return Rollout(timesteps, rollout.actions[steps], memory)

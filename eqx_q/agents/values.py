@@ -1,7 +1,7 @@
-"""Values: what a network's raw numbers say of the return, and how they learn from targets.
+"""Values: interpret a network's raw outputs as returns, and define their loss.
 
-A network gives `K` numbers for each choice. A value makes an expected return of them, gives the
-samples that targets bootstrap from, and a loss against such targets.
+A network outputs `K` numbers per choice. A value turns them into an expected return, into samples
+for targets to bootstrap from, and into a loss against such targets.
 """
 
 import abc
@@ -27,13 +27,12 @@ Metrics = dict[str, Float[Array, "*batch"]]
 
 
 class AbstractValue(Part):
-    """The meaning of `K` raw numbers, and their loss. None of its arrays are trained.
+    """Interprets `K` raw numbers as a return, and defines their loss. Its arrays are not trained.
 
     Shapes: any leading axes, then `K` raw numbers, `L` samples of a target, `F` factors of an
     action.
 
-    **Attributes:** `num_outputs`: `K`; `num_samples`: `L`, 1 where targets are formed of expected
-    returns.
+    **Attributes:** `num_outputs`: `K`; `num_samples`: `L`, 1 if targets use expected returns.
     """
 
     num_outputs: AbstractVar[int]
@@ -45,9 +44,9 @@ class AbstractValue(Part):
 
     @abc.abstractmethod
     def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
-        """Raw numbers of a joint action, from those of the choices of its factors.
+        """Raw numbers of a joint action, from those of its factors' choices.
 
-        What is expected of them is the mean over the factors (Seyde et al. 2023, arXiv 2210.12566).
+        Its expected return is the mean over the factors (Seyde et al. 2023, arXiv 2210.12566).
         """
 
     @abc.abstractmethod
@@ -56,7 +55,7 @@ class AbstractValue(Part):
     ) -> tuple[Float[Array, "*batch J"], "AbstractValue"]:
         """Raw numbers whose expected return is `means`, and the value that interprets them.
 
-        A joint mixer predicts a mean only, no distribution.
+        A joint mixer predicts only a mean, not a distribution.
         """
 
     @abc.abstractmethod
@@ -67,14 +66,14 @@ class AbstractValue(Part):
     def loss(
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
     ) -> tuple[Float[Array, "*batch"], Metrics]:
-        """The loss against samples of the target, its mean over them; and metrics by name."""
+        """The loss, averaged over samples of the target, and metrics by name."""
 
 
 class Scalar(AbstractValue):
     """One number, the expected return itself.
 
-    **Attributes:** `td_loss`: of the TD error, `"half_squared"`, `"squared"`, or `"huber"` (with
-    δ = 1).
+    **Attributes:** `td_loss`: the loss of the TD error: `"half_squared"`, `"squared"`, or `"huber"`
+    (with δ = 1).
     """
 
     num_outputs: ClassVar[int] = 1
@@ -111,32 +110,32 @@ class HLGauss(AbstractValue):
     """A histogram of the return, learnt as a classification of smoothed targets (HL-Gauss).
 
     Farebrother et al., "Stop Regressing", 2024 (arXiv 2403.03950). The raw numbers are logits of
-    bins of equal width between `v_min` and `v_max`, and the expected return is the mean of the
-    bins' centres. A target becomes a Gaussian around it, cut to the range, of which each bin gets
-    the mass between its edges (§3.1); the loss is the cross entropy.
+    bins of equal width between `v_min` and `v_max`; the expected return is the mean of the bins'
+    centres. A target becomes a Gaussian around it, truncated to the range; each bin gets the mass
+    between its edges (§3.1). The loss is the cross entropy.
 
-    With `symlog` the bins are of equal width in the space of symlog(x) = sign(x) log(1 + |x|)
+    With `symlog` the bins have equal width in the space of symlog(x) = sign(x) log(1 + |x|)
     (Hafner et al. 2023, arXiv 2301.04104, equation 9), for returns of many magnitudes. Edges,
-    centres and the Gaussian are there; the expected return is the mean of symexp of the centres.
-    So it stays linear in the probabilities, and what targets bootstrap from is a mean of returns,
+    centres and the Gaussian live in that space; the expected return is the mean of symexp of the
+    centres. So it stays linear in the probabilities, and targets bootstrap from a mean of returns,
     not of their logarithms.
 
-    The mean of a projection is its target. A Gaussian alone does not give that where it is cut,
-    near the ends of the range, nor under symlog, where its mean is too far from 0, by a factor of
-    about exp(s²/2) for a standard deviation s, which bootstrapping would compound. So a target
-    becomes a mixture of the Gaussian around it and a second one, shifted by a bin or a standard
-    deviation (the larger), with the weights that give the mean. Elsewhere the second has
+    The mean of a projection equals its target. A single Gaussian would miss it where it is
+    truncated, near the ends of the range, and under symlog, where its mean is too far from 0 by a
+    factor of about exp(s²/2) for a standard deviation s; bootstrapping would compound that. So a
+    target becomes a mixture of the Gaussian around it and a second one, shifted by a bin or a
+    standard deviation (the larger), weighted to give the right mean. Elsewhere the second has
     practically no weight; as `sigma` goes to 0, the mixture becomes the two-hot encoding of Hafner
-    et al. Only of a target that is closer to an end than about 0.7 bins (with the default `sigma`)
-    the mean falls short: choose a range that is a little wider than the returns.
+    et al. The mean still falls short for targets within about 0.7 bins of an end (with the default
+    `sigma`): choose a range slightly wider than the returns.
 
     **Attributes:**
 
     - `num_bins`: `K`.
     - `v_min`, `v_max`: *traced*; the outer edges of the bins, as returns (also with `symlog`).
         Targets outside are clipped to them.
-    - `sigma`: *traced*; the Gaussian's standard deviation, in widths of a bin.
-    - `symlog`: whether bins are of equal width under symlog.
+    - `sigma`: *traced*; the Gaussian's standard deviation, in bin widths.
+    - `symlog`: whether bins have equal width under symlog.
     """
 
     num_samples: ClassVar[int] = 1
@@ -155,12 +154,12 @@ class HLGauss(AbstractValue):
         sigma: Number = 0.75,
         symlog: bool = False,
     ):
-        """The defaults are the paper's for Atari, whose rewards are clipped."""
+        """The defaults are the paper's for Atari with clipped rewards."""
         check_whole(num_bins=num_bins, least=2)
         check_ranges({"value.v_min": v_min, "value.v_max": v_max, "value.sigma": sigma})
         is_known = not isinstance(v_min, Tracer) and not isinstance(v_max, Tracer)
         if is_known and not float(v_min) < float(v_max):
-            raise UsageError(f"v_min={v_min} must be below v_max={v_max}: they bound the returns")
+            raise UsageError(f"v_min={v_min} is not below v_max={v_max}: give bounds of returns")
         self.v_min, self.v_max, self.sigma = (
             jnp.asarray(x, jnp.float32) for x in (v_min, v_max, sigma)
         )
@@ -172,13 +171,13 @@ class HLGauss(AbstractValue):
 
     @property
     def edges(self) -> Float[Array, " edges"]:
-        """Of the bins; with `symlog`, in its space."""
+        """Edges of the bins; with `symlog`, in its space."""
         low, high = self._squash(self.v_min), self._squash(self.v_max)
         return jnp.linspace(low, high, self.num_bins + 1)
 
     @property
     def centres(self) -> Float[Array, " K"]:
-        """The returns that the bins stand for."""
+        """The return at the centre of each bin."""
         edges = self.edges
         centres = (edges[:-1] + edges[1:]) / 2
         return symexp(centres) if self.symlog else centres
@@ -202,16 +201,16 @@ class HLGauss(AbstractValue):
     def loss(
         self, raw: Float[Array, "*batch K"], targets: Float[Array, "*batch L"]
     ) -> tuple[Float[Array, "*batch"], Metrics]:
-        """See `AbstractValue`. No gradient goes to the targets.
+        """See `AbstractValue`. No gradient flows into the targets.
 
-        The metric `out_of_range` is the share of targets that had to be clipped.
+        The metric `out_of_range` is the fraction of clipped targets.
         """
         mass = jnp.mean(self.project(jax.lax.stop_gradient(targets)), axis=-2)
         outside = jnp.mean((targets < self.v_min) | (targets > self.v_max), axis=-1)
         return -jnp.sum(mass * jax.nn.log_softmax(raw), axis=-1), {"out_of_range": outside}
 
     def project(self, targets: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
-        """The probability of each bin, for targets."""
+        """Projects targets to probabilities of the bins."""
         edges, centres = self.edges, self.centres
         targets = jnp.clip(targets, self.v_min, self.v_max)
         width = edges[1] - edges[0]
@@ -219,7 +218,7 @@ class HLGauss(AbstractValue):
 
         def gaussian(mean):
             below = jax.lax.erf((edges - mean[..., None]) / (deviation * math.sqrt(2)))
-            mass = jnp.maximum(jnp.diff(below), 0)  # erf is monotone but for rounding
+            mass = jnp.maximum(jnp.diff(below), 0)  # rounding can make erf non-monotone
             return mass / jnp.sum(mass, axis=-1, keepdims=True)
 
         location = self._squash(targets)
@@ -237,7 +236,7 @@ class HLGauss(AbstractValue):
 
 
 class Rescaled(AbstractValue):
-    """The expected return, squashed: for rewards that are not clipped.
+    """The expected return, squashed, for unclipped rewards.
 
     The raw number is h(Q) with h(x) = sign(x) (√(|x| + 1) − 1) + εx and ε = 0.001, and the loss is
     half the squared error against h of the target (Pohlen et al. 2018, arXiv 1805.11593, §3.2;
@@ -267,11 +266,11 @@ class Rescaled(AbstractValue):
         return jnp.mean(0.5 * (self.squash(targets) - raw) ** 2, axis=-1), {}
 
     def squash(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """h(x), as x times an even function: sign(x) and |x| have no slope at 0, and h has."""
+        """h(x), as x times an even function, so that its gradient at 0 is right."""
         return x * (1 / (jnp.sqrt(jnp.abs(x) + 1) + 1) + _EPSILON)
 
     def expand(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The inverse of h in the same form, without a difference of what is nearly equal."""
+        """The inverse of h in the same form, without cancellation of nearly equal numbers."""
         y = jnp.abs(x) + 1 + _EPSILON
         s = jnp.sqrt(1 + 4 * _EPSILON * y)
         root = 2 * y / (1 + s)  # its square is |h⁻¹(x)| + 1
@@ -281,10 +280,10 @@ class Rescaled(AbstractValue):
 class Quantile(AbstractValue):
     """Quantiles of the return, learnt with the quantile Huber loss.
 
-    Dabney et al. 2018 (QR-DQN, arXiv 1710.10044). Their mean is the expected return. Each is a
-    sample that targets bootstrap from.
+    Dabney et al. 2018 (QR-DQN, arXiv 1710.10044). Their mean is the expected return. Targets
+    bootstrap from each of them.
 
-    **Attributes:** `num_quantiles`: `K`, of the fractions (2i + 1) / 2K.
+    **Attributes:** `num_quantiles`: `K`, at the fractions (2i + 1) / 2K.
     """
 
     num_quantiles: int = eqx.field(static=True)
@@ -305,7 +304,7 @@ class Quantile(AbstractValue):
         return jnp.mean(raw, axis=-1)
 
     def join(self, raw: Float[Array, "*batch F K"]) -> Float[Array, "*batch K"]:
-        """Quantile by quantile."""
+        """The mean over factors of each quantile."""
         return jnp.mean(raw, axis=-2)
 
     def of_means(
@@ -322,7 +321,7 @@ class Quantile(AbstractValue):
         return quantile_huber(raw, targets), {}
 
 
-_EPSILON = 1e-3  # of `Rescaled`
+_EPSILON = 1e-3  # ε of `Rescaled`
 
 VALUES = {
     "scalar": Scalar,
@@ -333,12 +332,12 @@ VALUES = {
 
 
 def make_value(given: str | Mapping[str, Any] | AbstractValue) -> AbstractValue:
-    """A value of `VALUES` by name, by a mapping `{"name": ..., **options}`, or the one given.
+    """Makes a value from a name, from a mapping `{"name": ..., **options}`, or returns an object.
 
     Options that are `None` keep their default.
 
-    **Raises:** `UnknownNameError` for a name or an option that there is not, `UsageError` for
-    ranges and sizes that make no sense.
+    **Raises:** `UnknownNameError` for an unknown name or option, `UsageError` for invalid ranges
+    and sizes.
     """
     return make_part("value", given, AbstractValue, VALUES)
 

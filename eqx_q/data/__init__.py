@@ -1,4 +1,4 @@
-"""What is learnt from offline: the format of data sets, and what reads and writes others."""
+"""Data sets for offline learning: their format, and conversion from and to other formats."""
 
 from .conversion import Part as Part, Source as Source, convert as convert
 from .dataset import (

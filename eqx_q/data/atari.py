@@ -1,8 +1,8 @@
-"""What the recorded Atari games have in common: all were played by Dopamine's DQN.
+"""Code that the recorded Atari data sets share: all were played by Dopamine's DQN.
 
-Agarwal et al. 2020 (arXiv 1907.04543) trained it on the protocol of Machado et al. 2018
-(arXiv 1709.06009): minimal actions, sticky with probability 0.25, a step of four frames, games of
-at most 27,000 steps. RL Unplugged (arXiv 2006.13888) is made of the same runs.
+Agarwal et al. 2020 (arXiv 1907.04543) trained it with the protocol of Machado et al. 2018
+(arXiv 1709.06009): minimal action sets, sticky actions with probability 0.25, four frames per step,
+games of at most 27,000 steps. RL Unplugged (arXiv 2006.13888) comes from the same runs.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from .dataset import Description
 
 STACK = 4
 LONGEST_GAME = 27_000
-_PREPROCESSING = {  # by EnvPool's names
+_PREPROCESSING = {  # with EnvPool's names
     "frame_skip": 4,
     "repeat_action_probability": 0.25,
     "gray_scale": True,
@@ -33,17 +33,17 @@ _PREPROCESSING = {  # by EnvPool's names
 
 
 def game_folder(source: Path, pattern: str) -> Path:
-    """`source`, if it is a folder of a game: files of that pattern are in it.
+    """Returns `source` if it is the folder of a game, with files that match the pattern.
 
-    **Raises:** `UsageError` where it is not; it names the folders that are near.
+    **Raises:** `UsageError` if it is not; the message suggests folders.
     """
     if not source.is_dir():
         near = _near(source.name, source.parent, pattern)
-        raise UsageError(f"there is no folder '{source}'" + (near and f": is it {near}?"))
+        raise UsageError(f"'{source}' is not a folder" + (near and f": did you mean {near}?"))
     if not any(source.glob(pattern)):
         games = sorted({path for path in source.glob("*") if any(path.glob(pattern))})
-        hint = f"; a game's folder is '{games[0]}'" if games else ""
-        raise UsageError(f"there is no file '{pattern}' in '{source}'{hint}")
+        hint = f", such as '{games[0]}'" if games else ""
+        raise UsageError(f"'{source}' has no files '{pattern}': give a game's folder{hint}")
     return source
 
 
@@ -53,23 +53,24 @@ def choose(
     run: int | Sequence[int] | None,
     shards: Sequence[int] | None,
 ) -> list[tuple[int, int, Any]]:
-    """The runs and shards that are asked for, of those that are there; `None` for all.
+    """The requested runs and shards; `None` for all.
 
-    **Raises:** `UsageError` where one is not there.
+    **Raises:** `UsageError` if one does not exist.
     """
     runs = sorted(found) if run is None else [run] if isinstance(run, int) else list(run)
     chosen = []
     for one in runs:
         if one not in found:
-            raise UsageError(f"'{folder}' has no run {one}: there is {_ranges(found)}")
+            raise UsageError(f"'{folder}' has no run {one}: choose from {_ranges(found)}")
         for shard in sorted(found[one]) if shards is None else shards:
             if shard not in found[one]:
                 raise UsageError(
-                    f"run {one} in '{folder}' has no shard {shard}: there is {_ranges(found[one])}"
+                    f"run {one} in '{folder}' has no shard {shard}: choose from "
+                    f"{_ranges(found[one])}"
                 )
             chosen.append((one, shard, found[one][shard]))
     if not chosen:
-        raise UsageError(f"no run and shard of '{folder}' is chosen: give at least one of each")
+        raise UsageError(f"no run or no shard of '{folder}' is chosen: give at least one of each")
     return chosen
 
 
@@ -82,13 +83,13 @@ def describe(
     reward_clip: bool,
     source: Mapping[str, Any],
 ) -> Description:
-    """What a data set of a game is of. The game is the name of its folder.
+    """The description of a game's data set. The folder is named after the game.
 
-    **Arguments:** `env`: the game that is expected, if any is. `num_actions`: of the game, where
-    EnvPool, which knows it, is not installed.
+    **Arguments:** `env`: the expected game, or `None`. `num_actions`: of the game, if EnvPool,
+    which knows it, is not installed.
 
-    **Raises:** `UsageError` where the folder is of another game, or the number of actions is
-    unknown or wrong.
+    **Raises:** `UsageError` if the folder is of another game, or the number of actions is unknown
+    or wrong.
     """
     game = folder.resolve().name
     if env is not None and env.rpartition("/")[2].partition("-v")[0].lower() != game.lower():
@@ -97,7 +98,7 @@ def describe(
     number = known or num_actions
     if number is None:
         raise UsageError(
-            f"how many actions {game} has is not known: give num_actions=N, or run "
+            f"the number of actions of {game} is unknown: give num_actions=N, or run "
             "`pip install 'eqx_q[atari]'`"
         )
     if known is not None and num_actions not in (None, known):
@@ -116,26 +117,26 @@ def describe(
 
 
 def check_actions(action: np.ndarray, description: Description, path: Path) -> None:
-    """Raises `UsageError` where there is one that the game does not have."""
+    """Raises `UsageError` for an action that the game does not have."""
     space: Any = description.action_space
     number = int(space.n)
     if len(action) and not 0 <= action.min() <= action.max() < number:
         wrong = action[(action < 0) | (action >= number)][0]
         raise UsageError(
             f"'{path}' has action {wrong}, but {description.source['game']} has {number} actions: "
-            "is that the right name for this folder?"
+            "check the name of the folder"
         )
 
 
 def check_limit(rows_per_shard: int | None) -> None:
-    """Raises `UsageError` where so few rows hold no transition."""
+    """Raises `UsageError` if there are too few rows for a transition."""
     if rows_per_shard is not None and rows_per_shard < 2:
         raise UsageError(f"rows_per_shard={rows_per_shard}: give 2 or more")
 
 
 @functools.cache
 def _known_actions(game: str) -> int | None:
-    """As EnvPool says, if it is installed. Raises `UnknownNameError` for a game it lacks."""
+    """The number according to EnvPool, if installed. Raises `UnknownNameError` for other games."""
     try:
         import envpool
     except ModuleNotFoundError:
@@ -147,7 +148,7 @@ def _known_actions(game: str) -> int | None:
 
 
 def _near(name: str, parent: Path, pattern: str) -> str:
-    """The folders of games there, the nearest names first."""
+    """Folders of games in `parent`, the most similar names first."""
     folders = [path.name for path in parent.glob("*") if any(path.glob(pattern))]
     near = difflib.get_close_matches(name, folders, n=3, cutoff=0.5) or sorted(folders)[:5]
     return " or ".join(f"'{parent / folder}'" for folder in near)

@@ -1,4 +1,4 @@
-"""From somebody else's data to a data set of ours, a part after the other."""
+"""Converts data in other formats to a data set, part by part."""
 
 import collections
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """What is converted as one, and becomes a shard: a file, as a rule.
+    """A part that becomes a shard: usually a file.
 
-    - `name`: of the shard. `run`: whose data it is, where there are several runs (seeds).
-    - `blocks`: gives functions that make the next rows, to be called in any order and thread;
-        it is gone through in a thread of its own.
+    - `name`: of the shard. `run`: the number of the run (seed), if there are several.
+    - `blocks`: yields functions that make the next rows, to be called in any order and thread. It
+        is iterated in a thread of its own.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Somebody else's data.
+    """Data in another format.
 
-    `dtype`: in which observations are stored, where it is not the space's; see `Writer`.
+    `dtype`: the type to store observations in, if it differs from the space's; see `Writer`.
     """
 
     description: Description
@@ -48,21 +48,21 @@ def convert(
     num_workers: int | None = None,
     on_rows: Callable[[str, int], None] = lambda part, rows: None,
 ) -> Dataset:
-    """Writes `source` to `out`. Where an earlier attempt was stopped it goes on after the last part
-    that was finished, and what it writes does not depend on that.
+    """Writes `source` to `out`. After an interruption it continues after the last finished part,
+    with the same result.
 
-    **Arguments:** `num_workers`: threads that decode, beside one that reads and decompresses files
-    and one that writes; `None` for one per core. `on_rows`: called with the name of the part and
-    the number of rows that were written just now.
+    **Arguments:** `num_workers`: threads that decode, in addition to one that reads and
+    decompresses files and one that writes; `None` for one per core. `on_rows`: called with the name
+    of the part and the number of rows just written.
 
-    **Raises:** `UsageError` where there is something at `out`, the source is not what it should
-    be (`CorruptFileError` where it is damaged), or the disk is full. Finished parts are kept.
+    **Raises:** `UsageError` if `out` exists, the source is invalid (`CorruptFileError` if it is
+    damaged), or the disk is full. Finished parts are kept.
     """
     workers = num_workers or len(os.sched_getaffinity(0))
     with Writer(out, source.description, dtype=source.dtype) as writer:
         done, total = writer.done, len(source.parts)
         if done:
-            logger.info("%d of %d parts are there from an earlier attempt", len(done), total)
+            logger.info("%d of %d parts are done from an earlier attempt", len(done), total)
         try:
             for part, rows in _ahead([x for x in source.parts if x.name not in done], workers):
                 if rows is None:
@@ -77,16 +77,16 @@ def convert(
                 raise
             raise type(error)(
                 f"{error}; {len(writer.done)} of {total} parts are converted and kept: run this "
-                "again to go on"
+                "again to continue"
             ) from error
 
 
 def _ahead(parts: Sequence[Part], num_workers: int) -> Iterator[tuple[Part, Rows | None]]:
-    """What the blocks of parts make, in their order, and `None` where a part ends.
+    """Yields the rows of the blocks of parts, in their order, and `None` at the end of a part.
 
-    While one block is written, a thread reads on, into the next part too (a file can only be
-    decompressed from its beginning on), and others decode what was read. Threads suffice:
-    decoders do not hold the interpreter's lock, and nothing has to be copied between processes.
+    While one block is written, a thread reads ahead, also into the next part (a file can only be
+    decompressed from its start), and others decode the data. Threads suffice: decoders release the
+    interpreter's lock, and nothing has to be copied between processes.
     """
 
     def blocks() -> Iterator[tuple[Part, Callable[[], Rows | None]]]:
@@ -107,6 +107,6 @@ def _ahead(parts: Sequence[Part], num_workers: int) -> Iterator[tuple[Part, Rows
                 waiting.append(reader.submit(read))
                 part, rows = found
                 yield part, rows.result()
-        finally:  # who leaves early does not wait for what nobody will see
+        finally:  # after an early exit, the remaining work is cancelled
             reader.shutdown(cancel_futures=True)
             decoders.shutdown(cancel_futures=True)

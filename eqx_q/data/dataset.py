@@ -1,22 +1,22 @@
-"""Data sets: a directory of plain arrays that memory-map, and a header that says what they are.
+"""Data sets: a directory of plain arrays for memory-mapping, and a header that describes them.
 
-    frames.npy  or  obs.npy   uint8[R, height, width], unstacked; or what was observed, [R, ...]
+    frames.npy  or  obs.npy   uint8[R, height, width], unstacked; or observations, [R, ...]
     action.npy                int32[R, ...]; -1 in the row of an episode's final observation
-    reward.npy                float32[R], as the game gave it
+    reward.npy                float32[R], the game's own
     terminated.npy  truncated.npy  first.npy    bool[R]
     header.json               environment, spaces, preprocessing, source, shards, checksums
 
-Row t holds an observation, the action taken on it, and that action's reward and ending (as RLDS
-and Minari align them). An episode's final observation is a row of its own. So whatever action
-row t holds led to the observation in row t + 1.
+Row t holds an observation, the action taken there, and that action's reward and ending (aligned as
+in RLDS and Minari). An episode's final observation has a row of its own. So the action in row t led
+to the observation in row t + 1.
 
-Where observations have several parts, each has a file: `obs.image.npy`, `obs.arm.joints.npy`.
-Actions of a `Box` are floats, and NaN instead of -1. A team's observations and actions have an axis
-of agents after that of rows. What else an environment says comes in columns of its own:
+If observations have several parts, each has a file: `obs.image.npy`, `obs.arm.joints.npy`. Actions
+of a `Box` are floats, with NaN instead of -1. A team's observations and actions have an axis of
+agents after that of rows. Optional data of the environment are in further columns:
 
-    action_mask.npy           bool[R, (M,) A]: which actions are legal on that observation
-    agent_mask.npy            bool[R, M]: who of a team is there
-    agent_reward.npy          float32[R, M]: each one's own reward for that action
+    action_mask.npy           bool[R, (M,) A]: legal actions at that observation
+    agent_mask.npy            bool[R, M]: agents of a team that are alive
+    agent_reward.npy          float32[R, M]: each agent's own reward for that action
     global_state.npy          float32[R, S]
 """
 
@@ -40,10 +40,10 @@ from ..saving.files import unseal
 from ..spaces import hashable, leaves, shapes
 from ..types import Observation
 
-FORMATS = (2, 3)  # the second has what only later versions know: see `Description.format`
+FORMATS = (2, 3)  # the second has features of later versions: see `Description.format`
 HEADER = "header.json"
 COLUMNS = {
-    "action": np.dtype("<i4"),  # of a Box its own type
+    "action": np.dtype("<i4"),  # a Box has its own type
     "reward": np.dtype("<f4"),
     "terminated": np.dtype("|b1"),
     "truncated": np.dtype("|b1"),
@@ -56,16 +56,16 @@ EXTRAS = {
     "global_state": np.dtype("<f4"),
 }
 BLOCK = 1 << 24  # bytes that a checksum reads at a time
-# What NumPy raises of a damaged `.npy`. Its header is Python, which it tokenises.
+# Exceptions that NumPy raises for a damaged `.npy`. It tokenises the header, which is Python.
 NPY_DAMAGE = (OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError)
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of a data set. Frames where its observations are stacks of them.
+    """Consecutive rows of a data set. `obs` holds single frames if observations are stacks.
 
-    A row with an action holds what that action brought: `reward`, `agent_reward` and the ending.
-    All else is of the moment in which it was chosen. The last four are there where the
-    description's `extras` say so.
+    A row with an action holds the outcome of that action: `reward`, `agent_reward` and the ending.
+    All else is from the moment in which it was chosen. The last four columns exist if they are in
+    the description's `extras`.
     """
 
     obs: Observation
@@ -92,10 +92,10 @@ class Rows(NamedTuple):
         agent_reward: Shaped[np.ndarray, "L M"] | None = None,
         global_state: Shaped[np.ndarray, "L_and_1 S"] | None = None,
     ) -> "Rows":
-        """The rows of a whole episode, its final observation among them.
+        """The rows of a whole episode, including its final observation.
 
-        **Arguments:** `terminated`: whether the task ended it; else it was truncated. What is seen
-        is one longer than what is done: `obs`, the masks and `global_state`.
+        **Arguments:** `terminated`: whether the task ended it; else it was truncated. `obs`, the
+        masks and `global_state` have one entry more than actions and rewards.
         """
         length = len(action)
         last = np.arange(length + 1) == length - 1
@@ -118,16 +118,16 @@ class Rows(NamedTuple):
 
     @property
     def acted(self) -> Bool[np.ndarray, " R"]:
-        """Of whole episodes: the rows with an action, which are all but the final observations."""
+        """For whole episodes: mask of rows with an action, all but the final observations."""
         return np.append(~self.first[1:], False)
 
     def part(self, start: int, stop: int) -> "Rows":
-        """Rows from `start` to before `stop`."""
+        """The rows from `start` to `stop`, excluding the latter."""
         return jax.tree.map(lambda x: x[start:stop], self)
 
 
 def no_action(dtype: np.dtype) -> float | int:
-    """What stands in the row of a final observation."""
+    """The placeholder for the action in the row of a final observation."""
     return np.nan if dtype.kind == "f" else -1
 
 
@@ -137,7 +137,7 @@ def _with_last(x: np.ndarray, value: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """An array of a data set: the name of its file, and what a row of it holds."""
+    """An array of a data set: the name of its file, and the shape and type of a row."""
 
     name: str
     shape: tuple[int, ...]
@@ -145,10 +145,10 @@ class Column:
 
 
 class Shard(NamedTuple):
-    """A part of a data set that came as one: a file of its source, or a member of a population.
+    """A part of a data set with one origin: a file of its source, or a member of a population.
 
-    `run`: whose data it is, where a source holds several runs (seeds). `source`: what else is
-    known of where it came from.
+    `run`: the number of the run (seed), if the source has several. `source`: further details of its
+    origin.
     """
 
     name: str
@@ -159,19 +159,20 @@ class Shard(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a data set is of.
+    """The description of a data set.
 
     - `env`: the environment's id, `"<suite>/<name>"`.
-    - `observation_space`, `action_space`: of one lane (of one agent of it), as an agent sees it.
-    - `stack`: how many frames an observation `[stack, height, width]` has; `None` where
-        observations are stored as they are.
-    - `stack_start`: what stands before an episode's first frame: `"zeros"`, or `"repeat"` of it.
-    - `preprocessing`: what was done to observations and actions, by option. Data sets that differ
-        in it do not mix.
+    - `observation_space`, `action_space`: of one lane (in a team, of one agent), as the agent sees
+        them.
+    - `stack`: number of frames of an observation `[stack, height, width]`; `None` if observations
+        are stored as they are.
+    - `stack_start`: padding before an episode's first frame: `"zeros"`, or `"repeat"` of it.
+    - `preprocessing`: the processing of observations and actions, by option. Data sets with
+        different preprocessing cannot be mixed.
     - `source`: where the data came from.
-    - `num_agents`: `None`, or how many agents the team has.
-    - `extras`: which of `action_mask`, `agent_mask`, `agent_reward` and `global_state` are there,
-        and the shape of each in a row.
+    - `num_agents`: `None`, or the number of agents of the team.
+    - `extras`: those of `action_mask`, `agent_mask`, `agent_reward` and `global_state` that exist,
+        with the shape of each in a row.
     """
 
     env: str
@@ -186,7 +187,7 @@ class Description(NamedTuple):
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Of what a row holds of an observation that is one array: of a stack one frame."""
+        """The stored shape of an observation that is one array; for a stack, that of a frame."""
         shape = self.observation_space.shape
         assert shape is not None
         return shape if self.stack is None else shape[1:]
@@ -195,7 +196,7 @@ class Description(NamedTuple):
     def columns(self) -> Any:
         """All columns: `Rows` of `Column`s.
 
-        **Raises:** `UsageError` where two parts of observations would share a file.
+        **Raises:** `UsageError` if two parts of observations would share a file.
         """
         team = () if self.num_agents is None else (self.num_agents,)
         action = self.action_space
@@ -216,23 +217,23 @@ class Description(NamedTuple):
             return Column("frames", (*team, *self.row_shape), space.dtype)
         parts = []
         for path, leaf in leaves(space):
-            # What may stand in a key of a `Dict` may not stand in the name of a file.
+            # Keys of a `Dict` may have characters that file names may not have.
             name = f"obs.{urllib.parse.quote(path, safe='')}" if path else "obs"
             if name in [part.name for part in parts]:
-                raise UsageError(f"two parts of observations are called '{path}': rename one")
+                raise UsageError(f"two parts of observations have the path '{path}': rename one")
             parts.append(Column(name, (*team, *(leaf.shape or ())), np.dtype(leaf.dtype)))
         return jax.tree.unflatten(jax.tree.structure(shapes(space)), parts)
 
     @property
     def format(self) -> int:
-        """The first format that has all of this."""
+        """The first format that supports all of this."""
         plain = isinstance(self.observation_space, gymnasium.spaces.Box) and _counts_from_0(
             self.action_space
         )
         return 2 if plain and self.num_agents is None and not self.extras else 3
 
     def as_json(self) -> dict[str, Any]:
-        """For the header."""
+        """The JSON for the header."""
         space: Any = self.action_space
         content = {
             "env": self.env,
@@ -255,7 +256,7 @@ class Description(NamedTuple):
 
     @classmethod
     def from_json(cls, header: Mapping[str, Any]) -> "Description":
-        """As `as_json` gave it."""
+        """The inverse of `as_json`."""
         if "action_space" in header:
             action_space = _space_of_json(header["action_space"])
         else:
@@ -283,7 +284,7 @@ def _counts_from_0(space: gymnasium.Space) -> bool:
 def _space_as_json(space: Any) -> dict[str, Any]:
     kind = type(hashable(space)).__name__
     match space:
-        case gymnasium.spaces.Box():  # the first kind there was goes without its name
+        case gymnasium.spaces.Box():  # the first supported kind is stored without a name
             return {
                 "shape": list(space.shape),
                 "dtype": space.dtype.str,
@@ -304,7 +305,7 @@ def _space_as_json(space: Any) -> dict[str, Any]:
 
 
 def _space_of_json(content: Mapping[str, Any]) -> gymnasium.Space:
-    """As `_space_as_json` gave it."""
+    """The inverse of `_space_as_json`."""
     match content:
         case {"kind": "Discrete", "n": n, "start": start}:
             return gymnasium.spaces.Discrete(n, start=start)
@@ -324,7 +325,7 @@ def _space_of_json(content: Mapping[str, Any]) -> gymnasium.Space:
                 np.broadcast_to(np.array(content[name], dtype), shape) for name in ("low", "high")
             )
             return gymnasium.spaces.Box(low, high, shape, dtype.type)
-    raise ValueError(f"there is no space {dict(content)}")
+    raise ValueError(f"unknown space {dict(content)}")
 
 
 class Dataset:
@@ -333,8 +334,8 @@ class Dataset:
     **Attributes:** `path`; `description`; `shards`; `rows`: the arrays, as long as the data set;
     `num_transitions`, `num_episodes`.
 
-    **Raises:** `CorruptFileError` where the directory is no data set, or a damaged one. Of frames
-    and observations only the size is checked: `verify` reads them.
+    **Raises:** `CorruptFileError` if the directory is not a data set, or is damaged. For frames and
+    observations only the size is checked; `verify` also reads them.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -359,30 +360,30 @@ class Dataset:
             if isinstance(error, UsageError):
                 raise
             raise CorruptFileError(
-                f"'{self.path}' has a header that makes no sense ({error!r})"
+                f"'{self.path}' has an invalid header ({error!r}): make the data set again"
             ) from error
         self._verify(COLUMNS)
         self.num_transitions = int(np.sum(self.rows.acted))
         self.num_episodes = len(self.rows.action) - self.num_transitions
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return len(self.rows.action)
 
     @property
     def checksum(self) -> str:
-        """Of all its arrays: two data sets of the same rows have the same."""
+        """A checksum of all arrays: equal for data sets with the same rows."""
         text = json.dumps(self._checksums, indent=1) + "\n"
         return f"{zlib.crc32(text.encode()):08x}"
 
     def episodes(self) -> Iterator[Rows]:
-        """One after the other, each with the row of its final observation."""
+        """Yields the episodes, each with the row of its final observation."""
         starts = np.flatnonzero(self.rows.first).tolist()
         for start, stop in zip(starts, [*starts[1:], len(self)], strict=True):
             yield self.rows.part(start, stop)
 
     def verify(self) -> None:
-        """Reads everything. Raises `CorruptFileError` where a checksum is wrong."""
+        """Reads everything. Raises `CorruptFileError` if a checksum is wrong."""
         self._verify(self._checksums)
 
     def _verify(self, names) -> None:
@@ -394,28 +395,28 @@ class Dataset:
                 is_whole = checksum(file) == self._checksums[name]
             if not is_whole:
                 raise CorruptFileError(
-                    f"'{path}' is damaged: its checksum is wrong; make the data set anew"
+                    f"'{path}' is damaged, its checksum is wrong: make the data set again"
                 )
 
 
 def _read_header(path: Path) -> dict[str, Any]:
     if not path.exists() and path.with_name(path.name + ".partial").exists():
         raise UsageError(
-            f"'{path}' is not finished: run the command that makes it again, and it goes on"
+            f"'{path}' is not finished: run the command that makes it again to continue"
         )
     try:
         header = json.loads((path / HEADER).read_text())
     except (OSError, NotADirectoryError):
         raise UsageError(
-            f"'{path}' is no data set: there is no header.json in it; make one with "
+            f"'{path}' is not a data set, since it has no header.json: make one with "
             "scripts/collect.py or scripts/convert.py"
         ) from None
     except ValueError as error:
         raise _damaged_header(path, error) from error
     if not isinstance(header, dict) or header.get("format") not in FORMATS:
         raise CorruptFileError(
-            f"'{path}' is no data set that this eqx_q reads (formats {FORMATS[0]} and "
-            f"{FORMATS[1]}): make it anew"
+            f"'{path}' is not a data set in a format of this eqx_q ({FORMATS[0]} or "
+            f"{FORMATS[1]}): make it again"
         )
     try:
         return unseal(header)
@@ -424,25 +425,25 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _damaged_header(path: Path, error: ValueError) -> CorruptFileError:
-    return CorruptFileError(f"'{path / HEADER}' is damaged: {error}; make the data set anew")
+    return CorruptFileError(f"'{path / HEADER}' is damaged ({error}): make the data set again")
 
 
 def _map(path: Path, expected: dict[str, Any]) -> np.ndarray:
-    """Maps an array, and compares it with what the header says."""
+    """Memory-maps an array, and compares its shape and type with the header."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_DAMAGE as error:
-        raise CorruptFileError(f"'{path}' is damaged: {error}; make the data set anew") from error
+        raise CorruptFileError(f"'{path}' is damaged ({error}): make the data set again") from error
     if array.dtype.str != expected["dtype"] or list(array.shape) != expected["shape"]:
         raise CorruptFileError(
             f"'{path}' holds {array.dtype.str}{list(array.shape)}, but the header says "
-            f"{expected['dtype']}{expected['shape']}: make the data set anew"
+            f"{expected['dtype']}{expected['shape']}: make the data set again"
         )
     return array
 
 
 def checksum(file: BinaryIO) -> int:
-    """Of all that follows in a file."""
+    """The checksum of the rest of a file."""
     crc = 0
     while block := file.read(BLOCK):
         crc = zlib.crc32(block, crc)
@@ -450,7 +451,7 @@ def checksum(file: BinaryIO) -> int:
 
 
 def _bound(values: np.ndarray) -> Any:
-    """A bound of a space for JSON: one number where it is the same everywhere."""
+    """A bound of a space for JSON: one number if it is the same everywhere."""
     same = values.size and np.all(values == values.flat[0])
     return json.loads(
         json.dumps((values.flat[0] if same else values).tolist()),

@@ -2,20 +2,20 @@
 
     <game>/<run>/replay_logs/$store$_{observation,action,reward,terminal}_ckpt.<N>.gz
 
-Each is a compressed `.npy`, of a million rows as a rule. What the code that wrote them says
+Each is a compressed `.npy`, usually of a million rows. According to the code that wrote them
 (`circular_replay_buffer.py` of Dopamine, `logged_replay_buffer.py` of google-research/batch_rl):
 
 - A terminal row is the last of its episode, and the next row begins another one: the final
   observation is not stored. Here it is a copy of the last frame, which is never bootstrapped from.
-- Up to three rows of zeros stand before an episode's first frame. They are no transitions.
-- The buffer is a ring, and rows from its cursor (`add_count` modulo its size) on are older ones,
-  which another file has: one in a full file, nearly all in the last file of a run.
-- Games were cut after 27,000 steps, and then marked terminal too. Here they are truncated.
+- Up to three rows of zeros precede an episode's first frame. They are not transitions.
+- The buffer is a ring. Rows from its cursor on (`add_count` modulo its size) are older ones, which
+  another file holds: one row in a full file, nearly all in the last file of a run.
+- Games were cut after 27,000 steps, but marked terminal, too. Here they are truncated.
 - Rewards were clipped to [-1, 1] before they were stored.
 
-Where nothing is known of what the last action led to (the game was cut, or the file ends), the
-frame before that action is the final observation of a truncated episode. An episode that goes on
-in the next file is two here.
+If the outcome of the last action is unknown (the game was cut, or the file ends), the frame before
+that action is the final observation of a truncated episode. An episode that continues in the next
+file becomes two episodes.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _HEADERS = {
 
 
 class Columns(NamedTuple):
-    """What a file has but the frames, up to the cursor or to where it is cut."""
+    """The columns of a file except the frames, up to the cursor or a limit."""
 
     action: Int[np.ndarray, " R"]
     reward: Float32[np.ndarray, " R"]
@@ -66,14 +66,14 @@ def from_dqn_replay(
     env: str | None = None,
     num_actions: int | None = None,
 ) -> Source:
-    """The data in a game's folder, to be given to `convert`.
+    """The data in a game's folder, for `convert`.
 
-    **Arguments:** `source`: the folder; its name is that of the game. `run`, `shards`: numbers,
-    `None` for all that are there. `rows_per_shard`: only the first so many become data; the rest
-    is read all the same, since the checksum of a file stands at its end. `env`: the environment
-    that is expected. `num_actions`: of the game, where EnvPool is not installed.
+    **Arguments:** `source`: the folder, named after the game. `run`, `shards`: numbers, `None` for
+    all. `rows_per_shard`: convert only the first rows; the rest is still read, since the checksum
+    is at the end of a file. `env`: the expected environment. `num_actions`: of the game, if EnvPool
+    is not installed.
 
-    **Raises:** `UsageError` where these files are not there, or are of another game.
+    **Raises:** `UsageError` if the files are missing, or are of another game.
     """
     atari.check_limit(rows_per_shard)
     folder = atari.game_folder(Path(source), _PATTERN)
@@ -92,7 +92,7 @@ def from_dqn_replay(
         if frames.dtype != np.uint8 or len(frames.shape) != 3:
             raise UsageError(
                 f"'{frames.path}' holds {frames.dtype}{list(frames.shape)}, not "
-                "uint8[rows, height, width]: it is not of the DQN Replay data set"
+                "uint8[rows, height, width]: give a file of the DQN Replay data set"
             )
         frame_shape = (frames.shape[1], frames.shape[2])
     description = atari.describe(
@@ -115,11 +115,11 @@ def from_dqn_replay(
 
 
 def read_columns(logs: str | os.PathLike, shard: int, limit: int | None = None) -> Columns:
-    """The columns of a shard but its frames.
+    """The columns of a shard except its frames.
 
-    **Arguments:** `logs`: the folder of the files. `limit`: on the number of rows.
+    **Arguments:** `logs`: the folder of the files. `limit`: the maximum number of rows.
 
-    **Raises:** `CorruptFileError` where a file is damaged, or they do not fit together.
+    **Raises:** `CorruptFileError` if a file is damaged, or the files do not match.
     """
     logs = Path(logs)
     with _Array(_file(logs, "action", shard)) as array:
@@ -143,26 +143,26 @@ def read_columns(logs: str | os.PathLike, shard: int, limit: int | None = None) 
 def _blocks(
     logs: Path, shard: int, description: Description, limit: int | None
 ) -> Iterator[Callable[[], Rows]]:
-    """The rows of a shard, a few at a time."""
+    """Yields the rows of a shard, a few at a time."""
     columns = read_columns(logs, shard, limit)
     atari.check_actions(columns.action, description, _file(logs, "action", shard))
     segments = _Segments(columns)
     with _Array(_file(logs, "observation", shard)) as frames:
         if frames.shape[1:] != description.row_shape:
             raise UsageError(
-                f"'{frames.path}' has frames of {list(frames.shape[1:])}, but those before are of "
-                f"{list(description.row_shape)}: data with different preprocessing do not mix, "
-                "convert them apart"
+                f"'{frames.path}' has frames of {list(frames.shape[1:])}, but earlier ones are of "
+                f"{list(description.row_shape)}: convert data with different preprocessing "
+                "separately"
             )
         for start in range(0, len(columns.action), _BLOCK):
             block = frames.read(min(_BLOCK, len(columns.action) - start))
             rows = segments.rows(block, start)
             yield lambda rows=rows: rows
-        frames.check_rest()  # what is damaged is not committed
+        frames.check_rest()  # raises before a damaged file is committed
 
 
 class _Segments:
-    """Makes rows of a buffer's, block by block."""
+    """Converts a buffer's rows to ours, block by block."""
 
     def __init__(self, columns: Columns):
         self.columns = columns
@@ -176,22 +176,22 @@ class _Segments:
             & (columns.reward == 0)
             & ~columns.terminal
         )
-        self.padding = 0  # rows of it that the present episode begins with
+        self.padding = 0  # padding rows at the start of the current episode
 
     def rows(self, frames: UInt8[np.ndarray, "B height width"], start: int) -> Rows:
-        """Of the next block, which begins with the buffer's row `start`."""
+        """The rows of the next block, which begins with the buffer's row `start`."""
         columns, last = self.columns, len(self.columns.action) - 1
         t = np.arange(start, start + len(frames))
         is_padding, padding = self._find_padding(frames, t)
         terminal = columns.terminal[t]
-        length = t - self.begin[t] + 1 - padding  # of the episode, with this row
-        unknown = self._unknown(t, length)  # where this row's action led to
+        length = t - self.begin[t] + 1 - padding  # of the episode, including this row
+        unknown = self._unknown(t, length)  # the outcome of this row's action
         truncated = ~is_padding & ~terminal & (t < last)
         truncated &= self._unknown(np.minimum(t + 1, last), length + 1)
         terminated = terminal & ~unknown
-        # A lone observation is no transition.
+        # A single observation is not a transition.
         kept = ~is_padding & ~(unknown & (length == 1))
-        # An ending brings another row: its final observation.
+        # An ending adds a row for the final observation.
         index = np.repeat(np.arange(len(t)), kept * (1 + terminated))
         copy = np.append(False, index[1:] == index[:-1])
         final = copy | unknown[index]
@@ -205,16 +205,16 @@ class _Segments:
         )
 
     def _unknown(self, t: Int[np.ndarray, " B"], length: Int[np.ndarray, " B"]):
-        """Whether it is unknown what the action of row t led to."""
+        """Mask of rows t whose action has an unknown outcome."""
         terminal = self.columns.terminal[t]
         is_last = t == len(self.columns.action) - 1
         return np.where(terminal, length == atari.LONGEST_GAME, is_last)
 
     def _find_padding(self, frames: UInt8[np.ndarray, "B height width"], t: Int[np.ndarray, " B"]):
-        """Which rows are padding, and how many rows of it each row's episode begins with."""
+        """Mask of padding rows, and the number of padding rows at each row's episode start."""
         is_padding, padding = np.zeros(len(t), bool), np.zeros(len(t), np.int64)
         offset, done = t - self.begin[t], 0
-        for i in np.flatnonzero(offset <= _PADDING):  # the others cannot be padding
+        for i in np.flatnonzero(offset <= _PADDING):  # other rows cannot be padding
             padding[done:i], done = self.padding, i
             if offset[i] == 0:
                 self.padding = 0
@@ -226,9 +226,9 @@ class _Segments:
 
 
 class _Array:
-    """A compressed `.npy`, of which the first rows can be read without the others.
+    """A compressed `.npy` whose first rows can be read without the others.
 
-    **Raises:** `CorruptFileError` where it is damaged.
+    **Raises:** `CorruptFileError` if it is damaged.
     """
 
     def __init__(self, path: Path):
@@ -240,7 +240,7 @@ class _Array:
                 raise ValueError(f"its version {version} is unknown")
             self.shape, fortran, self.dtype = _HEADERS[version](self._file)
             if fortran or self.dtype.hasobject:
-                raise ValueError("its rows do not follow each other")
+                raise ValueError("its rows are not contiguous")
             self._left = math.prod(self.shape) * self.dtype.itemsize
 
     def __enter__(self) -> "_Array":
@@ -250,23 +250,23 @@ class _Array:
         self._file.close()
 
     def read(self, rows: int = 1) -> np.ndarray:
-        """The next so many rows; all of an array without rows."""
+        """Reads the next rows; for an array without axes, all of it."""
         shape = (rows, *self.shape[1:]) if self.shape else ()
         size = math.prod(shape) * self.dtype.itemsize
         with self._damage():
             data = self._file.read(size)
             if len(data) < size:
-                raise EOFError("it is shorter than it says")
+                raise EOFError("it is shorter than its header says")
         self._left -= size
         return np.frombuffer(data, self.dtype).reshape(shape)
 
     def check_rest(self) -> None:
-        """Reads on to the end, where the checksum of all that was read stands."""
+        """Reads to the end, which verifies the checksum."""
         with self._damage():
             while data := self._file.read(_CHUNK):
                 self._left -= len(data)
             if self._left:
-                raise EOFError("its length is not what it says")
+                raise EOFError("its length differs from its header")
 
     @contextlib.contextmanager
     def _damage(self):
@@ -281,7 +281,7 @@ def _file(logs: Path, column: str, shard: int) -> Path:
 
 
 def _cursor(logs: Path, shard: int, capacity: int) -> int:
-    """How many rows of a file are its own. Without the count, as many as in a full one."""
+    """The number of valid rows of a file. Without the count, that of a full file."""
     path = logs / f"add_count_ckpt.{shard}.gz"
     if not path.exists():
         return capacity - 1

@@ -1,7 +1,8 @@
-"""Minari's data sets (minari.farama.org), to and from ours, losslessly.
+"""Lossless conversion from and to Minari's data sets (minari.farama.org).
 
-An episode there has one observation more than actions, as here. Images are stored as they are:
-Minari's default is JPEG. What it has no place for, as action masks, is among an episode's `infos`.
+A Minari episode has one observation more than actions, as here. Images are stored losslessly,
+unlike Minari's default, JPEG. Data that Minari has no place for, such as action masks, go into an
+episode's `infos`.
 """
 
 import contextlib
@@ -23,38 +24,40 @@ from ..spaces import Leaf, factors, leaves, of_actions, of_observations, select,
 from .conversion import Part, Source
 from .dataset import Dataset, Description, Rows
 
-_EPISODES = 100  # of a part
-_BYTES = 1 << 26  # of observations that Minari is given at a time, or one episode's
-_KEY = "eqx_q"  # in Minari's metadata: our description
+_EPISODES = 100  # per part
+_BYTES = 1 << 26  # of observations to pass to Minari at a time, but at least one episode
+_KEY = "eqx_q"  # key of our description in Minari's metadata
 
 
 def from_minari(
     dataset_id: str, *, env: str | None = None, leave_out: Sequence[str] = ()
 ) -> Source:
-    """A local Minari data set, to be given to `convert`.
+    """A local Minari data set, for `convert`.
 
-    Of one that `to_minari` wrote, the frames of stacked observations are stored once, as they were.
-    Rewards become `float32`. An episode that was left before its end is truncated.
+    If `to_minari` wrote it, each frame of stacked observations is stored once again. Rewards become
+    `float32`. An episode without an end is truncated.
 
-    **Arguments:** `env`: the environment, `"<suite>/<name>"`; `None` for what Minari says.
-    `leave_out`: paths of what nothing is to be learnt from in observations that are a `Dict`.
+    **Arguments:** `env`: the environment, `"<suite>/<name>"`; `None` for Minari's. `leave_out`:
+    entries of `Dict` observations, by path, that the agent does not see.
 
-    **Raises:** `UsageError` where there is none of this name, or its spaces are not among those
-    that can be learnt from (see `eqx_q.spaces`). `MissingExtraError`.
+    **Raises:** `UsageError` if it does not exist, or its spaces are not supported (see
+    `eqx_q.spaces`). `MissingExtraError`.
     """
     minari = _minari()
     known = minari.list_local_datasets()
     if dataset_id not in known:
         error = UnknownNameError("Minari data set", dataset_id, known)
-        raise UsageError(f"{error}; `minari download {dataset_id}` fetches what is published")
+        raise UsageError(f"{error}; `minari download {dataset_id}` fetches a published one")
     data = minari.load_dataset(dataset_id)
     if not data.total_episodes:
-        raise UsageError(f"there is no episode in the Minari data set '{dataset_id}'")
+        raise UsageError(
+            f"the Minari data set '{dataset_id}' has no episodes: choose another data set"
+        )
     indices = np.asarray(data.episode_indices)
     (first,) = data.storage.get_episodes(indices[:1])
     metadata, source = data.storage.metadata, {"format": "minari", "id": dataset_id}
     if data.storage.jpeg_encoding and _is_image(data.observation_space):
-        source["jpeg"] = "yes"  # it had lost something before it came here
+        source["jpeg"] = "yes"  # its images were already lossy
     if _KEY in metadata:
         description = Description.from_json(json.loads(metadata[_KEY]))
         space = of_observations(without(description.observation_space, leave_out))
@@ -90,7 +93,7 @@ def from_minari(
 
 
 def _masks(episode: dict[str, Any], actions: Leaf) -> dict[str, tuple[int, ...]]:
-    """The extra that masks of actions are, where an episode has them for each observation."""
+    """`extras` for action masks, if an episode has one per observation."""
     masks = np.asarray((episode["infos"] or {}).get("action_mask"))
     shape = (sum(factors(actions)),)
     return {"action_mask": shape} if masks.shape == (len(episode["rewards"]) + 1, *shape) else {}
@@ -102,15 +105,15 @@ def to_minari(
     *,
     on_rows: Callable[[str, int], None] = lambda part, rows: None,
 ) -> Any:
-    """Writes a data set into Minari's local ones, and returns that `minari.MinariDataset`.
+    """Writes a local Minari data set, and returns the `minari.MinariDataset`.
 
-    Observations are what an agent sees: frames are stacked. Where it fails, nothing is left.
+    Observations are those of the agent: frames are stacked. If it fails, it leaves nothing behind.
 
     **Arguments:** `dataset_id`: `"<namespace>/<name>-v<number>"`, with or without a namespace.
-    `on_rows`: as of `convert`.
+    `on_rows`: as in `convert`.
 
-    **Raises:** `UsageError` where there is one of this name, where Minari has no place for such
-    data, or the disk is full. `MissingExtraError`.
+    **Raises:** `UsageError` if the name exists, Minari does not support such data, or the disk is
+    full. `MissingExtraError`.
     """
     minari = _minari()
     _check_minari_holds(dataset)
@@ -118,16 +121,16 @@ def to_minari(
         minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
     except (TypeError, ValueError):
         raise UsageError(
-            f"'{dataset_id}' is no name of a Minari data set: write it like 'atari/pong-v0'"
+            f"'{dataset_id}' is not a valid Minari name: write it like 'atari/pong-v0'"
         ) from None
     if dataset_id in minari.list_local_datasets():
-        raise UsageError(f"there is a Minari data set '{dataset_id}' already: choose another name")
+        raise UsageError(f"the Minari data set '{dataset_id}' exists already: choose another name")
     description, data = dataset.description, None
     try:
         for rows in _grouped(dataset):
             buffers = [_buffer(minari, one, description) for one in rows]
             if data is None:
-                with warnings.catch_warnings(action="ignore"):  # authors, links: it has none
+                with warnings.catch_warnings(action="ignore"):  # about missing authors and links
                     data = minari.create_dataset_from_buffers(
                         dataset_id,
                         buffers,
@@ -155,7 +158,7 @@ def to_minari(
 
 
 def _env_spec(description: Description) -> EnvSpec | None:
-    """Of the environment, where Minari told it or it is one of Gymnasium's."""
+    """The environment's specification, if it came from Minari or is one of Gymnasium's."""
     told = description.source.get("env_spec")
     if told is not None:
         return EnvSpec.from_json(told)
@@ -168,20 +171,23 @@ def _check_minari_holds(dataset: Dataset) -> None:
     description = dataset.description
     if description.num_agents is not None:
         raise UsageError(
-            f"'{dataset.path}' is of a team of {description.num_agents}, and Minari's data sets "
-            "are of one agent: hand on the directory itself"
+            f"'{dataset.path}' is of a team of {description.num_agents}, but Minari's data sets "
+            "are of one agent: share the directory itself"
         )
     for path, _ in leaves(description.observation_space):
-        if "/" in path:  # which parts groups of HDF5
-            raise UsageError(f"Minari has no place for a part of observations called '{path}'")
+        if "/" in path:  # which separates groups in HDF5
+            raise UsageError(
+                f"Minari does not support the observation '{path}', whose name has a slash: rename "
+                "it in the environment"
+            )
 
 
 def stacked(
     frames: Shaped[np.ndarray, "L height width"], stack: int, start: str
 ) -> Shaped[np.ndarray, "L stack height width"]:
-    """What an agent sees in an episode of these frames.
+    """The stacked observations of an episode of these frames.
 
-    **Arguments:** `start`: as `Description.stack_start`.
+    **Arguments:** `start`: see `Description.stack_start`.
     """
     first = frames[:1] if start == "repeat" else np.zeros_like(frames[:1])
     padded = np.concatenate([first] * (stack - 1) + [frames])
@@ -197,7 +203,7 @@ def _blocks(
 
 
 def _rows(episode: dict[str, Any], description: Description) -> Rows:
-    """Of an episode of Minari's."""
+    """The rows of a Minari episode."""
     obs = select(description.observation_space, episode["observations"])
     action = np.asarray(episode["actions"])
     number, length = episode["id"], len(action)
@@ -205,20 +211,20 @@ def _rows(episode: dict[str, Any], description: Description) -> Rows:
     if others or seen != length + 1 or len(episode["rewards"]) != length:
         raise CorruptFileError(
             f"episode {number} has {seen} observations for {length} actions and "
-            f"{len(episode['rewards'])} rewards: make the Minari data set anew"
+            f"{len(episode['rewards'])} rewards: make the Minari data set again"
         )
     terminated, truncated = (np.asarray(episode[x]) for x in ("terminations", "truncations"))
     if np.any((terminated | truncated)[:-1]):
         raise UsageError(
-            f"episode {number} goes on after step {int(np.argmax(terminated | truncated))}, which "
-            "ends it: split it in the Minari data set"
+            f"episode {number} continues after step {int(np.argmax(terminated | truncated))}, "
+            "which ends it: split it in the Minari data set"
         )
     if description.stack is not None:
         frames = obs[:, -1]
         if not np.array_equal(stacked(frames, description.stack, description.stack_start), obs):
             raise CorruptFileError(
-                f"the observations of episode {number} are no stacks of frames: make the Minari "
-                "data set anew"
+                f"the observations of episode {number} are not stacks of frames: make the Minari "
+                "data set again"
             )
         obs = frames
     rows = Rows.of_episode(obs, action, episode["rewards"], terminated=bool(terminated[-1]))
@@ -230,7 +236,7 @@ def _rows(episode: dict[str, Any], description: Description) -> Rows:
 
 
 def _buffer(minari: Any, rows: Rows, description: Description) -> Any:
-    """An episode for Minari."""
+    """A Minari episode from rows."""
     obs = jax.tree.map(np.asarray, rows.obs)
     if description.stack is not None:
         obs = stacked(obs, description.stack, description.stack_start)
@@ -245,7 +251,7 @@ def _buffer(minari: Any, rows: Rows, description: Description) -> Any:
 
 
 def _grouped(dataset: Dataset) -> Iterator[list[Rows]]:
-    """Episodes, a few at a time."""
+    """Yields episodes, a few at a time."""
     group, size, stack = [], 0, dataset.description.stack or 1
     for rows in dataset.episodes():
         group.append(rows)
@@ -258,7 +264,7 @@ def _grouped(dataset: Dataset) -> Iterator[list[Rows]]:
 
 
 def _is_image(space: Any) -> bool:
-    """Whether any part of it is one."""
+    """Whether any part of a space is an image."""
     from minari.dataset.minari_storage import is_image_space
 
     return any(is_image_space(leaf) for _, leaf in leaves(space))
@@ -266,7 +272,7 @@ def _is_image(space: Any) -> bool:
 
 def _minari() -> Any:
     try:
-        import h5py  # noqa: F401  (Minari asks for it late)
+        import h5py  # noqa: F401  (Minari imports it late)
         import minari
     except ImportError:
         raise MissingExtraError("minari", "offline") from None

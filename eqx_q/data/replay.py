@@ -1,4 +1,4 @@
-"""Drawing from rows in the memory of the device, inside the compiled program."""
+"""Sampling from rows in the memory of the device, inside the compiled program."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from ..spaces import Leaf, Space, cast
 from ..types import Episode, Observation, Rollout, Scalar, TimeStep, Transitions
 
-_SPAN = 1024  # of the sums that find a priority: about the root of their number
+_SPAN = 1024  # priorities per partial sum: about the square root of their number
 
 
 class Replay(eqx.Module):
-    """Rows of a data set in the memory of the device. See `Dataset` for what they are.
+    """Rows of a data set (see `Dataset`) in the memory of the device.
 
-    Frame stacks, n-step rewards and clipped rewards are made when something is drawn.
+    Frame stacks, n-step rewards and clipped rewards are computed when sampling.
 
     **Attributes:**
 
-    - `obs`: arrays `[R, ...]`, as they are stored: of stacks the frames, each once.
+    - `obs`: arrays `[R, ...]`, as stored: for stacks, each frame once.
     - `action`: `[R, ...]`; `reward`, `terminated`, `truncated`: `[R]`.
     - `start`: the row where the row's episode starts.
-    - `num_rows`: how many there are; those from there on only fill up the arrays.
-    - `drawable`: `[K]`, the rows that what is drawn may begin at; those from `num_drawable` on only
-        fill it up.
+    - `num_rows`: the number of valid rows; later ones are padding.
+    - `drawable`: `[K]`, the rows at which samples may begin; entries from `num_drawable` on are
+        padding.
     - `action_mask`, `agent_mask`, `agent_reward`, `global_state`: `None`, or as in `Rows`.
     - `observation_space`, `action_space`, `stack`, `stack_start`: see `Description`.
     - `reward_clip`: whether rewards are clipped to [-1, 1] (Mnih et al. 2015, Methods).
@@ -52,7 +52,7 @@ class Replay(eqx.Module):
     reward_clip: bool = eqx.field(static=True)
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
-        """Places in `drawable`, drawn uniformly with replacement."""
+        """Draws places in `drawable` uniformly, with replacement."""
         return jax.random.randint(key, shape, 0, self.num_drawable)
 
     def transitions(
@@ -63,11 +63,11 @@ class Replay(eqx.Module):
     ) -> Transitions:
         """The transitions of `n_step` steps that begin at these places of `drawable`.
 
-        A transition is cut where its episode ends: `length` says how many steps it has.
+        A transition ends early with its episode: `length` is its number of steps.
         """
         row = self.drawable[place]
         ended = self.terminated | self.truncated
-        going = jnp.ones(row.shape, bool)  # whether the episode is still on
+        going = jnp.ones(row.shape, bool)  # whether the episode is still running
         rewards, length, terminated = [], jnp.zeros_like(row), jnp.zeros(row.shape, bool)
         for step in range(n_step):
             now = jnp.minimum(row + step, len(self.action) - 1)
@@ -77,7 +77,7 @@ class Replay(eqx.Module):
             going &= ~ended[now]
         reward = self._clipped(jnp.stack(rewards, axis=-1))
         next_row = row + length
-        if self.stack is not None and n_step == 1:  # the stacks have all frames but one in common
+        if self.stack is not None and n_step == 1:  # the two stacks share all frames but one
             frames = self._frames(next_row, self.stack + 1)
             obs, next_obs = frames[:, :-1], frames[:, 1:]
         else:
@@ -98,21 +98,21 @@ class Replay(eqx.Module):
         )
 
     def sequences(self, place: Int[Array, " B"], length: int) -> Rollout:
-        """The `length` steps from each of these places of `drawable` on, a lane for each place.
+        """Sequences of `length` steps from each of these places of `drawable`, one lane per place.
 
-        A sequence goes on where its episode ends: the next one follows as it does in an environment
-        (see `TimeStep`), but its first timestep need not be that of the same lane. After the last
-        row there are only `first` timesteps, so that no step there is `real`. So where a step is
-        not real, its action means nothing; it is a legal one.
+        A sequence continues after the end of its episode with the next one, as in an environment
+        (see `TimeStep`), though the next one may come from another lane. After the last row there
+        are only `first` timesteps, so that no step is `real`. Actions of steps that are not real
+        are meaningless, but legal.
 
-        Of `timesteps.episode` only `ended` is known. There is no memory: that before the first
-        timestep is for the agent to choose, where it does not begin an episode.
+        In `timesteps.episode` only `ended` is known. There is no memory: the agent chooses the one
+        before the first timestep.
         """
         row = self.drawable[place] + jnp.arange(length + 1)[:, None]
         beyond = row >= self.num_rows
         row = jnp.minimum(row, self.num_rows - 1)
         first = beyond | (self.start[row] == row)
-        before = jnp.maximum(row - 1, 0)  # where it was done what led here
+        before = jnp.maximum(row - 1, 0)  # the row of the action that led here
 
         def brought(x: Shaped[Array, "R *own"]) -> Shaped[Array, "T_and_1 B *own"]:
             x = x[before]
@@ -145,7 +145,7 @@ class Replay(eqx.Module):
         return jnp.clip(reward, -1.0, 1.0) if self.reward_clip else reward
 
     def _any_action(self) -> Shaped[Array, "*action"]:
-        """One that is legal, if any is."""
+        """The first action of the space."""
         space: Any = self.action_space
         match space:
             case gymnasium.spaces.Box():
@@ -157,13 +157,13 @@ class Replay(eqx.Module):
         return jnp.broadcast_to(jnp.asarray(least, self.action.dtype), space.shape)
 
     def _observed(self, row: Int[Array, "*rows"]) -> Observation:
-        """What an agent sees in these rows."""
+        """The observations of these rows."""
         if self.stack is not None:
             return self._frames(row, self.stack)
         return cast(self.observation_space, jax.tree.map(lambda x: x[row], self.obs))
 
     def _frames(self, last: Int[Array, "*rows"], num: int) -> Shaped[Array, "*rows_and_frames"]:
-        """The `num` frames up to `last`; before their episode's start its padding."""
+        """The `num` frames up to `last`, padded before the start of their episode."""
         rows = last[..., None] + jnp.arange(1 - num, 1)
         start = self.start[last][..., None]
         frames = cast(self.observation_space, self.obs[jnp.maximum(rows, start)])
@@ -173,22 +173,22 @@ class Replay(eqx.Module):
 
 
 def _over(rows: Bool[Array, "*rows"], x: Shaped[Array, "..."]) -> Bool[Array, "*rows_and_ones"]:
-    """Of each of `x`'s rows one truth value, with `x`'s number of axes."""
+    """Reshapes `rows` to broadcast over `x`."""
     return rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))
 
 
 class Priorities(eqx.Module):
-    """How likely each place of a replay is to be drawn (Schaul et al. 2016, arXiv 1511.05952).
+    """The priority of each place of a replay (Schaul et al. 2016, arXiv 1511.05952).
 
-    P(i) = p_i / Σ p with p = (|δ| + 1e-6)^exponent; what comes new has the largest p that there is
-    (Algorithm 1, line 6), and 1 at first. The weight
-    (N P(i))^-correction, divided by the largest of the batch, undoes the bias.
+    P(i) = p_i / Σ p with p = (|δ| + 1e-6)^exponent. New places have the largest p so far (Algorithm
+    1, line 6), initially 1. The weight (N P(i))^-correction, divided by the largest of the batch,
+    corrects the bias.
 
-    Sums over spans of places find a draw in two short searches, and never drift: those of spans
-    that change are summed anew.
+    Sums over spans of places find a sample in two short searches. They do not drift, since the
+    spans that change are summed again.
 
-    **Attributes:** `values`: p of each place, 0 of those that are none. `sums`: of spans. `count`:
-    of places, N. `exponent`, `correction`: α and β of the paper.
+    **Attributes:** `values`: p of each place, 0 for padding. `sums`: over spans. `count`: number of
+    places, N. `exponent`, `correction`: α and β of the paper.
     """
 
     values: Float[Array, " padded"]
@@ -201,7 +201,7 @@ class Priorities(eqx.Module):
     def create(
         cls, replay: Replay, exponent: Scalar, correction: Scalar, largest: Scalar = 1.0
     ) -> "Priorities":
-        """All places alike. **Arguments:** `largest`: p of each."""
+        """Equal priorities. **Arguments:** `largest`: p of each place."""
         padded = -(-len(replay.drawable) // _SPAN) * _SPAN
         values = jnp.where(jnp.arange(padded) < replay.num_drawable, largest, 0.0)
         return cls(
@@ -213,15 +213,15 @@ class Priorities(eqx.Module):
         )
 
     def draw(self, key: PRNGKeyArray, num: int) -> tuple[Int[Array, " num"], Float[Array, " num"]]:
-        """Places, their spans one from each `num`-th of the total as in the paper, and weights."""
+        """Draws places and their weights; their spans are stratified as in the paper."""
         span_key, place_key = jax.random.split(key)
         cumulated = jnp.cumsum(self.sums)
         total = cumulated[-1]
         at = (jnp.arange(num) + jax.random.uniform(span_key, (num,))) / num * total
-        # Rounding must not lead to a span, nor in it to a place, that is none.
+        # Rounding must not lead to a padding span, nor to a padding place in it.
         last = (self.count - 1) // _SPAN
         span = jnp.minimum(jnp.searchsorted(cumulated, at, side="right"), last)
-        # What is left of `at` would be too coarse for millions of places.
+        # The remainder of `at` would be too coarse for millions of places.
         rest = jax.random.uniform(place_key, (num,)) * self.sums[span]
         inside = self.values.reshape(-1, _SPAN)[span]
         found = jnp.sum(jnp.cumsum(inside, axis=-1) <= rest[:, None], axis=-1)
@@ -231,7 +231,7 @@ class Priorities(eqx.Module):
         return place, weight / jnp.max(weight)
 
     def updated(self, place: Int[Array, " B"], td_error: Float[Array, " B"]) -> "Priorities":
-        """With the priorities of these places set by their absolute TD errors."""
+        """Sets the priorities of these places from their absolute TD errors."""
         new = (td_error + 1e-6) ** self.exponent
         values = self.values.at[place].set(new)
         span = place // _SPAN

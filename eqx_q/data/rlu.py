@@ -1,11 +1,11 @@
 """RL Unplugged's Atari games (arXiv 2006.13888): compressed TFRecords, read without TensorFlow.
 
-    <game>/run_<r>-<shard>-of-00050    gzip; a tf.train.Example for each episode
+    <game>/run_<r>-<shard>-of-00050    gzip; one tf.train.Example per episode
 
-Of an episode's records the last is an observation only. The reward at index t is that of action t,
-and the discount at index t belongs to the observation there: so TensorFlow Datasets reads them
-(`rl_unplugged/atari_utils.py`), which moves the discounts one back and leaves rewards and actions
-in their places. A discount of 0 in the last record means that the game was over.
+The last entry of an episode is only an observation. The reward at index t is that of action t, and
+the discount at index t belongs to the observation there. TensorFlow Datasets reads them so
+(`rl_unplugged/atari_utils.py`): it shifts the discounts back by one, and keeps rewards and actions
+in place. A discount of 0 in the last entry means that the game was over.
 """
 
 import functools
@@ -29,8 +29,8 @@ from .dataset import Description, Rows
 
 _PATTERN = "run_*-of-*"
 _NAME = re.compile(r"run_(\d+)-(\d+)-of-\d+")
-_BLOCK = 512  # frames that are decoded at a time
-_LONGEST_RECORD = 1 << 31  # bytes; a length beyond is damage
+_BLOCK = 512  # frames to decode at a time
+_LONGEST_RECORD = 1 << 31  # bytes; a larger length means damage
 _FEATURES = {
     "observations": "bytes_list",
     "actions": "int64_list",
@@ -40,8 +40,8 @@ _FEATURES = {
 
 
 class Episode(NamedTuple):
-    """As it is in a file. Frames are PNGs; what stands in the last record but the observation is
-    padding, and left out.
+    """An episode as stored in a file. Frames are PNGs. Padding in the last entry is left out: it
+    has only an observation.
     """
 
     frames: Sequence[bytes]
@@ -59,14 +59,13 @@ def from_rlu(
     env: str | None = None,
     num_actions: int | None = None,
 ) -> Source:
-    """The data in a game's folder, to be given to `convert`.
+    """The data in a game's folder, for `convert`.
 
-    **Arguments:** `source`: the folder; its name is that of the game. `run`, `shards`: numbers,
-    `None` for all that are there. `rows_per_shard`: only the first so many; an episode that they
-    end in is cut there. `env`: the environment that is expected. `num_actions`: of the game,
-    where EnvPool is not installed.
+    **Arguments:** `source`: the folder, named after the game. `run`, `shards`: numbers, `None` for
+    all. `rows_per_shard`: convert only the first rows; an episode is cut there. `env`: the expected
+    environment. `num_actions`: of the game, if EnvPool is not installed.
 
-    **Raises:** `UsageError` where these files are not there, or are of another game.
+    **Raises:** `UsageError` if the files are missing, or are of another game.
     """
     atari.check_limit(rows_per_shard)
     folder = atari.game_folder(Path(source), _PATTERN)
@@ -93,9 +92,9 @@ def from_rlu(
 
 
 def read_episodes(path: str | os.PathLike) -> Iterator[Episode]:
-    """The episodes of a file, in which frames are compressed still.
+    """Yields the episodes of a file, with compressed frames.
 
-    **Raises:** `CorruptFileError` where the file is damaged or empty, `MissingExtraError`.
+    **Raises:** `CorruptFileError` if the file is damaged or empty, `MissingExtraError`.
     """
     path = Path(path)
     number = -1
@@ -105,7 +104,7 @@ def read_episodes(path: str | os.PathLike) -> Iterator[Episode]:
         if len(set(lengths.values())) != 1 or not lengths["discounts"]:
             raise CorruptFileError(
                 f"episode {number} of '{path}' has columns of different lengths ({lengths}): "
-                "it is no file of RL Unplugged's Atari games"
+                "give a file of RL Unplugged's Atari games"
             )
         discount = np.array(columns["discounts"], np.float32)
         if not np.all(discount[1:-1]):
@@ -119,13 +118,13 @@ def read_episodes(path: str | os.PathLike) -> Iterator[Episode]:
             terminated=bool(discount[-1] == 0),
         )
     if number < 0:
-        raise CorruptFileError(f"there is no episode in '{path}': fetch it again, or leave it out")
+        raise CorruptFileError(f"'{path}' has no episodes: fetch it again, or leave it out")
 
 
 def read_records(path: str | os.PathLike) -> Iterator[bytes]:
-    """The records of a compressed TFRecord file: length and data, each with a checksum.
+    """Yields the records of a compressed TFRecord file: length and data, each with a checksum.
 
-    **Raises:** `CorruptFileError` where the file is truncated or damaged, `MissingExtraError`.
+    **Raises:** `CorruptFileError` if the file is truncated or damaged, `MissingExtraError`.
     """
     checksum = _crc32c()
 
@@ -135,7 +134,7 @@ def read_records(path: str | os.PathLike) -> Iterator[bytes]:
             raise EOFError("it ends in the middle of a record")
         data, expected = data[:size], struct.unpack("<I", data[size:])[0]
         crc = checksum(data)
-        # TFRecords hold checksums rotated and shifted, since theirs of checksums are no good.
+        # TFRecords mask checksums (rotate and add), since checksums of checksums are unreliable.
         if (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) != expected:
             raise ValueError("a checksum is wrong")
         return data
@@ -154,12 +153,12 @@ def read_records(path: str | os.PathLike) -> Iterator[bytes]:
 def decode_frames(
     frames: Sequence[bytes], path: str | os.PathLike
 ) -> UInt8[np.ndarray, "B height width"]:
-    """PNGs of grey frames, all of one size.
+    """Decodes PNGs of grey frames of one size.
 
-    **Arguments:** `path`: the file they are from, which an error names.
+    **Arguments:** `path`: their file, for error messages.
 
-    **Raises:** `CorruptFileError` where one is damaged, `UsageError` where one is no grey frame
-    or of another size than the first, `MissingExtraError`.
+    **Raises:** `CorruptFileError` if one is damaged, `UsageError` if one is not grey or differs in
+    size, `MissingExtraError`.
     """
     try:
         from imagecodecs import PngError, png_decode
@@ -169,14 +168,14 @@ def decode_frames(
         images = [png_decode(frame) for frame in frames]
     except (PngError, ValueError) as error:
         raise CorruptFileError(
-            f"'{path}' has a frame that is no PNG ({error}): fetch it again"
+            f"'{path}' has a frame that is not a PNG ({error}): fetch it again"
         ) from error
     kinds = {(image.dtype, image.shape) for image in images}
     if len(kinds) > 1 or images[0].ndim != 2 or images[0].dtype != np.uint8:
         found = " and ".join(sorted(f"{dtype}{list(shape)}" for dtype, shape in kinds))
         raise UsageError(
-            f"'{path}' has frames of {found}, not all of one uint8[height, width]: "
-            "they are not preprocessed as RL Unplugged's are"
+            f"'{path}' has frames of {found}, not all of one uint8[height, width]: give a file of "
+            "RL Unplugged's Atari games"
         )
     return np.stack(images)
 
@@ -184,14 +183,14 @@ def decode_frames(
 def _blocks(
     path: Path, description: Description, limit: int | None
 ) -> Iterator[Callable[[], Rows]]:
-    """The rows of a file, a few at a time."""
+    """Yields the rows of a file, a few at a time."""
     left = limit
     for episode in read_episodes(path):
         length = len(episode.frames)
         size = length if left is None else min(length, left)
-        if size > 1:  # one observation is no transition
+        if size > 1:  # a single observation is not a transition
             atari.check_actions(episode.action, description, path)
-            # Where it is cut, the last observation that is left is the final one.
+            # In an episode that is cut, the last remaining observation is the final one.
             rows = Rows.of_episode(
                 np.arange(size),
                 episode.action[: size - 1],
@@ -212,8 +211,8 @@ def _decoded(frames: Sequence[bytes], rows: Rows, shape: tuple[int, ...], path: 
     images = decode_frames(frames, path)
     if images.shape[1:] != shape:
         raise UsageError(
-            f"'{path}' has frames of {list(images.shape[1:])}, but those before are of "
-            f"{list(shape)}: data with different preprocessing do not mix, convert them apart"
+            f"'{path}' has frames of {list(images.shape[1:])}, but earlier ones are of "
+            f"{list(shape)}: convert data with different preprocessing separately"
         )
     return rows._replace(obs=images)
 
@@ -223,13 +222,13 @@ def _parse(record: bytes, path: Path) -> dict[str, Any]:
     example = _example_class()()
     try:
         example.ParseFromString(record)
-    except Exception as error:  # protobuf's own: it has one for each of its implementations
+    except Exception as error:  # each implementation of protobuf has its own exception
         raise CorruptFileError(f"'{path}' is damaged ({error}): fetch it again") from error
     features = example.features.feature
     missing = [name for name in _FEATURES if name not in features]
     if missing:
         raise CorruptFileError(
-            f"an episode in '{path}' has no {', '.join(missing)}: it is no file of RL Unplugged's "
+            f"an episode in '{path}' has no {', '.join(missing)}: give a file of RL Unplugged's "
             "Atari games"
         )
     return {name: getattr(features[name], kind).value for name, kind in _FEATURES.items()}
@@ -254,7 +253,7 @@ def _example_class() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="example", package="e", syntax="proto3")
 
     def message(parent, name: str, **fields: Any):
-        """Adds a message type with these fields, numbered from 1: name=(type, is repeated)."""
+        """Adds a message type with fields numbered from 1: name=(type, is repeated)."""
         new = parent.add(name=name)
         for number, (key, (kind, repeated)) in zip(itertools.count(1), fields.items()):
             label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL

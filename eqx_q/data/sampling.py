@@ -1,4 +1,4 @@
-"""What of a data set is learnt from, and in which blocks it comes into memory."""
+"""Selects the part of a data set to learn from, and loads it in blocks that fit into memory."""
 
 import contextlib
 import dataclasses
@@ -16,28 +16,28 @@ from ..spaces import of_actions, of_observations
 from .dataset import Dataset
 from .replay import Replay
 
-_SHARE = 0.5  # of the free memory that data may take
+_SHARE = 0.5  # fraction of the free memory that data may take
 _WAYS = ("shard", "episode", "transition")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How transitions are drawn from a data set, or sequences by where they begin.
+    """How transitions, or starts of sequences, are sampled from a data set.
 
     **Attributes:**
 
-    - `fraction`: how much of the data is learnt from.
-    - `by`: which: the first of each `"shard"` (as slimCQL takes a tenth), whole `"episode"`s or
-        single `"transition"`s at random.
-    - `runs`: of a data set that holds several, those that are learnt from.
-    - `shards_per_block`: learn from so many shards at a time, drawn at random (slimCQL: 3).
-    - `updates_per_block`: after so many the next block's turn comes, where there are several.
-    - `memory_gb`: what data may take on each device; what does not fit comes in blocks. By default
-        half of what is free.
+    - `fraction`: the fraction of the data to learn from.
+    - `by`: how to choose it: the first part of each `"shard"` (as slimCQL takes a tenth), whole
+        `"episode"`s or single `"transition"`s at random.
+    - `runs`: the runs to learn from, if the data set holds several.
+    - `shards_per_block`: number of random shards to learn from at a time (slimCQL: 3).
+    - `updates_per_block`: updates before the next block is used, if there are several.
+    - `memory_gb`: memory for data on each device; larger data are split into blocks. By default
+        half of the free memory.
     - `reward_clip`: whether rewards are clipped to [-1, 1].
-    - `priority_exponent`: 0 draws uniformly, more by TD error (see `Priorities`).
-    - `priority_correction`: of the bias of that.
-    - `seed`: of all that is chosen at random here.
+    - `priority_exponent`: 0 samples uniformly, more by TD error (see `Priorities`).
+    - `priority_correction`: strength of the correction of the resulting bias.
+    - `seed`: of all random choices here.
     """
 
     fraction: float = 1.0
@@ -53,7 +53,7 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
-            raise UsageError(f"fraction={self.fraction}: give a share above 0, up to 1")
+            raise UsageError(f"fraction={self.fraction}: give a number above 0, up to 1")
         if self.by not in _WAYS:
             raise UnknownNameError("by", self.by, _WAYS)
         if self.runs is not None and not len(self.runs):
@@ -71,18 +71,18 @@ class Sampling:
 
 
 class Blocks:
-    """The parts of a data set that are in memory one after the other; one where all of it fits.
+    """The parts of a data set that are in memory in turn; one part if all of it fits.
 
-    All have the same shapes, so that one compiled program learns from each. Which block is the
-    i-th depends on nothing but `i` and the seed.
+    All have the same shapes, so that one compiled program learns from each. The `i`-th block
+    depends only on `i` and the seed.
 
-    **Arguments:** `num_blocks`: as many as before, in a run that goes on; without it as few
-    as fit into the memory that is free now.
+    **Arguments:** `num_blocks`: the previous number, in a resumed run; by default as few as fit
+    into the free memory.
 
-    **Attributes:** `num_blocks`: in one pass, after which they are put together anew.
-    `num_transitions`: that are learnt from.
+    **Attributes:** `num_blocks`: blocks in one pass, after which the data are reshuffled.
+    `num_transitions`: to learn from.
 
-    **Raises:** `UsageError` where nothing is left to learn from, or where it cannot fit.
+    **Raises:** `UsageError` if there is nothing to learn from, or it does not fit.
     """
 
     def __init__(self, dataset: Dataset, sampling: Sampling, *, num_blocks: int | None = None):
@@ -109,7 +109,7 @@ class Blocks:
             self._check_known()
 
     def load(self, index: int) -> Replay:
-        """The `index`-th block, in the memory of the device."""
+        """Loads the `index`-th block into the memory of the device."""
         chosen = np.sort(self._members(index))
         starts = self._starts[self._episodes[chosen]]
         stops = self._stops[self._episodes[chosen]]
@@ -131,7 +131,7 @@ class Blocks:
         drawable = np.flatnonzero(drawable)
         begins = np.repeat(first, lengths)
         arrays = {name: jax.tree.map(whole, x) for name, x in rows._asdict().items()}
-        del arrays["first"]  # `start` says it
+        del arrays["first"]  # replaced by `start`
         return Replay(
             **arrays,
             start=_padded(begins, self._num_rows),
@@ -146,7 +146,7 @@ class Blocks:
         )
 
     def _choose(self, is_transition: Bool[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-        """The rows that transitions may begin at."""
+        """Mask of rows at which transitions may begin."""
         sampling, shards = self._sampling, self._dataset.shards
         if sampling.runs is not None:
             there = sorted({shard.run for shard in shards if shard.run is not None})
@@ -197,35 +197,35 @@ class Blocks:
             if size > free:
                 raise UsageError(
                     f"shards_per_block={sampling.shards_per_block} takes {size / 2**30:.2g} GB, "
-                    f"the block that comes next included, and data may take {free / 2**30:.2g} GB: "
-                    "lower shards_per_block, or raise memory_gb"
+                    f"including the next block, but data may take {free / 2**30:.2g} GB: lower "
+                    "shards_per_block, or raise memory_gb"
                 )
             return num_blocks
         size = int(self._lengths.sum()) * self._row_bytes
         if size <= free:
             return 1
-        # Two at a time: one is learnt from while the next is loaded. Where no episode takes more
-        # than a fifth, none is as long as a block, so that no block is left without any.
+        # Two blocks at a time: the next one is loaded while the current one is in use. If no
+        # episode takes more than a fifth, each is shorter than a block, so no block is empty.
         longest = int(self._lengths.max()) * self._row_bytes
         if longest > free / 5:
             raise UsageError(
-                f"an episode of '{self._dataset.path}' alone takes {longest / 2**30:.2g} GB, and "
+                f"an episode of '{self._dataset.path}' alone takes {longest / 2**30:.2g} GB, but "
                 f"data may take {free / 2**30:.2g} GB: raise memory_gb"
             )
         return int(np.ceil(size / (free / 2 - longest)))
 
     def _check_known(self) -> None:
-        """Whether as many blocks as before are possible still."""
+        """Raises `UsageError` if the previous number of blocks is no longer possible."""
         size, free = self._num_rows * self._row_bytes * min(2, self.num_blocks), _free_memory()
         if self.num_blocks > len(self._episodes) or size > free:
             raise UsageError(
                 f"the run had its data in {self.num_blocks} blocks, but '{self._dataset.path}' has "
-                f"{len(self._episodes)} episodes of {size / 2**30:.2g} GB, and {free / 2**30:.2g} "
-                "GB are free: give memory_gb, by which it is cut anew"
+                f"{len(self._episodes)} episodes, the blocks take {size / 2**30:.2g} GB, and "
+                f"{free / 2**30:.2g} GB are free: give memory_gb to split it again"
             )
 
     def _members(self, index: int) -> Int[np.ndarray, " episodes"]:
-        """Which of the episodes make up a block."""
+        """Indices of the episodes of a block."""
         num_episodes = len(self._episodes)
         if self._sampling.shards_per_block is not None:
             rng = np.random.default_rng([self._sampling.seed, 1, index])
@@ -240,7 +240,7 @@ class Blocks:
         return order[np.minimum(np.ceil(through) - 1, self.num_blocks - 1) == part]
 
     def _largest(self) -> tuple[int, int]:
-        """Rows and places that hold any block."""
+        """The number of rows and of places that suffice for every block."""
         if self._sampling.shards_per_block is not None:
             totals = (
                 np.sort(np.bincount(self._groups, weights=x)) for x in (self._lengths, self._counts)
@@ -258,7 +258,7 @@ def _padded(x: Int[np.ndarray, " some"], length: int) -> Int[Array, " length"]:
 
 
 def _joined(starts, stops) -> list[tuple[int, int]]:
-    """Ranges, those that touch as one."""
+    """Ranges, with adjacent ones merged."""
     breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
     return [
         (int(starts[part[0]]), int(stops[part[-1]]))
@@ -267,7 +267,7 @@ def _joined(starts, stops) -> list[tuple[int, int]]:
 
 
 def _free_memory() -> float:
-    """Bytes that are free on each device, all of which hold the data; those of a CPU share its."""
+    """Free bytes per device, since each holds the data; devices of a CPU share its memory."""
     devices = jax.local_devices()
     statistics = devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -276,7 +276,7 @@ def _free_memory() -> float:
 
 
 def _free_memory_of_host() -> float:
-    with contextlib.suppress(OSError, StopIteration):  # Linux: with what caches would give back
+    with contextlib.suppress(OSError, StopIteration):  # Linux: includes reclaimable caches
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Writing data sets, so that what was committed survives a crash."""
+"""Writes data sets so that committed data survive a crash."""
 
 import contextlib
 import fcntl
@@ -41,16 +41,15 @@ _WIDER = "wider.tmp"
 class Writer:
     """Writes a data set: append rows, commit them, and at last `finish`.
 
-    Until then the data are in `<path>.partial`. What was committed survives a crash: a writer of
-    the same description goes on after it, and `done` says which shards are there.
+    Until then the data are in `<path>.partial`. Committed data survive a crash: a writer with the
+    same description continues after them, and `done` names the existing shards.
 
-    **Arguments:** `path`: of the directory to be. `description`: of the data. `dtype`: in which
-    observations are stored, where that is narrower than the space's (one for each of their parts,
-    in their structure). `narrow`: whether they are stored as `uint8` as long as they are whole
-    numbers from 0 to 255; the first that is not rewrites those that are there already.
+    **Arguments:** `path`: of the new directory. `description`: of the data. `dtype`: the type to
+    store observations in, if narrower than the space's (one per part, in their structure).
+    `narrow`: whether to store observations as `uint8` while they are whole numbers from 0 to 255;
+    the first that is not rewrites the earlier ones.
 
-    **Raises:** `UsageError` where there is something at `path` already, or where what lies in
-    `<path>.partial` is of another description.
+    **Raises:** `UsageError` if `path` exists, or if `<path>.partial` has another description.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Writer:
         self.description = description
         self._partial = self.path.with_name(self.path.name + ".partial")
         if self.path.exists():
-            raise UsageError(f"there is something at '{self.path}' already: choose another place")
+            raise UsageError(f"'{self.path}' exists already: choose another place")
         self._columns = description.columns
         columns: list[Column] = jax.tree.leaves(self._columns)
         self._shapes = {column.name: column.shape for column in columns}
@@ -74,7 +73,7 @@ class Writer:
         dtypes = [part.dtype for part in parts] if dtype is None else jax.tree.leaves(dtype)
         self._wide: dict[str, np.dtype] = {
             part.name: np.dtype(one) for part, one in zip(parts, dtypes, strict=True)
-        }  # of observations
+        }  # types of observations
         self._dtypes |= dict.fromkeys(self._wide, np.dtype(np.uint8)) if narrow else self._wide
         self._narrow = narrow
         self._shards: list[Shard] = []
@@ -93,25 +92,25 @@ class Writer:
 
     @property
     def done(self) -> set[str]:
-        """Names of the shards that are there already."""
+        """Names of the committed shards."""
         return {shard.name for shard in self._shards}
 
     def __len__(self) -> int:
-        """Rows so far, with those that are not committed yet."""
+        """The number of rows so far, including those not committed yet."""
         return self._rows
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the files; what was committed stays for another attempt."""
+        """Closes the files; committed data are kept for another attempt."""
         self.close()
 
     def append(self, rows: Rows) -> None:
         """Adds rows.
 
-        **Raises:** `UsageError` where they are no rows of whole episodes, one after the other, or
-        where the type in which they are stored, or the disk, does not take them.
+        **Raises:** `UsageError` if they are not rows of whole episodes, one after the other, if
+        values do not fit the stored type, or if writing fails.
         """
         self._check_open()
         if self.description.stack is None:
@@ -133,11 +132,11 @@ class Writer:
     def commit(
         self, shard: str, run: int | None = None, source: Mapping[str, Any] | None = None
     ) -> None:
-        """Makes what was appended since the last commit a shard, which a crash does not undo.
+        """Makes the rows since the last commit a shard, which survives a crash.
 
         **Arguments:** as in `Shard`.
 
-        **Raises:** `UsageError` where the last episode has no final row, or the disk is full.
+        **Raises:** `UsageError` if the last episode has no final row, or the disk is full.
         """
         self._check_open()
         if not self._begins:
@@ -160,12 +159,14 @@ class Writer:
     def finish(self) -> Dataset:
         """Writes the header, and moves the directory to its place.
 
-        **Raises:** `UsageError` where rows are not committed, or there are none.
+        **Raises:** `UsageError` if rows are not committed, or there are none.
         """
         if self._rows != self._committed:
-            raise UsageError(f"{self._rows - self._committed} rows are not committed yet")
+            raise UsageError(
+                f"{self._rows - self._committed} rows are not committed: call commit first"
+            )
         if not self._rows:
-            raise UsageError(f"there are no data for '{self.path}': nothing is written")
+            raise UsageError(f"there are no data for '{self.path}': append rows first")
         self._check_open()
         header = {"format": self.description.format, **self.description.as_json()}
         header |= {"shards": [shard._asdict() for shard in self._shards]}
@@ -178,7 +179,7 @@ class Writer:
             for name, shape in self._shapes.items()
         }
         try:
-            for name, file in self._files.items():  # now it is known how long they are
+            for name, file in self._files.items():  # now their lengths are known
                 file.seek(0)
                 file.write(self._array_header(name))
                 file.flush()
@@ -189,9 +190,9 @@ class Writer:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         finally:
-            self.close()  # not before: who gets the lock must find the data set at its place
+            self.close()  # last: the next holder of the lock must find the data set at its place
         (self.path / _LOCK).unlink()
-        (self.path / _PROGRESS).unlink()  # not before: a crash in between must lose nothing
+        (self.path / _PROGRESS).unlink()  # last: a crash before must not lose anything
         return Dataset(self.path)
 
     def close(self) -> None:
@@ -202,12 +203,12 @@ class Writer:
 
     def _close_files(self) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk: what was committed is there
+            with contextlib.suppress(OSError):  # a full disk; committed data are safe
                 file.close()
         self._files = {}
 
     def discard(self) -> None:
-        """Throws away what is not finished."""
+        """Deletes the unfinished data set."""
         self.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -223,7 +224,7 @@ class Writer:
             ) from None
         if self.path.exists():  # another writer has finished it meanwhile
             self._lock.close()
-            raise UsageError(f"there is something at '{self.path}' already: choose another place")
+            raise UsageError(f"'{self.path}' exists already: choose another place")
         (self._partial / _WIDER).unlink(missing_ok=True)
         progress = self._partial / _PROGRESS
         if progress.exists():
@@ -248,19 +249,19 @@ class Writer:
             file.truncate(size)
             if checksum(file) != self._checksums[name]:
                 raise CorruptFileError(
-                    f"'{path}' is damaged: its checksum is wrong; delete '{self._partial}'"
+                    f"'{path}' is damaged, its checksum is wrong: delete '{self._partial}'"
                 )
             file.seek(0, os.SEEK_END)
 
     def _continue(self, state: dict[str, Any]) -> None:
-        """Goes on where another writer stopped."""
+        """Continues where another writer stopped."""
         for name, wide in self._wide.items():
             if self._narrow and state["dtypes"].get(name) == wide.str:
-                self._dtypes[name] = wide  # as they turned out to be
+                self._dtypes[name] = wide  # the other writer has widened them
         ours = json.loads(json.dumps(self._state()))
         if any(state[name] != ours[name] for name in ("description", "dtypes")):
             raise UsageError(
-                f"'{self._partial}' holds the beginning of another data set: finish that one, "
+                f"'{self._partial}' is the beginning of another data set: finish that one, "
                 "delete it or choose another place"
             )
         self._shards = [Shard(**shard) for shard in state["shards"]]
@@ -277,14 +278,14 @@ class Writer:
         }
 
     def _fitted(self, rows: Rows) -> Rows:
-        """Rows with observations as narrow as those that are stored; else makes room for them."""
+        """Rows with observations in the stored type; widens that if they do not fit."""
         return rows._replace(obs=jax.tree.map(self._fitted_part, self._columns.obs, rows.obs))
 
     def _fitted_part(self, column: Column, x: Shaped[np.ndarray, "R *obs"]) -> np.ndarray:
         stored = self._dtypes[column.name]
         if not self._narrow or stored == self._wide[column.name] or x.dtype == stored:
             return x
-        with np.errstate(invalid="ignore"):  # what is not finite is not equal either
+        with np.errstate(invalid="ignore"):  # non-finite numbers compare as unequal
             narrow = x.astype(np.uint8)
         if np.array_equal(narrow, x):
             return narrow
@@ -296,7 +297,7 @@ class Writer:
         return x
 
     def _widen(self, name: str, temporary: Path) -> None:
-        """Stores a part of observations as it is, that of those that are there already too."""
+        """Rewrites the stored observations of a part in the wide type."""
         wide, progress = self._wide[name], self._partial / _PROGRESS
         row = math.prod(self._shapes[name])
         source, self._dtypes[name] = self._files[name], wide
@@ -316,7 +317,7 @@ class Writer:
         file.flush()
         os.fsync(file.fileno())
         state = unseal(json.loads(progress.read_text())) if progress.exists() else None
-        # A crash between these leaves nothing that another writer could take for whole.
+        # A crash in between leaves nothing that another writer could mistake for valid.
         progress.unlink(missing_ok=True)
         source.close()
         move(temporary, self._partial / f"{name}.npy")
@@ -326,7 +327,7 @@ class Writer:
             write_whole(progress, [seal(state)])
 
     def _array_header(self, name: str) -> bytes:
-        """NumPy's header, of a length that does not depend on the number of rows."""
+        """NumPy's header, with a length that does not depend on the number of rows."""
         shape = (self._rows, *self._shapes[name])
         text = (
             f"{{'descr': '{self._dtypes[name].str}', 'fortran_order': False, 'shape': {shape}, }}"
@@ -335,20 +336,20 @@ class Writer:
         return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
     def _check_open(self) -> None:
-        """That what was written is what is in the files: a full disk closes them."""
+        """Raises `UsageError` if the files are closed, as after a failed write."""
         if not self._files:
             raise UsageError(
-                f"the writer of '{self.path}' is closed: make another, which goes on after the "
+                f"the writer of '{self.path}' is closed: make another, which continues after the "
                 "last commit"
             )
 
     def _check_shapes(self, rows: Rows) -> None:
-        """That there is what the description says."""
+        """Raises `UsageError` if rows do not match the description."""
         extras = {name for name in EXTRAS if getattr(rows, name) is not None}
         if extras != self.description.extras.keys():
             raise UsageError(
-                f"rows come with {', '.join(sorted(extras)) or 'no extras'}, but the description "
-                f"has extras={dict(self.description.extras)}: say there what comes"
+                f"rows have {', '.join(sorted(extras)) or 'no extras'}, but the description has "
+                f"extras={dict(self.description.extras)}: correct the description"
             )
         for column, x in zip(jax.tree.leaves(self._columns), jax.tree.leaves(rows), strict=True):
             shape = (len(rows.action), *column.shape)
@@ -358,10 +359,10 @@ class Writer:
                 continue
             found, expected = f"{x.dtype}{list(x.shape)}", f"{dtype}{list(shape)}"
             what = "observations are" if column.name in ("obs", "frames") else f"{column.name} is"
-            raise UsageError(f"{what} {found}, not {expected}")
+            raise UsageError(f"{what} {found}: give {expected}")
 
     def _check(self, rows: Rows) -> None:
-        """That these rows may follow those before."""
+        """Raises `UsageError` if these rows cannot follow the previous ones."""
         if not len(rows.action):
             return
         ended = rows.terminated | rows.truncated
@@ -369,7 +370,7 @@ class Writer:
         legal, final = self._legal(rows.action), _is_none(rows.action)
         none = np.full((1, *rows.action.shape[1:]), no_action(rows.action.dtype))
         if np.all(self._legal(none)):
-            final &= follows_end  # it may be an action as well
+            final &= follows_end  # elsewhere the placeholder is an action
         follows_final = np.append(self._begins, final[:-1])
         paid = _any(rows.reward != 0)
         if rows.agent_reward is not None:
@@ -379,29 +380,29 @@ class Writer:
             (~legal & ~final, "has no legal action"),
             *self._overflowing(rows),
             (final & (paid | ended), "is a final observation with a reward or end"),
-            (final != follows_end, "must be a final observation just where the row before ended"),
-            (rows.first != follows_final, "must be a first one just after a final observation"),
+            (final != follows_end, "must be a final observation exactly if the previous row ended"),
+            (rows.first != follows_final, "must be marked first exactly after a final observation"),
         ):
             if np.any(wrong):
                 row = self._rows + int(np.argmax(wrong))
-                raise UsageError(f"row {row} {what}: mend the source of these data")
+                raise UsageError(f"row {row} {what}: correct the source of these data")
         self._final_is_next, self._begins = bool(ended[-1]), bool(final[-1])
 
     def _overflowing(self, rows: Rows) -> Iterator[tuple[Bool[np.ndarray, " R"], str]]:
-        """Where something is not what its type holds."""
+        """Yields masks of rows with values that do not fit their type, and a description."""
         for name, x in zip(self._wide, jax.tree.leaves(rows.obs), strict=True):
             dtype = self._dtypes[name]
-            yield _overflows(x, dtype), f"has an observation that {dtype} does not hold"
+            yield _overflows(x, dtype), f"has an observation that does not fit {dtype}"
         for name in ("reward", "agent_reward", "global_state"):
             x = getattr(rows, name)
             if x is not None:
                 what = name.replace("_", " ")
                 a = "an" if what.startswith("a") else "a"
-                yield _overflows(x, COLUMNS["reward"]), f"has {a} {what} that float32 does not hold"
+                yield _overflows(x, COLUMNS["reward"]), f"has {a} {what} that does not fit float32"
                 yield _any(~np.isfinite(x)), f"has {a} {what} that is not finite"
 
     def _legal(self, action: Shaped[np.ndarray, "R *action"]) -> Bool[np.ndarray, " R"]:
-        """Where the environment takes the action."""
+        """Mask of rows with a legal action."""
         match self.description.action_space:
             case gymnasium.spaces.Discrete(n=n, start=start):
                 legal = (action >= start) & (action < start + n)
@@ -409,23 +410,23 @@ class Writer:
                 legal = (action >= start) & (action < start + nvec)
             case gymnasium.spaces.MultiBinary():
                 legal = (action == 0) | (action == 1)
-            case _:  # of a `Box` bounds are met to rounding only
+            case _:  # rounding may exceed the bounds of a `Box`
                 legal = np.isfinite(action)
         return ~_any(~legal)
 
 
 def _any(x: Bool[np.ndarray, "R *row"]) -> Bool[np.ndarray, " R"]:
-    """In each row."""
+    """Whether any entry of each row is true."""
     return np.any(x, axis=tuple(range(1, x.ndim)))
 
 
 def _is_none(action: Shaped[np.ndarray, "R *action"]) -> Bool[np.ndarray, " R"]:
-    """Where there is no action."""
+    """Mask of rows without an action."""
     return ~_any(~(np.isnan(action) if action.dtype.kind == "f" else action == -1))
 
 
 def _overflows(values: Shaped[np.ndarray, "R *row"], dtype: np.dtype) -> Bool[np.ndarray, " R"]:
-    """Where a row has a value that becomes another one in this type, but for rounding."""
+    """Mask of rows with a value that this type cannot hold, apart from rounding."""
     if values.dtype == dtype:
         return np.zeros(len(values), bool)
     with np.errstate(over="ignore"):

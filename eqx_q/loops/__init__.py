@@ -1,1 +1,1 @@
-"""What brings agents and experience together: the only rooms that know both contracts."""
+"""Loops: train, evaluate and record agents. Only these modules know agents and environments."""

@@ -1,7 +1,7 @@
 """Callbacks for training, online and offline: evaluation, checkpoints, progress, GIFs, Ctrl-C.
 
 Each is called as `callback(run_state, metrics)` at boundaries between chunks; see
-`eqx_q.loops.running.Callback`. Put those that add metrics (`Evaluation`) before those that log
+`eqx_q.loops.running.Callback`. List callbacks that add metrics (`Evaluation`) before those that log
 them (`eqx_q.tracking`).
 """
 
@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 class TimeBudget:
-    """The share of a run's wall-clock time that side work may take.
+    """Limits side work to a fraction of a run's wall-clock time.
 
-    Each kind of work has a final round whatever it costs, so that much is held in reserve: as much
-    as the last round took. Only a first round, whose cost nobody knows, may go beyond the share.
+    Each kind of work has a final round in any case, so the cost of its last round is held in
+    reserve. Only a first round, whose cost is unknown, may exceed the limit.
     """
 
     def __init__(self, fraction: float):
@@ -52,9 +52,9 @@ class TimeBudget:
         self._warned = False
 
     def affords(self, work: str, *, guess: float = 0.0) -> bool:
-        """Whether another round of `work` fits, by its last cost; before the first by a guess.
+        """Whether another round of `work` fits, by its last cost, or by `guess` before the first.
 
-        Says so once where it does not.
+        Logs the first time that a round does not fit.
         """
         elapsed = time.perf_counter() - self._started
         cost, reserve = self._costs.get(work, guess), sum(self._costs.values())
@@ -62,36 +62,36 @@ class TimeBudget:
         if not fits and work in self._costs and not self._warned:
             self._warned = True
             logger.info(
-                "%s would take more than %g %% of the time: some rounds are left out "
-                "(eval.time_fraction allows more)",
+                "%s would take more than %g %% of the time, so some rounds are skipped: raise "
+                "eval.time_fraction to allow more",
                 work,
                 100 * self.fraction,
             )
         return fits
 
     def charge(self, work: str, seconds: float) -> None:
-        """Notes that a round of `work` took so long."""
+        """Records the duration of a round of `work`."""
         self._spent += seconds
         self._costs[work] = seconds
 
 
 class Evaluation:
-    """Adds `eval/return` and its kin to the metrics, from an environment of its own.
+    """Adds `eval/return` and other evaluation metrics, from an environment of its own.
 
-    What the suite says of an episode, as whether a battle was `won`, is averaged as `eval/won`.
+    The suite's episode metrics, such as whether a battle was `won`, are averaged as `eval/won`.
 
-    Randomness is folded from the step counter, so that evaluating changes nothing in the run.
+    Randomness is folded from the step counter, so that evaluations do not affect the run.
 
     **Arguments:**
 
     - `env`: for evaluation alone (`env.replicate(...)`).
     - `every`: lane-steps (per member) between evaluations; the final one always takes place.
     - `num_episodes`: per member. `epsilon`: 0 is greedy.
-    - `max_episode_steps`: where longer episodes are cut.
-    - `min_steps`: that are played at least, in rounds of as many episodes.
+    - `max_episode_steps`: longer episodes are cut here.
+    - `min_steps`: rounds of `num_episodes` are played until this many steps.
     - `budget`: evaluations beyond it are skipped.
 
-    **Attributes:** `last`: what the last evaluation played.
+    **Attributes:** `last`: the episodes of the last evaluation.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Evaluation:
         """Evaluates, unless it is over budget."""
         if not (metrics["done"] or self._budget.affords("evaluation")):
             return
-        if not self._compiled:  # not charged to the budget: the final round needs it in any case
+        if not self._compiled:  # not charged to the budget, since the final round needs it anyway
             compile_evaluation(run_state.agent, self._env, **self._options)
             self._compiled = True
         started = time.perf_counter()
@@ -146,14 +146,14 @@ class Evaluation:
 
 
 class Checkpoint:
-    """Writes the run state after so many steps or seconds, whichever is sooner, and at the end.
+    """Writes the run state every so many steps or seconds, whichever is sooner, and at the end.
 
-    Where the disk does not take it, a warning says so, and the next boundary is another chance;
-    the last failure is raised.
+    If writing fails, it logs a warning and tries again at the next boundary; at the end of the run
+    the failure is raised.
 
     **Arguments:** `directory`: for the files. `every`: lane-steps (per member). `seconds`: of wall
-    time. `keep`: the newest files that stay; `None`: all. `with_env`: `False` where the environment
-    lives outside JAX, so that its state cannot be saved (but for `wrappers.Exact`).
+    time. `keep`: the number of newest files to keep; `None`: all. `with_env`: `False` if the
+    environment lives outside JAX, so that its state cannot be saved (except by `wrappers.Exact`).
     """
 
     overlap = True
@@ -175,22 +175,22 @@ class Checkpoint:
         self._warned = False
 
     def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
-        """Saves where it is time to."""
+        """Saves if it is due."""
         waited = time.perf_counter() - self._saved_at
         done = clock(metrics).done
         if metrics["done"] or done >= self._next_step or waited > self._seconds:
             try:
                 self.save(run_state, done)
             except UsageError as error:
-                passing = isinstance(error.__cause__, OSError)  # another cause would stay
+                passing = isinstance(error.__cause__, OSError)  # any other cause would persist
                 if metrics["done"] or not passing:
                     raise
                 if not self._warned:
                     self._warned = True
-                    logger.warning("no checkpoint: %s; the run goes on, and tries again", error)
+                    logger.warning("no checkpoint: %s; the run continues, and tries again", error)
 
     def rescue(self, run_state: AbstractRunState, metrics: Metrics) -> None:
-        """Saves the last good run state of a run that has failed, if it was not saved."""
+        """Saves the last good run state of a failed run, unless it is saved already."""
         done = clock(metrics).done
         if done != self._saved_step:
             try:
@@ -209,18 +209,18 @@ class Checkpoint:
 
 
 def last_in_words(directory: Path) -> str:
-    """Where the newest good checkpoint is, for a message: maybe from before a resume."""
+    """Names the newest good checkpoint for a message; it may be older than the resumed run."""
     last = newest_checkpoint(directory)
     return f"the last good checkpoint is {last}" if last else "no checkpoint was due"
 
 
 def restore(directory: Path, env: Env) -> AbstractRunState:
-    """The run state of the newest good checkpoint, to hand to `train` with the same `env`.
+    """The run state of the newest good checkpoint, for `train` with the same `env`.
 
-    Episodes of an environment that lives outside JAX are replayed if it is an `Exact` one, else
-    they start anew, and the log says so.
+    For an environment outside JAX, an `Exact` one replays its episodes; any other starts new ones,
+    and the log says so.
 
-    **Raises:** `UsageError` where there is no good checkpoint, or episodes cannot be replayed.
+    **Raises:** `UsageError` if there is no good checkpoint, or episodes cannot be replayed.
     """
     run_state, path = load_latest(directory)
     run_state = with_env(run_state, env)
@@ -229,14 +229,14 @@ def restore(directory: Path, env: Env) -> AbstractRunState:
 
 
 def without_env(run_state: AbstractRunState) -> AbstractRunState:
-    """A run state without what cannot be saved of an environment that lives outside JAX."""
+    """A run state without the parts that an environment outside JAX cannot save."""
     if not isinstance(run_state, RunState):
         return run_state
     return _with_outside_parts(run_state, (None, None, None))
 
 
 def with_env(run_state: AbstractRunState, env: Env) -> AbstractRunState:
-    """A run state that was saved, to go on in `env`; see `restore`."""
+    """A saved run state, prepared to continue in `env`; see `restore`."""
     if not isinstance(run_state, RunState):
         return run_state
     if not env.on_host and run_state.timestep is not None:
@@ -244,10 +244,11 @@ def with_env(run_state: AbstractRunState, env: Env) -> AbstractRunState:
     if isinstance(env, Exact):
         if not isinstance(run_state.env_state, Past):
             raise UsageError(
-                "what was done in the environment was not kept: go on with exact_resume=false"
+                "the run did not keep its actions, so episodes cannot be replayed: resume with "
+                "exact_resume=false"
             )
         return dataclasses.replace(run_state, env_state=env.resume(run_state.env_state))
-    logger.info("the emulators cannot be restored: their episodes start anew")
+    logger.info("the emulators cannot be restored: they start new episodes")
     fresh = start(run_state.agent, env, key=run_state.key)
     return _with_outside_parts(run_state, _outside_parts(fresh))
 
@@ -261,10 +262,10 @@ def _with_outside_parts(run_state: Any, parts: tuple[Any, Any, Any]) -> Any:
 
 
 class Video:
-    """Records a GIF of a greedy episode, where the environment can draw.
+    """Records a GIF of a greedy episode, if the environment can draw.
 
-    **Arguments:** `env`: for this alone, as many lanes as members. `directory`: for the files.
-    `tracker`: gets the pictures too. `every`: lane-steps between them; one more at the end.
+    **Arguments:** `env`: for this alone, with one lane per member. `directory`: for the files.
+    `tracker`: also gets the pictures. `every`: lane-steps between recordings; one more at the end.
     """
 
     overlap = True
@@ -292,8 +293,8 @@ class Video:
         started = time.perf_counter()
         try:
             self._record(run_state, clock(metrics).done)
-        except Exception:  # somebody's renderer must not cost anybody a run
-            logger.exception("recording an episode failed: the run goes on without pictures")
+        except Exception:  # a failing renderer must not end the run
+            logger.exception("recording an episode failed: the run continues without pictures")
             self._failed = True
         self._budget.charge("recording", time.perf_counter() - started)
 
@@ -309,7 +310,7 @@ class Video:
 
 
 class Progress:
-    """A bar with steps/s, return and time left; without a terminal, a line every ten seconds.
+    """A bar with steps/s, return and time left; outside a terminal, a line every ten seconds.
 
     **Arguments:** `stream`: a text file, by default stderr.
     """
@@ -321,7 +322,7 @@ class Progress:
         self._eval_return: float | None = None
 
     def __call__(self, run_state: AbstractRunState | None, metrics: Metrics) -> None:
-        """Shows where the run stands, which the metrics alone tell."""
+        """Shows the progress of the run, read from the metrics alone."""
         if "eval/return" in metrics:
             self._eval_return = float(np.mean(metrics["eval/return"]))
         now = clock(metrics)
@@ -336,7 +337,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         self._display.close()
 
     def _line(self, metrics: Metrics) -> str:
@@ -361,22 +362,22 @@ class Progress:
         return "  ".join(parts)
 
     def _values(self, metrics: Metrics) -> np.ndarray:
-        """What is shown: returns of training, or offline its loss."""
+        """The values to show: returns of training, or the loss offline."""
         return np.asarray(metrics.get("episode_return", metrics.get("loss")), float)
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a clean end at the next boundary; the second ends at once.
+    """Turns Ctrl-C and SIGTERM into a clean end at the next boundary; a second one ends at once.
 
-    So does SIGUSR1, as the notice that the job will soon be preempted or its time is up (Slurm's
+    SIGUSR1 also ends the run cleanly: it is the notice of preemption or of the time limit (Slurm's
     `--signal=USR1@300`).
 
     Use it as a context manager around `train`, and as one of its callbacks.
 
-    **Arguments:** `place`: where several processes train, theirs: what one gets, all get. Each must
-    then have this callback.
+    **Arguments:** `place`: with several processes, theirs. A signal to one then stops all; each
+    must have this callback.
 
-    **Attributes:** `received`: whether a signal has come; `noticed`: whether it was that notice.
+    **Attributes:** `received`: whether a signal has come; `noticed`: whether it was SIGUSR1.
     """
 
     def __init__(self, place: Placement = OneDevice()):  # noqa: B008
@@ -385,18 +386,18 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        """Takes over the signals."""
+        """Installs the signal handlers."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def __call__(self, run_state: AbstractRunState, metrics: Metrics) -> None:
-        """Ends the run where a signal has come."""
+        """Ends the run if a signal has come."""
         told = self._place.largest(2 if self.noticed else int(self.received))
         self.received |= told > 0
         self.noticed |= told == 2

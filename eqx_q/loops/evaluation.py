@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes, their returns and what else the environment says of them."""
+"""Evaluation: plays whole episodes, and returns their returns, lengths and metrics."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from ..wrappers import Env
 
 
 class Episodes(eqx.Module):
-    """What was played: returns (unclipped), steps, and the suite's own metrics by name."""
+    """Episodes played: returns (unclipped), lengths in steps, and the suite's metrics by name."""
 
     returns: Float[AnyArray, "*S episodes"]
     lengths: Int[AnyArray, "*S episodes"]
@@ -24,9 +24,9 @@ class Episodes(eqx.Module):
 
 
 class _State(eqx.Module):
-    """Where an evaluation stands: each lane fills its own row of `played`.
+    """The state of an evaluation; each lane fills its own row of `played`.
 
-    `cut_length` and `cut_return` are what the game's episode had at its last cut, or 0.
+    `cut_length` and `cut_return`: those of the game's episode at its last cut, or 0.
     """
 
     env_state: object
@@ -78,20 +78,20 @@ def play_episodes(
 ) -> Episodes:
     """Plays `num_episodes` episodes (per member of a population).
 
-    Every lane plays equally many, so that short episodes are not counted more often than long ones.
+    Every lane plays the same number, so that short episodes are not overrepresented.
 
     **Arguments:**
 
-    - `env`: an environment of its own, since it is reset and stepped.
+    - `env`: an environment for this alone, since it is reset and stepped.
     - `num_episodes`: rounded up to a multiple of the lanes (of a member).
-    - `key`: randomness of the environment, and of the actions where `epsilon` is above 0.
+    - `key`: randomness of the environment, and of actions if `epsilon` is above 0.
     - `epsilon`: probability of a random action; 0 is greedy.
-    - `max_episode_steps`: an episode still running after that many steps counts with the return it
-        has by then, what follows counts as another, and a warning says so.
-    - `min_steps`: another round of as many episodes follows, until so many steps were played (by
-        each member). Protocols that count steps, not episodes, ask for it.
+    - `max_episode_steps`: an episode still running after this many steps counts with its return so
+        far, and its remainder counts as another episode; a warning says so.
+    - `min_steps`: rounds of `num_episodes` are repeated until this many steps were played (by each
+        member), for protocols that count steps.
 
-    **Raises:** `UsageError` where lanes do not divide over members.
+    **Raises:** `UsageError` if the lanes do not divide over the members.
     """
     limits = _limits(epsilon, max_episode_steps)
     played = _play_round(agent, env, num_episodes, key, limits)
@@ -105,13 +105,13 @@ def play_episodes(
 def _play_round(
     agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray, limits: tuple[Array, Array]
 ) -> Episodes:
-    """`num_episodes` episodes, with a warning where some are cut."""
+    """Plays `num_episodes` episodes, with a warning if some are cut."""
     state = _play(env, _initial(agent, env, num_episodes, key), agent, *limits)
     num_capped = int(jnp.sum(state.capped))
     if num_capped:
         warnings.warn(
             f"{num_capped} of {state.capped.size} episodes were cut at {limits[1]} steps; "
-            "they count with the return they had by then",
+            "they count with their return so far",
             stacklevel=3,
         )
     members = () if agent.num_members is None else (agent.num_members,)
@@ -126,7 +126,7 @@ def compile_evaluation(
     epsilon: Scalar = 0.0,
     max_episode_steps: int | None = None,
 ) -> None:
-    """Compiles what `evaluate` runs with the same arguments, and plays nothing."""
+    """Compiles the program of `evaluate` for the same arguments, without playing."""
     state = _initial(agent, env, num_episodes, jax.random.key(0))
     finished = jnp.full_like(state.finished, state.capped.shape[1])
     state = eqx.tree_at(lambda state: state.finished, state, finished)
@@ -143,8 +143,8 @@ def _initial(agent: Agent, env: Env, num_episodes: int, key: PRNGKeyArray) -> _S
     members = agent.num_members or 1
     if env.num_envs % members or num_episodes < 1:
         raise UsageError(
-            f"evaluation needs at least one episode and lanes that divide over members, got "
-            f"{num_episodes} episodes, {env.num_envs} lanes, {members} members"
+            f"cannot evaluate {num_episodes} episodes with {env.num_envs} lanes and {members} "
+            "members: give at least one episode, and lanes that divide over the members"
         )
     per_lane = math.ceil(num_episodes / (env.num_envs // members))
     reset_key, key = jax.random.split(key)
@@ -178,7 +178,7 @@ def _play(env: Env, state: _State, agent: Agent, epsilon, cap) -> _State:
         key, act_key, env_key = jax.random.split(state.key, 3)
         decision = decide(agent, state.timestep, state.memory, epsilon=epsilon, key=act_key)
         env_state, timestep = env.step(state.env_state, decision.action, env_key)
-        # Not where `first` alone is: a lost life ends no episode. But where a lane broke.
+        # `first` after a lost life starts no new game episode; after a failed lane it does.
         broken = timestep.first & ~state.timestep.ended
         episode, anew = timestep.episode, state.timestep.episode.ended | broken
         cut_length = jnp.where(anew, 0, state.cut_length)

@@ -1,4 +1,4 @@
-"""Population-based training: poor members copy good ones, and try other hyperparameters.
+"""Population-based training: poor members copy good ones, then perturb hyperparameters.
 
 Jaderberg et al., "Population Based Training of Neural Networks", 2017 (arXiv 1711.09846).
 """
@@ -21,26 +21,26 @@ _FOLLOWERS = {"learning_rate": "learning_rate_end"}
 
 
 class PopulationBasedTraining:
-    """A callback of `eqx_q.train`: the worst members copy the best, and perturb what they copied.
+    """A callback of `eqx_q.train`: the worst members copy the best, then perturb their copies.
 
     A member is copied whole: parameters, optimiser state, statistics, hyperparameters ("exploit").
     Then each of its `hyperparameters` is multiplied by one of `factors` ("explore"). Lanes stay
-    whose they are, with the memory of their episodes.
+    with their member index, with the memory of their episodes.
 
-    Randomness is folded from the update counter, and nothing is remembered from round to round, so
-    that a resumed run is the same. For that the metrics must not depend on the machine's speed:
-    give `train` a `log_every`.
+    Randomness is folded from the update counter, and rounds keep no state, so that a resumed run is
+    the same. For that the metrics must not depend on the machine's speed: give `train` a
+    `log_every`.
 
     **Arguments:**
 
-    - `hyperparameters`: numbers among the agent's, by their path: `learning_rate`, `value.sigma`.
+    - `hyperparameters`: paths of numeric hyperparameters: `learning_rate`, `value.sigma`.
     - `every`: lane-steps (per member) between rounds.
-    - `fitness`: a metric of each member, of the chunk that ends with a round. Members of whom it
-        is not known (no episode ended) neither copy nor are copied.
-    - `fraction`: of the members that copies, and as many are copied.
-    - `factors`: of which each hyperparameter draws one.
+    - `fitness`: a per-member metric of the chunk that ends with the round. Members without a value
+        (no episode ended) neither copy nor are copied.
+    - `fraction`: of members that copy; the same number are copied.
+    - `factors`: each hyperparameter draws one of them.
 
-    **Raises:** `UsageError`: when called, for what is unknown or too small a population.
+    **Raises:** `UsageError`: when called, for an unknown name or too small a population.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PopulationBasedTraining:
         self._fraction, self._factors, self._seed = fraction, list(factors), seed
 
     def __call__(self, run_state: Any, metrics: Metrics) -> Any:
-        """Replaces the worst members, unless the run is over. Says of whom each is a copy."""
+        """Replaces the worst members, unless the run is over. Adds `pbt/` metrics."""
         population = run_state.agent
         self.check(population)
         if self._fitness not in metrics:
@@ -86,12 +86,12 @@ class PopulationBasedTraining:
         return eqx.tree_at(lambda state: state.agent, run_state, population)
 
     def check(self, agent: Agent) -> None:
-        """Raises `UsageError` where it is no population that this can train."""
+        """Raises `UsageError` if `agent` is too small a population or lacks a hyperparameter."""
         number = agent.num_members or 1
         if self._number(number) < 1:
             raise UsageError(
-                f"population-based training of {number} members, of which {self._fraction:g} copy "
-                f"others, replaces none: train at least {int(np.ceil(1 / self._fraction))}"
+                f"population-based training with fraction={self._fraction:g} replaces none of "
+                f"{number} members: train at least {int(np.ceil(1 / self._fraction))}"
             )
         _values(agent, self._names)
 
@@ -100,11 +100,11 @@ class PopulationBasedTraining:
 
 
 def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]) -> Population:
-    """The population with hyperparameters multiplied, as far as they then make sense.
+    """The population with hyperparameters multiplied, clipped to their ranges.
 
-    What the learning rate falls to is multiplied with it: see `with_followers`.
+    The end of the learning rate's schedule is multiplied too: see `with_followers`.
 
-    **Raises:** `UnknownNameError` for what is no hyperparameter, or none that is a number.
+    **Raises:** `UnknownNameError` for a name that is not a numeric hyperparameter.
     """
     factors = with_followers(population, factors)
     scaled = {
@@ -115,9 +115,9 @@ def scale(population: Population, factors: Mapping[str, Float[np.ndarray, " S"]]
 
 
 def with_followers(agent: Agent, factors: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of hyperparameters, and the same of those that follow one of them.
+    """Adds the factors of hyperparameters that follow another one.
 
-    So the learning rate's schedule keeps its shape, unless its end is named, too.
+    So the learning rate's schedule keeps its shape, unless its end has a factor of its own.
     """
     known = agent.hyperparameters()
     followers = {_FOLLOWERS.get(name): factor for name, factor in factors.items()}
@@ -125,9 +125,9 @@ def with_followers(agent: Agent, factors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spread(population: Population, names: Sequence[str], factor: float, seed: int) -> Population:
-    """The population with hyperparameters multiplied by something from `1 / factor` to `factor`.
+    """The population with hyperparameters multiplied by random factors.
 
-    Each member draws its own, uniformly on a logarithmic scale.
+    Each member draws its own, log-uniformly from `1 / factor` to `factor`.
     """
     rng = np.random.default_rng(seed)
     size = population.num_members
@@ -135,7 +135,7 @@ def spread(population: Population, names: Sequence[str], factor: float, seed: in
 
 
 def _values(agent: Agent, names: Iterable[str]) -> dict[str, jax.Array]:
-    """One value a member. Raises `UnknownNameError`."""
+    """Values of hyperparameters, one per member. Raises `UnknownNameError`."""
     leaves = agent.hyperparameters()
     known = {path: x for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     for name in names:

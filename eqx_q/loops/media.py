@@ -1,4 +1,4 @@
-"""Pictures of an agent at work."""
+"""GIFs of an agent's episodes."""
 
 import io
 import itertools
@@ -22,8 +22,8 @@ from ..wrappers.drawing import picture_in
 Frame = UInt8[np.ndarray, "height width 3"]
 
 _COLOURS = 128
-_FEW_FRAMES, _SMALLEST_SIDE = 100, 32  # with less a picture shows nothing
-_SHORTEST_FRAME = 20  # ms: browsers slow down what is shorter
+_FEW_FRAMES, _SMALLEST_SIDE = 100, 32  # smaller pictures would be useless
+_SHORTEST_FRAME = 20  # ms: browsers slow down shorter frames
 
 
 def write_gif(
@@ -36,17 +36,17 @@ def write_gif(
 ) -> None:
     """Writes frames of one size as a looping GIF.
 
-    It is scaled down to `max_side` pixels, and further, with fewer frames, until it has no more
-    than `max_bytes`; its duration stays.
+    It is scaled down to `max_side` pixels. If it is still larger than `max_bytes`, frames are left
+    out and it is scaled down further; its duration stays.
 
-    **Raises:** `UsageError` where there is no frame, or `path` cannot be written.
+    **Raises:** `UsageError` if there is no frame, or `path` cannot be written.
     """
     try:
         from PIL import Image
     except ImportError:
         raise MissingExtraError("pillow", "train") from None
     if not frames:
-        raise UsageError("there is no frame to draw: record at least one")
+        raise UsageError("frames is empty: record at least one frame")
     images = [Image.fromarray(np.asarray(frame)) for frame in frames]
     scale = min(1.0, max_side / max(images[0].size))
     while True:
@@ -67,7 +67,7 @@ def write_gif(
 def _encode(images: list, seconds: float) -> bytes:
     from PIL import Image
 
-    # One palette for all, from a few frames side by side: less flicker, and smaller differences.
+    # One palette for all frames, from a sample of them: less flicker and better compression.
     samples = images[:: max(1, len(images) // 8)]
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(samples), height))
@@ -89,16 +89,16 @@ def record_episode(
     max_steps: int = 1000,
     max_frames: int = 300,
 ) -> tuple[list[Frame], float]:
-    """One greedy episode of the game, in the first lane (which is a population's first member).
+    """Plays one greedy episode of the game in the first lane (of a population's first member).
 
     **Arguments:**
 
-    - `env`: for this alone; a lane, or a lane per member of a population.
-    - `max_steps`: where a longer episode is cut.
-    - `max_frames`: of a longer one, every second frame is kept, or every fourth, and so on.
+    - `env`: for this alone, with one lane, or one lane per member of a population.
+    - `max_steps`: longer episodes are cut here.
+    - `max_frames`: if there are more, every second frame is kept, or every fourth, and so on.
 
-    **Returns:** the frames, or pictures among the observations where the environment cannot draw,
-    or none; and the return so far.
+    **Returns:** the frames (images in the observations if the environment cannot draw, or none),
+    and the return so far.
     """
     frames, stride, returns = [], 1, 0.0
     for step, (state, timestep) in enumerate(play(agent, env, key=key, max_steps=max_steps)):
@@ -120,10 +120,9 @@ def play(
     max_steps: int | None = None,
     epsilon: Scalar | None = None,
 ) -> Iterator[tuple[PyTree, TimeStep]]:
-    """States and timesteps of one episode of the game in the first lane, from reset to end.
+    """Yields states and timesteps of one episode of the game in the first lane, from its reset.
 
-    **Arguments:** `epsilon`: probability of a random action; `None` is greedy. See
-    `record_episode` for the rest.
+    **Arguments:** see `record_episode`. `epsilon`: probability of a random action; `None`: greedy.
     """
     key, reset_key = jax.random.split(key)
     state, timestep = env.reset(reset_key)
@@ -137,7 +136,7 @@ def play(
 
 
 def draw(env: Env, state: PyTree, timestep: TimeStep) -> Frame | None:
-    """The first lane as the environment draws it, else a picture that is observed, if any."""
+    """A frame of the first lane: rendered, else an image in the observation, if there is one."""
     frame = env.render(state, 0)
     return picture_in(env.observation_space, timestep.obs) if frame is None else frame
 

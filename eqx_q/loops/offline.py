@@ -33,12 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class OfflineState(AbstractRunState):
-    """All of an offline run: save it and the run can go on, bit for bit.
+    """The complete state of an offline run: a saved run continues from it, bit for bit.
 
-    **Fields:** the `agent`; the `key` of all randomness to come; `num_updates` so far; the
-    `priorities` of the block that is learnt from, where transitions are not drawn uniformly (in a
-    population with a leading axis of members); in how many blocks the data come, which is 0 before
-    the first.
+    **Fields:** the `agent`; the `key` of all future randomness; `num_updates` so far; the
+    `priorities` of the current block, if sampling is prioritised (in a population, with a leading
+    axis of members); `num_blocks` of the data, 0 before the first is loaded.
     """
 
     agent: Agent
@@ -48,7 +47,7 @@ class OfflineState(AbstractRunState):
     num_blocks: Int[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     def spread(self, lay: Lay) -> "OfflineState":
-        """See `AbstractRunState`: devices share members, or draw for one together."""
+        """See `AbstractRunState`: devices share members, or the batches of one agent."""
         of_members = None if self.agent.num_members is None else 0
         return OfflineState(
             agent=lay(self.agent, of_members),
@@ -60,7 +59,7 @@ class OfflineState(AbstractRunState):
 
 
 class Recorded(AbstractSource[OfflineState]):
-    """A block of a data set, from which the agent draws batches: each member its own."""
+    """Batches from a block of a data set; each member draws its own."""
 
     replay: Replay
     place: Placement = eqx.field(static=True)
@@ -68,7 +67,7 @@ class Recorded(AbstractSource[OfflineState]):
     def draw(
         self, state: OfflineState, key: PRNGKeyArray
     ) -> tuple[Rollout | Transitions, Int[Array, "*S B"]]:
-        """A batch, and where its items lie in the replay."""
+        """Draws a batch, and the indices of its items in the replay."""
         agent, priorities = state.agent, state.priorities
         batches = _batches(agent)
         members = () if agent.num_members is None else (agent.num_members,)
@@ -109,20 +108,20 @@ def advance_offline(
     num_updates: int | Int[Array, ""],
     place: Placement = OneDevice(),  # noqa: B008
 ) -> tuple[OfflineState, dict[str, Array]]:
-    """The pure core of `train_offline`: `num_updates` times draw a batch and learn from it.
+    """The pure core of `train_offline`: draws a batch and learns from it, `num_updates` times.
 
     **Arguments:** `place`: the devices that share the members, or the batches of one agent.
 
-    **Returns:** the new state, and the agent's metrics, averaged over updates; of distributions the
-    last.
+    **Returns:** the new state, and the agent's metrics, averaged over updates (for distributions,
+    the last).
     """
     return advance_from(Recorded(replay, place), run_state, num_updates)
 
 
 def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampling) -> Blocks:
-    """The blocks that a run learns from: of one that goes on those that it had.
+    """The blocks that a run learns from; a resumed run keeps its number of blocks.
 
-    Which transitions are drawn must not depend on the memory that is free at a resume.
+    So the drawn transitions do not depend on the memory that is free when it resumes.
 
     **Raises:** `UsageError` as `Blocks` does.
     """
@@ -132,16 +131,16 @@ def blocks_of(run_state: OfflineState | None, dataset: Dataset, sampling: Sampli
 
 
 def start_offline(agent: Agent, dataset: Dataset, *, key: PRNGKeyArray) -> OfflineState:
-    """A run's first state.
+    """A run's initial state.
 
-    **Raises:** `UsageError` where the agent does not fit the data.
+    **Raises:** `UsageError` if the agent does not fit the data.
     """
     _check_fit(agent, dataset)
     return OfflineState(agent, key, jnp.zeros((), jnp.int32))
 
 
 def _check_fit(agent: Agent, dataset: Dataset) -> None:
-    """Raises `UsageError` where the agent does not learn offline, or not from these data."""
+    """Raises `UsageError` if the agent does not learn offline, or does not fit the data."""
     _batches(agent)
     of_data = dataset.description
     seen, there = agent.observation_space, of_observations(of_data.observation_space)
@@ -154,12 +153,12 @@ def _check_fit(agent: Agent, dataset: Dataset) -> None:
         if not fits:
             raise UsageError(
                 f"'{dataset.path}' has {name} {theirs}, the agent {ours}: choose the environment "
-                f"that the data are of ({of_data.env}, {dict(of_data.preprocessing)})"
+                f"of the data ({of_data.env}, {dict(of_data.preprocessing)})"
             )
 
 
 def _kind(space: gymnasium.Space) -> list[tuple[str, Any]]:
-    """What two spaces must have in common: of a Box not its bounds."""
+    """The properties that two spaces must share; the bounds of a Box may differ."""
     return [
         (path, (leaf.shape, leaf.dtype) if isinstance(leaf, gymnasium.spaces.Box) else leaf)
         for path, leaf in leaves(space)
@@ -167,7 +166,7 @@ def _kind(space: gymnasium.Space) -> list[tuple[str, Any]]:
 
 
 def _batches(agent: Agent) -> Batches:
-    """What the agent learns from. Raises `UsageError` where that is no data."""
+    """The batches that the agent learns from. Raises `UsageError` if it learns online."""
     if not isinstance(agent.learns_from, Batches):
         raise UsageError(
             "this agent learns from environments, not from data: use eqx_q.train, or "
@@ -177,7 +176,7 @@ def _batches(agent: Agent) -> Batches:
 
 
 class Feed:
-    """The block that is learnt from, and in the background the next one."""
+    """Loads the current block of data, and the next one in the background."""
 
     def __init__(self, blocks: Blocks, sampling: Sampling, place: Placement):
         self._blocks, self._sampling, self._place = blocks, sampling, place
@@ -189,15 +188,15 @@ class Feed:
 
     @property
     def period(self) -> int | None:
-        """Updates after which another block follows."""
+        """Updates per block; `None` if there is only one."""
         return None if self._single else self._sampling.updates_per_block
 
     def source(self, state: OfflineState, num_updates: int) -> tuple[OfflineState, Recorded]:
-        """The block whose turn it is after so many updates, and the state with its priorities."""
+        """The state with the right priorities, and the block to use after `num_updates`."""
         index = 0 if self._single else num_updates // self._sampling.updates_per_block
         if index != self._index:
             ahead = self._next if index == self._index + 1 else None
-            self._replay = None  # before the next comes, so that no more than two are there
+            self._replay = None  # freed first, so that at most two blocks are in memory
             self._replay = ahead.result() if ahead else self._load(index)
             self._index = index
             if not self._single:
@@ -207,15 +206,15 @@ class Feed:
         return state, Recorded(self._replay, self._place)
 
     def close(self) -> None:
-        """Waits for no more blocks."""
+        """Stops loading blocks."""
         self._pool.shutdown(cancel_futures=True)
 
     def _load(self, index: int) -> Replay:
-        """Onto every device."""
+        """Loads a block onto every device."""
         return self._place.put(self._blocks.load(index))
 
     def _prioritised(self, state: OfflineState, num_updates: int) -> OfflineState:
-        """With fresh priorities, unless a run goes on in the middle of the block."""
+        """The state with fresh priorities, unless a run resumes in the middle of the block."""
         members, before = state.agent.num_members, state.priorities
         largest = jnp.float32(1) if before is None else jnp.max(before.values, axis=-1)
         fresh = _priorities(members, self._replay, self._sampling, largest)
@@ -243,20 +242,20 @@ def train_offline(
 
     **Arguments:**
 
-    - `dataset`: or where it is.
+    - `dataset`: the data set, or its path.
     - `num_updates`: gradient steps (of each member of a population).
-    - `key`: of all randomness. The caller's `agent` stays usable: the run works on a copy.
-    - `sampling`: how transitions are drawn; by default uniformly from all of the data.
-    - `callbacks`: as of `eqx_q.train`; what they count in steps is counted in updates here.
-    - `run_state`: go on from there (`agent` and `key` are then ignored) until `num_updates` in all.
-    - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
-        cut into chunks changes nothing in its result.
-    - `devices`: as of `eqx_q.train`; those of one agent share its batches. Each holds all data.
+    - `key`: for all randomness. The caller's `agent` stays usable: the run works on a copy.
+    - `sampling`: how transitions are drawn; by default uniformly from all data.
+    - `callbacks`: as in `eqx_q.train`, but they count updates instead of steps.
+    - `run_state`: resume from here until `num_updates` in total; `agent` and `key` are ignored.
+    - `log_every`: updates in a chunk; by default as many as take about a second. The result does
+        not depend on it.
+    - `devices`: as in `eqx_q.train`; they share the batches of one agent. Each holds all data.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary.
 
-    **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
-    member's loss is no longer finite.
+    **Raises:** `UsageError` for invalid input, before work starts; `DivergedError` when no member's
+    loss is finite any more.
     """
     if not isinstance(num_updates, int) or not 0 < num_updates < 2**31:
         raise UsageError(f"num_updates must be a whole number from 1 to 2**31, got {num_updates}")
@@ -266,17 +265,17 @@ def train_offline(
     _check_fit(state.agent, dataset)
     place = place_on(devices)
     check_shares(place, state.agent)
-    if not sampling.priority_exponent:  # whatever the run did before
+    if not sampling.priority_exponent:  # the run may have had some before
         state = dataclasses.replace(state, priorities=None)
     blocks = blocks_of(state, dataset, sampling)
     together = place.agreed(blocks.num_blocks)
-    if together != blocks.num_blocks:  # another process has less memory, or more
+    if together != blocks.num_blocks:  # the first process has more memory, or less
         blocks = Blocks(dataset, sampling, num_blocks=together)
     state = dataclasses.replace(state, num_blocks=jnp.asarray(blocks.num_blocks, jnp.int32))
     turns = -(-num_updates // sampling.updates_per_block)
     if turns < blocks.num_blocks and sampling.shards_per_block is None:
         logger.warning(
-            "the data come in %d blocks, of which %d updates see %d: lower updates_per_block",
+            "the data have %d blocks, but %d updates use only %d of them: lower updates_per_block",
             blocks.num_blocks,
             num_updates,
             turns,
@@ -309,15 +308,15 @@ def _check_same_places(ours: Priorities, fresh: Priorities) -> None:
     same = ours.values.shape == fresh.values.shape
     if not same or bool(jnp.any(ours.count != fresh.count)):
         raise UsageError(
-            "the run was learning from other data than these: go on with the same sampling, or "
-            "with priority_exponent=0"
+            "the data differ from those that the run learnt from: resume with the same sampling, "
+            "or with priority_exponent=0"
         )
 
 
 def _priorities(
     num_members: int | None, replay: Replay, sampling: Sampling, largest: Float[Array, "*S"]
 ) -> Priorities:
-    """Fresh ones, for each member of a population."""
+    """Fresh priorities, for each member of a population."""
 
     def create(largest):
         exponents = sampling.priority_exponent, sampling.priority_correction

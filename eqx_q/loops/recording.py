@@ -1,4 +1,4 @@
-"""Recording: what an agent does in an environment, as rows of a data set."""
+"""Recording: plays an agent in an environment and writes a data set."""
 
 import collections
 import dataclasses
@@ -22,16 +22,16 @@ from ..wrappers import Env
 from ..wrappers.host import closing
 from .source import check_fits
 
-_CHUNK_SECONDS = 0.5  # between looks at the progress and at Ctrl-C
+_CHUNK_SECONDS = 0.5  # between updates of the progress and checks for Ctrl-C
 _CHUNK_BYTES = 16 << 20
 _CHUNK_STEPS = 1024
 
 
 class Recorded(NamedTuple):
-    """What was recorded so far.
+    """The amount recorded so far.
 
-    - `transitions`: what really happened; a data set has a row more for each episode.
-    - `episodes`: that came to their own end, with the mean of their returns (`None` without any).
+    - `transitions`: real ones; a data set has one more row per episode.
+    - `episodes`: complete episodes; `return_mean`: their mean return (`None` without any).
     - `cut`: episodes that were still running when the recording ended.
     """
 
@@ -42,9 +42,9 @@ class Recorded(NamedTuple):
 
 
 class _Rows(eqx.Module):
-    """Rows of all lanes, `T` steps of them: those of a data set, `R`, before they are in order.
+    """`T` steps of rows of all lanes, not yet in the order of a data set.
 
-    `final`: which of them are final observations.
+    `final`: mask of final observations.
     """
 
     obs: Observation
@@ -60,13 +60,13 @@ class _Rows(eqx.Module):
     final: Bool[AnyArray, "*lanes"]
 
     def of_lane(self, lane: int, begin: int, end: int) -> Rows:
-        """Some rows of one lane: a copy, which does not keep those of the others alive."""
+        """Rows of one lane, copied so that those of the other lanes can be freed."""
         columns = Rows(*(getattr(self, name) for name in Rows._fields))
         return jax.tree.map(lambda x: np.array(x[begin:end, lane]), columns)
 
 
 class _State(eqx.Module):
-    """Where a recording stands. `sound`: whether frames so far were stacked as they should be."""
+    """The state of a recording. `sound`: whether all frames so far were stacked as declared."""
 
     env_state: PyTree
     timestep: TimeStep
@@ -82,10 +82,10 @@ def describe(
     preprocessing: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Description:
-    """What a data set recorded from an environment is of.
+    """The description of a data set that is recorded from an environment.
 
-    **Arguments:** `name`: the environment's id, `"<suite>/<name>"`. `preprocessing`: what was done
-    beside what the environment says of itself. `source`: where the data come from.
+    **Arguments:** `name`: the environment's id, `"<suite>/<name>"`. `preprocessing`: additional to
+    the environment's own `recording.preprocessing`. `source`: where the data come from.
     """
     recording = env.recording
     timestep = _seen(env)
@@ -116,37 +116,37 @@ def record(
     source: Mapping[str, Any] | None = None,
     on_chunk: Callable[[Recorded], None] | None = None,
 ) -> Recorded:
-    """Plays, and writes what happened as one shard of a data set.
+    """Plays episodes and writes them as one shard of a data set.
 
     All lanes play until they have made exactly `num_steps` transitions together (steps into a
-    reset are none). Episodes are written whole, in the order in which they began, so that the first
-    rows of a shard favour neither short ones nor long ones; what was seen since the oldest of those
-    running began is in memory until then. Those running at last are cut: their last transition is
-    `truncated`, and what it led to is their final observation. The same arguments give the same
-    rows (an emulator goes on where it stands).
+    reset do not count). Episodes are written whole, in the order in which they began, so that the
+    first rows of a shard favour neither short nor long ones; later episodes wait in memory until
+    the oldest running one ends. Episodes that run at the end are cut: their last transition is
+    `truncated`, and its result is their final observation. The same arguments yield the same rows
+    (except from an emulator, which continues from its current state).
 
     **Arguments:**
 
-    - `env`: an environment of its own, since it is reset and stepped; made with the `options` of
-        its `recording`, so that it plays the game's own episodes for the game's own rewards.
+    - `env`: an environment for this alone, since it is reset and stepped; made with the `options`
+        of its `recording`, so that it plays the game's own episodes with the game's own rewards.
     - `num_steps`: transitions of all lanes together.
     - `epsilon`: probability of a random action; 0 is greedy, and 1 needs no training.
-    - `shard`, `run`, `source`: as in `eqx_q.data.Shard`; what was recorded is added to `source`.
-    - `on_chunk`: called about twice a second with what was recorded so far. What it raises ends
-        the recording, and the shard is not committed.
+    - `shard`, `run`, `source`: as in `eqx_q.data.Shard`; the final `Recorded` is added to `source`.
+    - `on_chunk`: called about twice a second with the amount recorded so far. An exception in it
+        ends the recording, and the shard is not committed.
 
-    **Raises:** `UsageError` where the agent does not fit, or what would be written is not what it
-    has seen.
+    **Raises:** `UsageError` if the agent does not fit, or if observations are not stacked as the
+    environment declares.
     """
     _check_fits(agent, env)
     if num_steps < 1:
-        raise UsageError(f"num_steps is {num_steps}: record at least one transition")
+        raise UsageError(f"num_steps={num_steps}: record at least one transition")
     state = _start(agent, env, key)
     epsilon = jnp.asarray(epsilon, jnp.float32)
     capacity = _capacity(env)
     lanes = _Lanes(env.num_envs)
     recorded = Recorded()
-    length = 1  # the first chunk is compiled, so its time says nothing
+    length = 1  # the first chunk includes compilation, so its time is not representative
     while recorded.transitions < num_steps:
         missing = num_steps - recorded.transitions
         length = min(length, capacity, -(-missing // env.num_envs))
@@ -155,8 +155,8 @@ def record(
         rows = jax.tree.map(np.asarray, rows)
         if not state.sound:
             raise UsageError(
-                "observations are not stacks of frames as the environment says (its `recording`): "
-                "what would be stored is not what the agent sees"
+                "observations are not stacks of frames as the environment's `recording` declares, "
+                "so the data would differ from what the agent sees: correct its `recording`"
             )
         seconds = time.perf_counter() - started
         made, stops = _cut(rows, length, missing)
@@ -173,7 +173,7 @@ def record(
 
 
 def _seen(env: Env) -> TimeStep:
-    """A timestep, of which only shapes count. `env` stays where it stands."""
+    """A timestep, for its shapes only. Does not touch the state of `env`."""
     key = jax.random.key(0)
     if not env.on_host:
         return eqx.filter_eval_shape(env.reset, key)[1]
@@ -182,9 +182,9 @@ def _seen(env: Env) -> TimeStep:
 
 
 def _stack(env: Env) -> int | None:
-    """Of how many frames observations are stacks, if each frame is to be stored once.
+    """The number of stacked frames, if observations are nothing but a stack; else `None`.
 
-    It is where they are nothing but a stack.
+    Then each frame is stored once.
     """
     alone = isinstance(env.observation_space, Box) and env.num_agents is None
     return env.recording.stack if alone else None
@@ -197,7 +197,7 @@ def _check_fits(agent: Agent, env: Env) -> None:
 
 
 def _capacity(env: Env) -> int:
-    """The most steps of a chunk."""
+    """The largest number of steps in a chunk."""
     arrays = jax.tree.leaves(shapes(env.observation_space, env.num_envs, env.num_agents or 1))
     row = sum(x.size * x.dtype.itemsize for x in arrays) // (_stack(env) or 1)
     return int(np.clip(_CHUNK_BYTES // max(1, row), 1, _CHUNK_STEPS))
@@ -212,7 +212,7 @@ def _start(agent: Agent, env: Env, key: PRNGKeyArray) -> _State:
 
 
 def _starts_well(env: Env, obs: Observation) -> Bool[Array, ""]:
-    """Whether stacks of frames are those of an episode's start."""
+    """Whether all stacks of frames are those of an episode's start."""
     return jnp.all(_is_start(env, jnp.asarray(obs))) if _stack(env) else jnp.array(True)
 
 
@@ -223,7 +223,7 @@ def _is_start(env: Env, obs: Shaped[AnyArray, "N S *frame"]) -> Bool[Array, " N"
 
 
 def _follows(env: Env, before: TimeStep, after: TimeStep) -> Bool[Array, ""]:
-    """Whether the frames before an observation's newest are those that a reader will put there."""
+    """Whether all but the newest frames are those that a reader will reconstruct."""
     if not _stack(env):
         return jnp.array(True)
     shifted = after.obs[:, :-1] == before.obs[:, 1:]
@@ -237,13 +237,13 @@ def _play(
 ) -> tuple[_State, _Rows]:
     """Plays `length` steps.
 
-    **Returns:** where it stands then, and `capacity + 1` rows. Those up to `length` are rows of a
-    data set, and the one at `length` has no action yet, unless its episode has ended.
+    **Returns:** the new state, and `capacity + 1` rows. The first `length` are rows of a data set;
+    the row at `length` has no action yet, unless its episode has ended.
     """
 
     def row(now: TimeStep, action, then: TimeStep) -> _Rows:
-        """What was seen and done, and what that brought."""
-        # What follows an end is a reset, not a consequence: that row holds the final observation.
+        """The row of a step: the observation, the action and its outcome."""
+        # The step after an end is a reset, so its row only holds the final observation.
         final = then.first.reshape(-1, *[1] * (action.ndim - 1))
         return _Rows(
             obs=now.obs[:, -1] if _stack(env) else now.obs,
@@ -292,11 +292,11 @@ def _put(rows: _Rows, row: _Rows, index) -> _Rows:
 
 
 def _cut(rows: _Rows, length: int, missing: int) -> tuple[int, Int[np.ndarray, " N"]]:
-    """Where each lane stops, so that no more than the missing transitions are made.
+    """Stops each lane so that all together make no more than the missing transitions.
 
-    Of the last step the first lanes count, as many as are missing.
+    Of the last step, only the first lanes count.
 
-    **Returns:** how many transitions there are up to there, and how many rows of each lane.
+    **Returns:** the number of transitions, and the number of rows of each lane.
     """
     real = ~rows.final[:length]
     num_lanes = real.shape[1]
@@ -309,17 +309,17 @@ def _cut(rows: _Rows, length: int, missing: int) -> tuple[int, Int[np.ndarray, "
 
 
 class _Episode:
-    """What is known of an episode so far: its rows, in parts, and whether it has ended."""
+    """An episode so far: its rows, in parts, and whether it has ended."""
 
     def __init__(self, *, ended: bool):
         self.parts: list[Rows] = []
         self.ended = ended
 
     def end(self) -> bool:
-        """Ends it; tells whether it did so by itself.
+        """Ends the episode; returns whether it was complete.
 
-        One whose environment broke is truncated where that was last sound; where it broke in its
-        first step, nothing is left of it.
+        If its environment failed, it is truncated at the last good observation; if that happened in
+        its first step, it is dropped.
         """
         self.ended = True
         rows = _joined(self.parts)
@@ -338,14 +338,14 @@ class _Episode:
 
 
 class _Lanes:
-    """Episodes, until those that began before them have ended."""
+    """Holds episodes until all that began before them have ended."""
 
     def __init__(self, num_lanes: int):
-        self._newest = [_Episode(ended=True) for _ in range(num_lanes)]  # of each lane
-        self._begun: collections.deque[_Episode] = collections.deque()  # in that order
+        self._newest = [_Episode(ended=True) for _ in range(num_lanes)]  # one per lane
+        self._begun: collections.deque[_Episode] = collections.deque()  # in order of their start
 
     def add(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> list[float]:
-        """Takes so many rows of each lane. Gives back the returns of the episodes that ended."""
+        """Adds the first `stops` rows of each lane; returns the returns of complete episodes."""
         returns, begins = [], [0] * len(stops)
         inside = np.arange(len(rows.final))[:, None] < stops
         for step, lane in np.argwhere((rows.first | rows.final) & inside).tolist():  # by time
@@ -363,9 +363,10 @@ class _Lanes:
         return returns
 
     def cut(self, rows: _Rows, stops: Int[np.ndarray, " N"]) -> int:
-        """Ends the episodes that are running, and tells how many they were.
+        """Ends the running episodes, and returns their number.
 
-        **Arguments:** `rows`, `stops`: what was last added; where a lane stops is its final row.
+        **Arguments:** `rows`, `stops`: those of the last `add`; a lane's row at its stop becomes
+        its final row.
         """
         running = [lane for lane, episode in enumerate(self._newest) if not episode.ended]
         for lane in running:
@@ -386,7 +387,7 @@ class _Lanes:
         return len(running)
 
     def written(self) -> Iterator[Rows]:
-        """Takes out the episodes that have ended, up to the first that has not."""
+        """Removes and yields ended episodes, up to the first that is still running."""
         parts: list[Rows] = []
         size = 0
         while self._begun and self._begun[0].ended:
@@ -404,7 +405,7 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def _count(recorded: Recorded, made: int, returns: list[float]) -> Recorded:
-    """With what was added."""
+    """Adds transitions and returns to the count."""
     recorded = recorded._replace(transitions=recorded.transitions + made)
     if not returns:
         return recorded

@@ -1,4 +1,4 @@
-"""What every training does on the host: cut it into chunks, tell callbacks, keep a history."""
+"""Training on the host: cuts a run into chunks, calls callbacks, keeps a history."""
 
 import concurrent.futures
 import contextlib
@@ -21,7 +21,7 @@ from .source import AbstractSource, State, advance_chunk
 
 Metrics = dict[str, Any]
 
-# A chunk is long enough to hide the host's work, short enough to watch and to interrupt.
+# A chunk is long enough to hide the host's work, and short enough to watch and to interrupt.
 _CHUNK_SECONDS = 1.0
 _MIN_CHUNKS = 100
 _MAX_HISTORY = 1000
@@ -33,18 +33,18 @@ class StopTraining(Exception):
 
 @runtime_checkable
 class Callback(Protocol):
-    """Called at boundaries between chunks, with host values of what happened since the last one.
+    """Called at boundaries between chunks, with the metrics since the last one as host values.
 
-    A plain function will do. Objects may have three more attributes:
+    A plain function is enough. Objects may have three more attributes:
 
     - `every`: lane-steps (per member) between calls; chunks are cut at its multiples.
-    - `rescue(run_state, metrics)`: called, before the error is raised, where a chunk failed outside
-        of us (an environment broke, memory ran out), with those of the boundary before.
-    - `overlap`: `True` for a callback that only observes. It then runs while the next chunk does,
-        on a snapshot, and what it returns is ignored.
+    - `rescue(run_state, metrics)`: called with those of the previous boundary if a chunk fails for
+        an external reason (an environment failed, memory ran out), before the error is raised.
+    - `overlap`: `True` for a callback that only observes. It then runs on a snapshot, during the
+        next chunk, and its return value is ignored.
 
-    It may add entries to `metrics` for the callbacks after it, return another run state to go on
-    with, or raise `StopTraining`.
+    It may add entries to `metrics` for the callbacks after it, return another run state to
+    continue with, or raise `StopTraining`.
     """
 
     def __call__(self, run_state: Any, metrics: Metrics) -> Any: ...
@@ -57,14 +57,14 @@ def run(
     tell: Callable[[State, "Boundaries", float], Metrics],
     place: Placement,
 ) -> tuple[State, list[Metrics]]:
-    """Chunk after chunk, with the host's work on one done while the next is running.
+    """Runs chunk after chunk; the host works on one chunk while the next is running.
 
     **Arguments:**
 
-    - `state`: where it begins.
-    - `source_of`: what is learnt from after so many updates, with the state to go on with.
-    - `boundaries`: where to cut.
-    - `tell`: where the run stands, given it, its boundaries and the updates per second.
+    - `state`: the initial state.
+    - `source_of`: returns the state and the source to continue with, given the updates so far.
+    - `boundaries`: where to cut the run into chunks.
+    - `tell`: returns progress metrics, given the state, boundaries and updates per second.
     - `place`: the devices that share the work.
     """
 
@@ -73,7 +73,7 @@ def run(
         return advance_chunk((source, place), state, jnp.asarray(length))
 
     history = History(state.agent.num_members)
-    good, state = state, copy(state.spread(place.put))  # the caller's stays usable
+    good, state = state, copy(state.spread(place.put))  # the caller's state stays usable
     started = time.perf_counter()
     state, _ = jax.block_until_ready(advance(state, 0))
     times = {"compile_seconds": time.perf_counter() - started, "train_seconds": 0.0}
@@ -90,7 +90,7 @@ def run(
             times["train_seconds"] += seconds
             times["wall_seconds"] = time.perf_counter() - started
             due = boundaries.advance(length, seconds)
-            # A copy for the callbacks: the next chunk is given the original's memory to reuse.
+            # Callbacks get a copy, since the next chunk reuses the original's memory.
             snapshot = place.gather(state)
             if snapshot is state and boundaries.callbacks:
                 snapshot = copy(state)
@@ -104,7 +104,7 @@ def run(
             stopped |= bool(place.agreed(stopped_here))
             metrics["done"] = stopped or boundaries.finished
             history.append(metrics)
-            good = seen if boundaries.callbacks else None  # else its memory has been reused
+            good = seen if boundaries.callbacks else None  # without callbacks its memory is reused
             rescuing.last = good, metrics
             observers = _observers(boundaries.callbacks if stopped else due)
             rescuing.pending = functools.partial(_observe, observers, seen, metrics)
@@ -113,15 +113,15 @@ def run(
 
 
 class _Rescue:
-    """Calls `rescue` of callbacks with the last boundary, where what is done inside fails."""
+    """Calls the callbacks' `rescue` with the last boundary if the block inside fails."""
 
     def __init__(self, callbacks: list[Callback]):
         self._callbacks = callbacks
         self.last: tuple[Any, Metrics] | None = None
-        self.pending: Callable[[], bool] | None = None  # what observers have to do for it
+        self.pending: Callable[[], bool] | None = None  # the observers' work for that boundary
 
     def observe(self) -> bool:
-        """Has observers do what they still have to; tells whether one of them stopped the run."""
+        """Runs the observers' pending work; returns whether one of them stopped the run."""
         pending, self.pending = self.pending, None
         return pending is not None and pending()
 
@@ -131,7 +131,7 @@ class _Rescue:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self.last is None or kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
             return
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # of an evaluation
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # an evaluation may fail, too
             self.observe()
         for callback in self._callbacks:
             if rescue := getattr(callback, "rescue", None):
@@ -140,7 +140,7 @@ class _Rescue:
 
 @eqx.filter_jit
 def copy(tree: PyTree) -> PyTree:
-    """A tree whose arrays are its own, to be donated."""
+    """A copy with arrays of its own, which can be donated."""
     return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
 
@@ -157,7 +157,7 @@ def _observe(callbacks, run_state, metrics) -> bool:
 
 
 def _call(callbacks, run_state, metrics) -> tuple[Any, bool]:
-    """Calls callbacks in turn; tells whether one of them stopped the run."""
+    """Calls callbacks in turn; returns the run state, and whether one of them stopped the run."""
     stopped = False
     for callback in callbacks:
         try:
@@ -176,7 +176,7 @@ def _time_when_ready(tree) -> float:
 
 
 def number(x: np.ndarray) -> float | int | np.ndarray:
-    """A plain one, where it is one."""
+    """Converts an array of no dimensions to a Python number."""
     return x.item() if x.ndim == 0 else x
 
 
@@ -185,7 +185,7 @@ def _to_host(metrics) -> Metrics:
 
 
 def _check_finite(metrics: Metrics, good: Any = None) -> None:
-    # The gradient too: the last one of a chunk spoils parameters before any loss has shown it.
+    # Also the gradient: the last one of a chunk spoils the parameters before any loss shows it.
     finite = np.isfinite(metrics.get("loss", 0.0)) & np.isfinite(metrics.get("grad_norm", 0.0))
     if not np.any(finite):
         now = clock(metrics)
@@ -197,17 +197,17 @@ def _check_finite(metrics: Metrics, good: Any = None) -> None:
 
 
 class Boundaries:
-    """Cuts a run into chunks, and knows which callbacks are due at each cut.
+    """Cuts a run into chunks, and determines which callbacks are due at each cut.
 
     **Arguments:**
 
-    - `done`, `end`: updates so far, and those to come to.
-    - `steps_per_update`: what an update counts in the steps that callbacks count in.
+    - `done`, `end`: updates so far, and in total.
+    - `steps_per_update`: steps per update, in the unit of the callbacks' `every`.
     - `callbacks`: see `Callback`.
     - `log_every`: updates in a chunk; `None`: as many as take about a second.
-    - `period`: updates after which there must be a cut.
+    - `period`: cut at multiples of this number of updates.
 
-    **Raises:** `UsageError` where `log_every` is none.
+    **Raises:** `UsageError` for an invalid `log_every`.
     """
 
     def __init__(self, *, done, end, steps_per_update, callbacks, log_every, period=None):
@@ -248,9 +248,9 @@ class Boundaries:
 
 
 class History:
-    """Rows of metrics, thinned out evenly so that a long run holds no more than a short one.
+    """Rows of metrics, thinned out evenly so that a long run keeps no more than a short one.
 
-    Distributions are left out, the last row is always there.
+    Distributions are left out; the last row is always kept.
     """
 
     def __init__(self, num_members: int | None = None):
@@ -261,7 +261,7 @@ class History:
 
     @property
     def rows(self) -> list[Metrics]:
-        """In order."""
+        """The rows in order."""
         if self._last is None or self._rows[-1] is self._last:
             return self._rows
         return [*self._rows, self._last]

@@ -1,6 +1,6 @@
-"""What every training does: draw experience from somewhere, and learn from it, many times.
+"""Training on the device: repeatedly draws experience from a source and learns from it.
 
-The device's part of it, which is compiled. The host's is `eqx_q.loops.running`.
+This part is compiled. The host's part is `eqx_q.loops.running`.
 """
 
 import abc
@@ -23,9 +23,9 @@ ByName = dict[str, Array]
 
 
 class AbstractRunState(eqx.Module):
-    """All of a run: save it and the run can go on, bit for bit.
+    """The complete state of a run: a saved run continues from it, bit for bit.
 
-    **Attributes:** the `agent`; the `key` of all randomness to come; `num_updates` so far.
+    **Attributes:** the `agent`; the `key` of all future randomness; `num_updates` so far.
     """
 
     agent: AbstractVar[Agent]
@@ -34,16 +34,16 @@ class AbstractRunState(eqx.Module):
 
     @abc.abstractmethod
     def spread(self, lay: Lay) -> Any:
-        """The same, each part `lay(part, axis)`, where `axis` is that of lanes or members.
+        """Replaces each part by `lay(part, axis)`, where `axis` is that of lanes or members.
 
-        That is what devices share; `None`: every device has all of the part.
+        Devices share this axis; `None`: every device has the whole part.
         """
 
 
 def check_fits(agent: Agent, env: Env, mend: str) -> None:
-    """Raises `UsageError` where an agent's spaces or team are not the environment's.
+    """Raises `UsageError` if an agent's spaces or team differ from the environment's.
 
-    **Arguments:** `mend`: what to do then; `{}` stands for what differs.
+    **Arguments:** `mend`: the advice in the message; `{}` stands for the name that differs.
     """
     for name in ("observation_space", "action_space", "num_agents"):
         ours, theirs = getattr(agent, name), getattr(env, name)
@@ -57,9 +57,9 @@ State = TypeVar("State", bound=AbstractRunState)
 
 
 class UpdateMetrics(NamedTuple):
-    """Metrics of updates: `means` over them, `sums`, and of `samples` the last.
+    """Metrics of updates: `means` and `sums` over them, and the last `samples`.
 
-    A sum named `episode_...` is one over episodes, and in the end their mean.
+    A sum named `episode_...` is over episodes, and reported as their mean.
     """
 
     means: ByName
@@ -75,12 +75,12 @@ class UpdateMetrics(NamedTuple):
         return cls(means, sums, wide | samples)
 
     def then(self, new: "UpdateMetrics") -> "UpdateMetrics":
-        """Of these updates and the next one."""
+        """Metrics of these updates and the next one."""
         means, sums = jax.tree.map(jnp.add, (self.means, self.sums), (new.means, new.sums))
         return UpdateMetrics(means, sums, new.samples)
 
     def averaged(self, num_updates: int | Int[Array, ""]) -> ByName:
-        """The metrics after so many updates."""
+        """The metrics after `num_updates` updates."""
         count = jnp.maximum(num_updates, 1)
         metrics = {name: total / count for name, total in self.means.items()}
         for name, total in self.sums.items():
@@ -90,22 +90,22 @@ class UpdateMetrics(NamedTuple):
 
 
 class AbstractSource(eqx.Module, Generic[State]):
-    """Where an agent's experience comes from: the lanes of an environment, or a data set."""
+    """The source of an agent's experience: the lanes of an environment, or a data set."""
 
     @abc.abstractmethod
     def draw(self, state: State, key: PRNGKeyArray) -> tuple[Rollout | Transitions, Any]:
-        """The experience to learn from next, and what `follow` needs afterwards."""
+        """Draws the next experience to learn from, and data for `follow`."""
 
     @abc.abstractmethod
     def follow(self, state: State, drawn: Any, metrics: ByName) -> tuple[State, UpdateMetrics]:
-        """The state after what was drawn, whose agent has learnt from it and told `metrics`."""
+        """The state after `drawn`, from which its agent has learnt and reported `metrics`."""
 
 
 def advance_from(
     source: AbstractSource[State], state: State, num_updates: int | Int[Array, ""]
 ) -> tuple[State, ByName]:
-    """Draws and learns so many times. Returns the new state, and metrics of all updates."""
-    arrays, rest = eqx.partition(state, eqx.is_array)  # somebody's network may hold functions
+    """Draws and learns `num_updates` times. Returns the new state, and metrics of all updates."""
+    arrays, rest = eqx.partition(state, eqx.is_array)  # a custom network may hold functions
 
     @jax.jit  # traced once for the shapes below and for the loop
     def update(arrays):
@@ -127,7 +127,7 @@ def advance_from(
 def next_update(
     source: AbstractSource[State], state: State
 ) -> tuple[Rollout | Transitions, Any, PRNGKeyArray, PRNGKeyArray]:
-    """What is learnt from next, what `follow` needs, the key to learn with, and that to go on."""
+    """The next experience, the data for `follow`, the key for the update, and the next key."""
     key, draw_key, update_key = jax.random.split(state.key, 3)
     return *source.draw(state, draw_key), update_key, key
 
@@ -143,20 +143,20 @@ def _update(source: AbstractSource[State], state: State) -> tuple[State, UpdateM
 def advance_chunk(
     fixed: tuple[AbstractSource[State], Placement], state: State, num_updates: Int[Array, ""]
 ) -> tuple[State, ByName]:
-    """`advance_from`, compiled, on the devices of a run. The state given is used up."""
+    """`advance_from`, compiled, on the devices of a run. Donates the given state."""
     source, place = fixed
     state, metrics = advance_from(source, state.spread(place.constrain), num_updates)
     return _strong(state.spread(place.constrain)), metrics
 
 
 def _strong(tree: PyTree) -> PyTree:
-    """No array is weakly typed, as an environment's may be: the next chunk would compile anew."""
+    """Removes weak types, which an environment's arrays may have, to avoid recompilation."""
     strong = lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x  # noqa: E731
     return jax.tree.map(strong, tree)
 
 
 def check_shares(place: Placement, agent: Agent) -> None:
-    """Raises `UsageError` where the devices cannot share the agent's work."""
+    """Raises `UsageError` if the devices cannot share the agent's work."""
     if agent.num_members is None:
         place.check_divides(*agent.learns_from.shared)
     else:

@@ -31,12 +31,12 @@ _MAX_UPDATES = 2**31  # counted in int32
 
 
 class RunState(AbstractRunState):
-    """All of a run: save it and the run can go on, bit for bit.
+    """The complete state of a run: a saved run continues from it, bit for bit.
 
     **Fields:** the `agent`; the environment's state and last timestep; the agent's `memory` of the
-    running episodes; the `key` of all randomness to come; `num_updates` so far, and how many
-    `transitions` really happened (`[S]` in a population); `burn_in`: the last steps of the rollout
-    before, with the memory at their start, where the agent asks for them.
+    running episodes; the `key` of all future randomness; `num_updates` and real `transitions` so
+    far (`[S]` in a population); `burn_in`: if the agent has one, the last steps of the previous
+    rollout, with the memory at their start.
     """
 
     agent: Agent
@@ -49,7 +49,7 @@ class RunState(AbstractRunState):
     burn_in: Rollout | None = None
 
     def spread(self, lay: Lay) -> "RunState":
-        """See `AbstractRunState`: devices share lanes, and with them members."""
+        """See `AbstractRunState`: devices share lanes, and thereby members."""
         of_members = None if self.agent.num_members is None else 0
         before, burn_in = self.burn_in, None
         if before is not None:
@@ -68,10 +68,10 @@ class RunState(AbstractRunState):
 
 
 def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
-    """A run's first state: environments reset, memory empty.
+    """A run's initial state: environments reset, memory empty.
 
-    **Raises:** `UsageError` where the agent learns from data, or where its spaces and those of the
-    environment differ.
+    **Raises:** `UsageError` if the agent learns offline, or if its spaces differ from the
+    environment's.
     """
     rollouts = _rollouts(agent)
     check_fits(agent, env, "create the agent with env.{}")
@@ -91,7 +91,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
 
 
 def _rollouts(agent: Agent) -> Rollouts:
-    """What the agent learns from. Raises `UsageError` where those are data."""
+    """The rollouts that the agent learns from. Raises `UsageError` if it learns offline."""
     if not isinstance(agent.learns_from, Rollouts):
         raise UsageError(
             "this agent learns from data, not from environments: use eqx_q.train_offline, or "
@@ -101,18 +101,17 @@ def _rollouts(agent: Agent) -> Rollouts:
 
 
 def check_lanes(place: Placement, agent: Agent, env: Env) -> None:
-    """Raises `UsageError` where lanes do not divide into what devices or the agent learn from."""
+    """Raises `UsageError` if the lanes do not divide over devices, lane groups or minibatches."""
     _rollouts(agent).num_items(env.num_envs // (agent.num_members or 1))
     if env.on_host and env.num_devices != place.num_devices:
         raise UsageError(
-            "this environment lives outside JAX, where every device needs its own, and was made "
-            f"for {env.num_devices} of them, not {place.num_devices}: "
-            "make it with eqx_q.wrappers.make_for"
+            f"this environment lives outside JAX and was made for {env.num_devices} devices, not "
+            f"{place.num_devices}: make it with eqx_q.wrappers.make_for"
         )
 
 
 def _empty_burn_in(agent: Agent, length: int, timestep: TimeStep, memory: Memory) -> Rollout | None:
-    """Steps that never happened: each starts an episode, so that memory stays as at a start."""
+    """Placeholder steps that each start an episode, so that memory stays at its initial value."""
     if not length:
         return None
     decision = decide(agent, timestep, memory)
@@ -124,12 +123,12 @@ def _empty_burn_in(agent: Agent, length: int, timestep: TimeStep, memory: Memory
 
 
 class Lanes(AbstractSource[RunState]):
-    """The lanes of an environment, in which the agent acts for a rollout."""
+    """Rollouts from the lanes of an environment."""
 
     env: Env
 
     def draw(self, state: RunState, key: PRNGKeyArray) -> tuple[Rollout, PyTree]:
-        """A rollout, with the burn-in before it; then where it ends, it alone, the next burn-in."""
+        """A rollout with its burn-in; then the end state, the rollout alone, the next burn-in."""
         after, rollout, burn_in = _collect(state, self.env, key)
         before = state.burn_in
         return _joined(before, rollout) if before else rollout, (after, rollout, burn_in)
@@ -157,14 +156,14 @@ class Lanes(AbstractSource[RunState]):
 def advance(
     run_state: RunState, env: Env, num_updates: int | Int[Array, ""]
 ) -> tuple[RunState, dict[str, Array]]:
-    """The pure core of `train`: `num_updates` times act for a rollout, then learn from it.
+    """The pure core of `train`: acts for a rollout, then learns from it, `num_updates` times.
 
     **Arguments:** `num_updates` may be traced: one compiled program serves every length.
 
-    **Returns:** the new state, and metrics: the agent's, averaged over updates, of distributions
-    the last; `episodes` that ended, their mean `episode_return` and `episode_length` (NaN where
-    none ended) and the suite's own `episode_*`; `q_values`, the greedy values over lanes at the
-    last step; of environments outside JAX the `restarts` of lanes that broke.
+    **Returns:** the new state, and metrics: the agent's, averaged over updates (for distributions,
+    the last); `episodes` that ended, their mean `episode_return` and `episode_length` (NaN if none
+    ended) and the suite's own `episode_*`; `q_values`, the greedy values over lanes at the last
+    step; for environments outside JAX, `restarts` of failed lanes.
     """
     return advance_from(Lanes(env), run_state, num_updates)
 
@@ -172,7 +171,7 @@ def advance(
 def _collect(
     run_state: RunState, env: Env, key: PRNGKeyArray
 ) -> tuple[tuple[PyTree, TimeStep, Memory], Rollout, Rollout | None]:
-    """Where the environment and the memory stand after a rollout, it, and the next burn-in."""
+    """Collects a rollout; returns the end state with memory, the rollout and the next burn-in."""
     agent = run_state.agent
     rollouts = _rollouts(agent)
     length, overlap = rollouts.length, rollouts.burn_in
@@ -206,7 +205,7 @@ def _collect(
 
 
 def _joined(before: Rollout, after: Rollout) -> Rollout:
-    """Two rollouts as one; the first without the timestep that the second starts with."""
+    """Joins two rollouts; the first has no last timestep, since the second starts with it."""
     timesteps, actions, values = (
         jax.tree.map(lambda *x: jnp.concatenate(x), getattr(before, name), getattr(after, name))
         for name in ("timesteps", "actions", "values")
@@ -215,7 +214,7 @@ def _joined(before: Rollout, after: Rollout) -> Rollout:
 
 
 def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
-    """What a rollout says of the environment: `sums` to add, `samples` to keep the last of."""
+    """Environment metrics of a rollout: `sums` to add up, `samples` to keep the last of."""
     episode = jax.tree.map(lambda x: x[1:], rollout.timesteps.episode)
 
     def over_ended(x):
@@ -232,18 +231,18 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
 
 
 def _num_updates(total_steps: Scalar, steps_per_update: int) -> int:
-    """As many as make so many steps, or a few more."""
+    """The number of updates for at least `total_steps` steps."""
     updates = math.ceil(total_steps / steps_per_update)
     if updates >= _MAX_UPDATES:
         raise UsageError(
-            f"total_steps={total_steps:,} are {updates:,} updates, and 2**31 are too many: lower "
-            "it, or let more lanes or longer rollouts make an update"
+            f"total_steps={total_steps:,} are {updates:,} updates, but 2**31 are too many: lower "
+            "total_steps, or use more lanes or longer rollouts"
         )
     return updates
 
 
 def _count_restarts(rollout: Rollout) -> dict[str, Array]:
-    """Lanes whose environment was made anew: episodes that start where none had ended."""
+    """Counts restarted lanes: episodes that start without an ended one before."""
     timesteps = rollout.timesteps
     restarted = timesteps.first[1:] & ~timesteps.ended[:-1]
     return {"restarts": jnp.sum(restarted, dtype=jnp.float32)}
@@ -265,22 +264,22 @@ def train(
     **Arguments:**
 
     - `total_steps`: lane-steps, per member of a population; rounded up to whole updates.
-    - `key`: of all randomness. The caller's `agent` stays usable: the run works on a copy.
+    - `key`: for all randomness. The caller's `agent` stays usable: the run works on a copy.
     - `callbacks`: see `Callback`.
-    - `run_state`: go on from there (`agent` and `key` are then ignored) until `total_steps` in all.
-    - `log_every`: updates in a chunk; by default as many as take about a second. Where a run is
-        cut into chunks changes nothing in its result.
-    - `devices`: that share the members of a population, or the lanes of one agent, whose
-        `lane_groups` they must divide; `None`: all there are. How many they are changes rounding
-        alone; in time that flips a greedy action, and the runs part. Callbacks see all of the run
-        state on one device. Of several processes each calls its own callbacks, and goes on as
-        those of the first one say.
+    - `run_state`: resume from here until `total_steps` in total; `agent` and `key` are ignored.
+    - `log_every`: updates in a chunk; by default as many as take about a second. The result does
+        not depend on it.
+    - `devices`: number of devices that share the members of a population, or the lanes of one
+        agent, whose `lane_groups` it must divide; `None`: all. It only changes rounding, but
+        eventually that flips a greedy action, and runs differ from there. Callbacks get the whole
+        run state on one device. With several processes, each calls its own callbacks, and all
+        follow those of the first.
 
     **Returns:** the trained agent, and `history`: the metrics of each boundary, without
-    distributions (thinned out evenly beyond 1000 of them).
+    distributions (thinned out evenly beyond 1000 boundaries).
 
-    **Raises:** `UsageError` for what cannot work, before work starts; `DivergedError` when every
-    member's loss is no longer finite; `LaneError` when a lane's environment breaks.
+    **Raises:** `UsageError` for invalid input, before work starts; `DivergedError` when no member's
+    loss is finite any more; `LaneError` when a lane's environment fails.
     """
     if not 0 < total_steps < math.inf:
         raise UsageError(f"total_steps must be positive, got {total_steps}")
@@ -298,7 +297,7 @@ def train(
         callbacks=callbacks,
         log_every=log_every,
     )
-    # What the agent had learnt from before this run shifts its schedules, it does not end them.
+    # Steps learnt before this run shift the agent's schedules; they do not use them up.
     before = np.asarray(agent.learnt, np.float64) - boundaries.done * steps_per_update
     agent = agent.with_schedule(jnp.asarray(before + total_steps, jnp.float32))
     state = eqx.tree_at(lambda s: s.agent, state, agent)

@@ -1,4 +1,4 @@
-"""What computes Q: layers and networks. Knows no agent and no environment."""
+"""Layers and networks that compute Q-values, independent of agents and environments."""
 
 from .network import AbstractQNetwork, FromModule, Inputs, Network, NetworkOutput, as_network
 from .registry import make_network

@@ -1,16 +1,16 @@
 """Encoders: from observations `[B, ...]` to features `[B, features]`.
 
-`ENCODERS` are for numbers and pictures; each is a function of the shape of one observation that
-composes layers. Without hidden layers (`hidden_sizes=()`) an encoder is the *stem* that flattens
-one leaf of an observation, to be joined with those of others. `STEMS` are such for what is counted
-(`Discrete`, `MultiDiscrete`): functions of how many values each number has, and which is the first.
+`ENCODERS` are for numbers and images; each is a function that composes layers for the shape of one
+observation. Without hidden layers (`hidden_sizes=()`) an encoder is a *stem* for one leaf of an
+observation, whose features are joined with those of other leaves. `STEMS` are for categorical
+leaves (`Discrete`, `MultiDiscrete`): functions of each number's count of values and first value.
 
 The encoders share these options:
 
 - `hidden_sizes`: of the linear layers after the convolutions.
 - `norm`, `activation`, `init`: names in `layers.NORMS`, `layers.ACTIVATIONS`,
     `layers.INITIALIZERS`; the defaults are those of each encoder's published code.
-- `input_scale`: a factor for the observations. An encoder without it reads them as they are.
+- `input_scale`: a factor for the observations. Encoders without this option do not scale them.
 - `channels_first`: whether images are `[C, H, W]`.
 - `lowering`: how convolutions are computed, see `layers.Conv`.
 """
@@ -48,7 +48,7 @@ Shape = tuple[int, ...]
 
 
 def _image_shape(shape: Shape, channels_first: bool, smallest: int) -> tuple[int, int, int]:
-    """Height, width and channels, where the image is large enough."""
+    """Height, width and channels. Raises `UsageError` if the image is too small."""
     channels_last = (*shape[1:], *shape[:1]) if channels_first else shape
     if len(shape) != 3 or min(channels_last[:2]) < smallest:
         raise UsageError(
@@ -60,7 +60,7 @@ def _image_shape(shape: Shape, channels_first: bool, smallest: int) -> tuple[int
 
 
 class _Style(NamedTuple):
-    """What the layers of an encoder have in common."""
+    """Options that the layers of an encoder share."""
 
     norm: str
     activation: str
@@ -68,7 +68,7 @@ class _Style(NamedTuple):
     lowering: Lowering = "auto"
 
     def activate(self, shape: Shape) -> tuple[AbstractLayer, AbstractLayer]:
-        """Normalisation and activation of rows of `shape`."""
+        """Normalisation and activation for rows of `shape`."""
         return make_norm(self.norm, shape), Activation(self.activation)
 
     def conv(self, *args: Any, **options: Any) -> Conv:
@@ -82,7 +82,7 @@ class _Style(NamedTuple):
         (inputs,) = output_shape(Sequential(tuple(layers)), shape)
         for size, k in zip(sizes, jax.random.split(key, len(sizes)), strict=True):
             if size < 1:
-                raise ValueError("a layer has 1 unit or more")
+                raise ValueError("a layer needs at least 1 unit")
             layers += [Linear(inputs, size, key=k, init=self.init), *self.activate((size,))]
             inputs = size
         return Sequential(tuple(layers))
@@ -99,7 +99,7 @@ class _Style(NamedTuple):
     ) -> Sequential:
         """Convolutions (window, stride, channels), then linear layers.
 
-        `raw` goes to the first convolution, which reads the observation.
+        `raw` are options of the first convolution, which reads the observation.
         """
         dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
         inputs = shape[0] if raw["channels_first"] else shape[-1]
@@ -123,7 +123,7 @@ def mlp(
     channels_first: bool = False,
 ) -> Sequential:
     """A multilayer perceptron over the flattened observation (purejaxql's `pqn_gymnax`)."""
-    del channels_first  # all the same here
+    del channels_first  # makes no difference here
     style = _Style(norm, activation, init)
     return style.dense([Scale(input_scale)], shape, hidden_sizes, key)
 
@@ -164,11 +164,11 @@ def grid_cnn(
     lowering: Lowering = "auto",
     num_categories: int = 11,
 ) -> Sequential:
-    """`minatar_cnn` over one-hot cells, for images whose numbers name things.
+    """`minatar_cnn` over one-hot cells, for images of categories.
 
-    Such are MiniGrid's: a cell has an object, a color and a state, each below 11 (its own
-    `OneHotPartialObsWrapper` does the same). As quantities, a key would be between a door and a
-    ball. `num_categories`: how many things a number can name; larger ones become zeros.
+    MiniGrid's cells have an object, a colour and a state, each below 11 (its own
+    `OneHotPartialObsWrapper` does the same). Read as quantities, a key would lie between a door and
+    a ball. `num_categories`: categories per number; larger numbers become zeros.
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=3)
     first: list[AbstractLayer] = [ChannelsLast()] if channels_first else []
@@ -220,7 +220,7 @@ def impala(
 ) -> Sequential:
     """The residual network of IMPALA (Espeholt et al. 2018, Figure 3, right).
 
-    The paper has no normalisation (`norm="none"`); here one stands before each activation.
+    The paper has no normalisation (`norm="none"`); by default there is one before each activation.
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
@@ -257,8 +257,8 @@ def hadamax(
 ) -> Sequential:
     """The Hadamax encoder (Kooi et al. 2025, arXiv 2505.15345, §4 and Appendix B).
 
-    Each of the three blocks multiplies two normalised, activated convolutions of stride 1 and
-    takes the maximum over windows, where the Nature CNN has one convolution with a stride.
+    Each of the three blocks multiplies two normalised, activated convolutions of stride 1, then
+    max-pools; the Nature CNN has one strided convolution instead.
     `init`: by default `xavier_normal` in the convolutions and `he_normal` in the linear layers.
     """
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
@@ -285,15 +285,15 @@ def hadamax(
 
 
 def one_hot(sizes: Shape, starts: Shape, *, key: PRNGKeyArray) -> OneHot:
-    """Every number as one-hot."""
-    del key  # there is nothing to learn
+    """One-hot encoding of every number."""
+    del key  # no parameters
     return OneHot(sizes, starts)
 
 
 def embedding(
     sizes: Shape, starts: Shape, *, key: PRNGKeyArray, embedding_size: int = 16
 ) -> Embedding:
-    """A learnt vector for every value of every number."""
+    """A learnt vector for each value of each number."""
     return Embedding(sizes, starts, embedding_size, key=key)
 
 

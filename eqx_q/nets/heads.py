@@ -1,4 +1,4 @@
-"""Heads: from features `[B, H]` to values `[B, A, K]`, `K` for each of the `A` choices."""
+"""Heads: from features `[B, H]` to values `[B, A, K]`, `K` numbers for each of `A` choices."""
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ from .layers import AbstractLayer, Batch, BatchMask, Linear
 
 
 class LinearHead(AbstractLayer):
-    """One linear layer, whose outputs lie choice by choice."""
+    """One linear layer, with outputs ordered choice by choice."""
 
     linear: AbstractLayer
     num_values: int = eqx.field(static=True)
@@ -28,8 +28,8 @@ class LinearHead(AbstractLayer):
 class Dueling(AbstractLayer):
     """`Q(s, a) = V(s) + A(s, a) - mean_a A(s, a)` (Wang et al. 2016, equation 9).
 
-    The mean is over the choices of each factor of an action, all of which share the value
-    (Tavakoli et al. 2018, equation 1).
+    The mean is over the choices of each factor of an action; all factors share the value (Tavakoli
+    et al. 2018, equation 1).
     """
 
     value: AbstractLayer
@@ -61,7 +61,7 @@ def linear(
 def dueling(
     features: int, choices: tuple[int, ...], num_values: int, *, key: PRNGKeyArray, init: str
 ) -> Dueling:
-    """A linear layer for the value, one for the advantages."""
+    """A linear layer for the value, and one for the advantages."""
     value_key, advantage_key = jax.random.split(key)
     return Dueling(
         Linear(features, num_values, key=value_key, init=init),

@@ -1,9 +1,9 @@
-"""Layers: everything that networks are composed of.
+"""Layers: the building blocks of networks.
 
-A layer works on a batch, is given its running statistics and gives back new ones:
-`layer(x[B, ...], statistics, batch_mask) -> (y[B, ...], statistics)`. A layer without statistics
-has `None` for them, one that is made of others a tuple of theirs. Fields that are not arrays are
-plain numbers, strings and tuples of them, so that a layer can be written down as data.
+A layer works on a batch; it takes its running statistics and returns new ones:
+`layer(x[B, ...], statistics, batch_mask) -> (y[B, ...], statistics)`. These are `None` for a layer
+without statistics, and a tuple for a layer made of others. Fields that are not arrays are plain
+numbers, strings and tuples of them, so that a layer can be saved as data.
 """
 
 import abc
@@ -57,7 +57,7 @@ class AbstractLayer(eqx.Module):
 
     @abc.abstractmethod
     def initial_statistics(self) -> PyTree:
-        """Statistics before any data; a tree without leaves where the layer keeps none."""
+        """Statistics before any data; a tree without leaves if the layer keeps none."""
 
     @abc.abstractmethod
     def __call__(
@@ -66,7 +66,7 @@ class AbstractLayer(eqx.Module):
         """**Arguments:**
 
         - `x`: `[B, ...]`.
-        - `statistics`: from `initial_statistics`, or from the call before.
+        - `statistics`: from `initial_statistics`, or from the previous call.
         - `batch_mask`: `[B]`, in training only: the rows that count for batch statistics.
 
         **Returns:** the output `[B, ...]`, and the statistics to keep.
@@ -83,11 +83,11 @@ def output_shape(layer: AbstractLayer, shape: tuple[int, ...]) -> tuple[int, ...
 def by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *args: Array) -> Array:
     """`cpu(*args)` in a program for CPUs, else `default(*args)`.
 
-    It is decided when the program is made for a device, and not when it is traced: so it holds
-    where an agent is exported, compiled ahead or put on another device. The program has only the
-    one that was chosen.
+    The choice is made when the program is lowered for a device, not when it is traced. So it is
+    right for an agent that is exported, compiled ahead or moved to another device. The program
+    contains only the chosen branch.
     """
-    # Functions of their own, since JAX hashes them: a module's method cannot be.
+    # Wrapped in functions, since JAX hashes them, and a module's methods are not hashable.
     return lax.platform_dependent(*args, cpu=lambda *a: cpu(*a), default=lambda *a: default(*a))
 
 
@@ -95,7 +95,7 @@ def by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *args:
 
 
 class Sequential(AbstractLayer):
-    """One layer after the other. What the first one takes may be a tree."""
+    """One layer after the other. The input of the first may be a tree."""
 
     layers: tuple[AbstractLayer, ...]
 
@@ -113,7 +113,7 @@ class Sequential(AbstractLayer):
 
 
 class Join(AbstractLayer):
-    """Features of a tree of arrays: a layer for each leaf, their outputs `[B, features]` joined."""
+    """Applies one layer to each leaf of a tree, and concatenates their outputs `[B, features]`."""
 
     stems: tuple[AbstractLayer, ...]
 
@@ -129,7 +129,7 @@ class Join(AbstractLayer):
 
 
 class Product(AbstractLayer):
-    """The Hadamard product of what two layers make of the same input."""
+    """The Hadamard product of two layers' outputs for the same input."""
 
     left: AbstractLayer
     right: AbstractLayer
@@ -176,7 +176,7 @@ class Identity(AbstractLayer):
 
 
 class Activation(AbstractLayer):
-    """An activation function, by the name that it has in `jax.nn`."""
+    """An activation function, by its name in `jax.nn`."""
 
     name: str = eqx.field(static=True)
 
@@ -233,7 +233,7 @@ class Flatten(AbstractLayer):
 
 
 def one_hots(x: Int[Array, "*rows F"], sizes: tuple[int, ...]) -> Float[Array, "*rows features"]:
-    """Whole numbers, each below its size, as one-hot side by side; out of range all are zero."""
+    """Concatenated one-hot encodings of whole numbers below `sizes`; zeros if out of range."""
     if len(set(sizes)) == 1:
         return jax.nn.one_hot(x, sizes[0]).reshape(*x.shape[:-1], -1)
     entry = np.repeat(np.arange(len(sizes)), sizes)
@@ -242,7 +242,7 @@ def one_hots(x: Int[Array, "*rows F"], sizes: tuple[int, ...]) -> Float[Array, "
 
 
 class OneHot(AbstractLayer):
-    """Whole numbers `[B, ...]`, each from its start on, to `[B, features]` as one-hot."""
+    """One-hot encoding of whole numbers `[B, ...]`, counted from their starts: `[B, features]`."""
 
     sizes: tuple[int, ...] = eqx.field(static=True)
     starts: tuple[int, ...] = eqx.field(static=True)
@@ -257,7 +257,7 @@ class OneHot(AbstractLayer):
 
 
 class Embedding(AbstractLayer):
-    """Whole numbers `[B, ...]`, each from its start on, to learnt vectors `[B, features]`."""
+    """Learnt vectors `[B, features]` for whole numbers `[B, ...]`, counted from their starts."""
 
     table: Float[Array, "numbers size"]
     sizes: tuple[int, ...] = eqx.field(static=True)
@@ -266,7 +266,7 @@ class Embedding(AbstractLayer):
     def __init__(
         self, sizes: tuple[int, ...], starts: tuple[int, ...], size: int, *, key: PRNGKeyArray
     ):
-        """Vectors of `size`, one for every value of every number, start from N(0, 1)."""
+        """Draws a vector of `size` for each value of each number from N(0, 1)."""
         self.table = jax.random.normal(key, (sum(sizes), size))
         self.sizes = sizes
         self.starts = starts
@@ -287,9 +287,9 @@ def _from_zero(x: Shaped[Array, "B ..."], starts: tuple[int, ...]) -> Int[Array,
 
 
 class Categories(AbstractLayer):
-    """Images `[B, H, W, C]` of whole numbers below `size`, to one-hot `[B, H, W, C * size]`.
+    """One-hot images `[B, H, W, C * size]` from images `[B, H, W, C]` of numbers below `size`.
 
-    Numbers out of that range become zeros.
+    Numbers out of range become zeros.
     """
 
     size: int = eqx.field(static=True)
@@ -325,9 +325,10 @@ class MaxPool(AbstractLayer):
 class Linear(AbstractLayer):
     """`x @ W + bias`.
 
-    The weight is kept as `W` (inputs × outputs) or, where there are fewer outputs than inputs, as
-    its transpose: the longer side last. Then its gradient comes out as it is kept, with the longer
-    rows; the other way XLA needs twice the time for 1024 × 128 on CPU, ten times for 256 × 2.
+    The weight is stored as `W` (inputs × outputs) or, if there are fewer outputs than inputs, as
+    its transpose, so that the longer side is last. Its gradient is then computed in the same layout
+    with longer rows; otherwise XLA takes twice the time for 1024 × 128 on CPU, ten times for
+    256 × 2.
     """
 
     weight: Float[Array, "short long"]
@@ -352,10 +353,10 @@ class Linear(AbstractLayer):
 
 
 def _as_words(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Bytes four at a time where that divides the last axis: a quarter of the elements to move."""
+    """Views bytes as words of four, if that divides the last axis: fewer elements to move."""
     if x.dtype != jnp.uint8 or x.shape[-1] % 4:
         return x
-    if any(map(is_symbolic_dim, x.shape)):  # XLA cannot cast what it does not know the size of
+    if any(map(is_symbolic_dim, x.shape)):  # XLA cannot bitcast arrays of unknown size
         return x
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 4), jnp.uint32)
 
@@ -372,10 +373,10 @@ def patches(
 ) -> Shaped[Array, "B h w features"]:
     """All windows of an image, each as a vector. `stride` divides the window and the columns.
 
-    Columns are taken `stride` at a time, so that longer runs are copied. The vector is ordered
-    (row, group of columns, column in the group, channel), that is (row, column, channel), or
-    (row, group of columns, channel, column in the group) for `channels_first`.
-    `lax.conv_general_dilated_patches` would compute it as a convolution, which is to be avoided.
+    Columns are taken `stride` at a time, to copy longer runs. The vector is ordered (row, group of
+    columns, column in the group, channel), that is (row, column, channel), or (row, group of
+    columns, channel, column in the group) for `channels_first`.
+    `lax.conv_general_dilated_patches` would compute it as a convolution, which this avoids.
     """
     if channels_first:
         batch, channels, rows, columns = x.shape
@@ -395,14 +396,14 @@ def patches(
 
 
 class Conv(AbstractLayer):
-    """A convolution of `[B, H, W, C]`, with the same parameters whichever way it is computed.
+    """A convolution of `[B, H, W, C]`; its parameters do not depend on how it is computed.
 
     On CPU, XLA runs a convolution inside `lax.scan` without its fast kernels, twenty times slower
-    than a matrix product over patches; elsewhere `lax.conv` is the fast one. The kernel lies
-    outputs × rows × columns × inputs, for the reason that `Linear` gives.
+    than a matrix product over patches; elsewhere `lax.conv` is faster. The kernel's axes are
+    outputs × rows × columns × inputs, for the same reason as in `Linear`.
 
-    A convolution may read raw images (`uint8`, `[B, C, H, W]`, to be scaled): to move the bytes
-    into place and convert them after is four times faster than the other way round.
+    A convolution may read raw images (`uint8`, `[B, C, H, W]`) and scale them: moving the bytes
+    into place before converting them is four times faster than the reverse.
     """
 
     kernel: Float[Array, "outputs window window inputs"]
@@ -455,7 +456,7 @@ class Conv(AbstractLayer):
     def __call__(
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        # The scale goes to the kernel, which is smaller than the images.
+        # Scales the kernel, which is smaller than the images.
         kernel = self.kernel if self.input_scale == 1 else self.kernel * self.input_scale
         if self.lowering == "auto":
             y = by_platform(self._patches, self._conv, x, kernel)
@@ -472,7 +473,7 @@ class Conv(AbstractLayer):
     def _patches(self, x: Shaped[Array, "B _ _ _"], kernel: Array) -> Float[Array, "B h w outputs"]:
         outputs, window, _, inputs = kernel.shape
         stride = self.stride
-        # `patches` wants whole groups of columns: the window grows, with zeros in the kernel.
+        # `patches` needs whole groups of columns: the window is enlarged with zeros in the kernel.
         grown = -(-window // stride) * stride
         kernel = jnp.pad(kernel, ((0, 0), (0, grown - window), (0, grown - window), (0, 0)))
         axes = (2, 3) if self.channels_first else (1, 2)
@@ -496,7 +497,7 @@ class Conv(AbstractLayer):
 
 
 def _row_means(x: Float[Array, "rows features"]) -> Float[Array, "rows 1"]:
-    """On CPU a matrix product: XLA's own reductions of rows take several times as long there."""
+    """Means of rows; on CPU a matrix product, since XLA's reductions are several times slower."""
 
     def product(x):
         features = x.shape[-1]
@@ -507,7 +508,7 @@ def _row_means(x: Float[Array, "rows features"]) -> Float[Array, "rows 1"]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def standardize(x: Float[Array, "rows features"], epsilon: float) -> Float[Array, "rows features"]:
-    """Every row less its mean, over its standard deviation: `(x - μ) / sqrt(σ² + epsilon)`."""
+    """Standardises every row: `(x - μ) / sqrt(σ² + epsilon)`."""
     return _standardize(x, epsilon)[0]
 
 
@@ -519,7 +520,7 @@ def _standardize(x, epsilon):
 
 
 def _standardize_backwards(epsilon, residuals, gradient):
-    # Of dy/dx: half the passes over the data that differentiating the forward steps would take.
+    # Closed form: half the passes over the data that differentiating the forward steps takes.
     y, inverse = residuals
     along = _row_means(gradient * y)
     return ((gradient - _row_means(gradient) - y * along) * inverse,)
@@ -529,10 +530,10 @@ standardize.defvjp(_standardize, _standardize_backwards)
 
 
 class LayerNorm(AbstractLayer):
-    """Layer normalisation (Ba et al. 2016) over the last axes, as many as `shape` has.
+    """Layer normalisation (Ba et al. 2016) over the last `len(shape)` axes.
 
-    `shape=(C,)` is Flax's; `shape=(H, W, C)` normalises an image as a whole, as CleanRL does. The
-    default of `epsilon` is Flax's; PyTorch's, and so CleanRL's, is 1e-5.
+    `shape=(C,)` is like Flax; `shape=(H, W, C)` normalises an image as a whole, like CleanRL. The
+    default `epsilon` is that of Flax; PyTorch and CleanRL use 1e-5.
     """
 
     scale: Float[Array, "*shape"]
@@ -556,7 +557,7 @@ class LayerNorm(AbstractLayer):
 
 
 class RunningStatistics(eqx.Module):
-    """Moving averages over batches, per feature of the last axis, and how many there were."""
+    """Moving averages over batches, per feature of the last axis, and the number of batches."""
 
     mean: Float[Array, "features"]
     variance: Float[Array, "features"]
@@ -570,9 +571,9 @@ def _running_statistics(size: int) -> RunningStatistics:
 def _batch_moments(
     x: Float[Array, "B *features"], mask: Bool[Array, "B"], running: RunningStatistics
 ) -> tuple[Float[Array, "C"], Float[Array, "C"], Bool[Array, ""]]:
-    """Mean and variance over all axes but the last, of the rows in `mask`, and if there is any.
+    """Mean and variance over all axes but the last, of the rows in `mask`, and whether it has any.
 
-    Without any row, mean and variance are those of `running`, so that nothing is divided by 0.
+    If it has none, mean and variance are those of `running`.
     """
     axes = tuple(range(x.ndim - 1))
     mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (x.ndim - 1)), (*x.shape[:-1], 1))
@@ -588,7 +589,7 @@ def _batch_moments(
 def _moving_average(
     running: RunningStatistics, mean: Array, variance: Array, any_row: Array, momentum: float
 ) -> RunningStatistics:
-    # Where there was no row, mean and variance are the running ones, and stay.
+    # Without any row, mean and variance are the running ones, which stay.
     return lax.stop_gradient(
         RunningStatistics(
             momentum * running.mean + (1 - momentum) * mean,
@@ -608,7 +609,7 @@ class BatchNorm(AbstractLayer):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, size: int, momentum: float = 0.99, epsilon: float = 1e-5):
-        """`momentum` is the weight of what the running statistics were before a batch."""
+        """`momentum` is the weight of the previous running statistics."""
         self.scale = jnp.ones(size)
         self.bias = jnp.zeros(size)
         self.size = size
@@ -634,8 +635,8 @@ class BatchNorm(AbstractLayer):
 class BatchRenorm(AbstractLayer):
     """Batch renormalisation (Ioffe 2017, Algorithm 1) of each feature of the last axis.
 
-    In training the output is corrected by `r` and `d` towards what inference would give. The
-    first `warmup` batches are normalised as in batch normalisation.
+    In training, `r` and `d` correct the output towards that of inference. The first `warmup`
+    batches are normalised as in batch normalisation.
     """
 
     scale: Float[Array, "features"]
@@ -698,7 +699,7 @@ NORMS: dict[str, Callable[[tuple[int, ...]], AbstractLayer]] = {
 
 
 def make_norm(name: str, shape: tuple[int, ...]) -> AbstractLayer:
-    """A normalisation of `NORMS`, by name, for rows of `shape`."""
+    """Makes a normalisation of `NORMS` by name, for rows of `shape`."""
     if name not in NORMS:
         raise UnknownNameError("norm", name, NORMS)
     return NORMS[name](shape)

@@ -1,4 +1,4 @@
-"""The network contract: what computes Q. And the networks that are composed, or people's own."""
+"""The network contract, networks composed of layers, and networks from other modules."""
 
 import abc
 import math
@@ -17,16 +17,16 @@ from .recurrent import AbstractRecurrence
 
 
 class Inputs(eqx.Module):
-    """What a network is given of `T` steps of `B` rows.
+    """Inputs of a network for `T` steps of `B` rows.
 
     **Fields:**
 
-    - `obs`: observations, time-major, as the environment gives them (images `uint8`).
-    - `first`: where an episode starts: memory is reset *before* that observation. `None`: nowhere.
-    - `last_action`, `last_reward`: what led to each observation, for networks with memory: of each
-        factor of the action the index of its choice, -1 at an episode's start; the reward, 0 there.
-    - `batch_mask`: given in training only. Normalisation then uses (and updates the running
-        statistics with) the statistics of this batch, over the rows that are `True`.
+    - `obs`: observations, time-major, as the environment returns them (images `uint8`).
+    - `first`: where an episode starts; memory is reset *before* that observation. `None`: nowhere.
+    - `last_action`, `last_reward`: for networks with memory: the choice index of each factor of the
+        action that led to the observation (-1 at an episode's start), and its reward (0 there).
+    - `batch_mask`: in training only. Normalisation then uses the statistics of this batch, over the
+        rows that are `True`, and updates the running statistics with them.
     """
 
     obs: Observation
@@ -42,11 +42,11 @@ class Inputs(eqx.Module):
 
 
 class NetworkOutput(eqx.Module):
-    """What a network gives.
+    """A network's output.
 
-    **Fields:** raw `values`, `K` numbers for each of the `A` choices, what they mean is their
-    agent's business; `memory` after the last step; `statistics` to keep; `features` that the head
-    reads, where the network tells them.
+    **Fields:** raw `values`, `K` numbers for each of the `A` choices, which the agent's value
+    interprets; `memory` after the last step; `statistics` to keep; `features`, the head's input,
+    if the network reports it.
     """
 
     values: Float[Array, "T B A K"]
@@ -58,18 +58,18 @@ class NetworkOutput(eqx.Module):
 class AbstractQNetwork(eqx.Module):
     """Computes values of sequences. One call serves acting (`T = 1`) and learning.
 
-    Parameters are the module's inexact arrays. Running normalisation statistics are not
-    parameters: they come in as `statistics` and go out in the output, so that gradients, `vmap`
-    and checkpoints need no special case for them.
+    Parameters are the module's inexact arrays. Running normalisation statistics are not parameters:
+    they are passed in as `statistics` and returned in the output, so that gradients, `vmap` and
+    checkpoints need no special case for them.
     """
 
     @abc.abstractmethod
     def initial_statistics(self) -> PyTree:
-        """Running statistics before any data; a tree without leaves where there are none."""
+        """Running statistics before any data; a tree without leaves if there are none."""
 
     @abc.abstractmethod
     def initial_memory(self, num_lanes: int) -> PyTree:
-        """Memory at an episode's start, with a leading axis of rows; `()` where there is none."""
+        """Memory at an episode's start, with a leading axis of rows; `()` without memory."""
 
     @abc.abstractmethod
     def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
@@ -82,14 +82,14 @@ class AbstractQNetwork(eqx.Module):
 
 
 class Network(AbstractQNetwork):
-    """Encoder, recurrences one upon the other, head.
+    """Encoder, stacked recurrences, head.
 
-    The first recurrence sees the features of the observation, then the action that led to it as
-    one-hot (with `last_action`) and the reward that came with it (with `last_reward`). The memory
-    is a tuple, of one for each recurrence. Without any, every observation stands by itself.
+    The first recurrence reads the features of the observation, then the one-hot action that led to
+    it (with `last_action`) and its reward (with `last_reward`). The memory is a tuple with one
+    entry per recurrence. Without recurrences, every observation is processed on its own.
 
     **Attributes:** `encoder`: from observations, whose leaves are `[B, ...]`, to features `[B, H]`.
-    `head`: from those to values `[B, A, K]`. `choices`: how many each factor of an action has.
+    `head`: from features to values `[B, A, K]`. `choices`: number of choices of each factor.
     """
 
     encoder: AbstractLayer
@@ -108,7 +108,7 @@ class Network(AbstractQNetwork):
     def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
         """See `AbstractQNetwork`.
 
-        **Raises:** `UsageError` where the network needs what the caller does not give.
+        **Raises:** `UsageError` if the network needs an input that is `None`.
         """
         steps_and_rows = inputs.num_steps_and_rows
         of_encoder, of_head = statistics
@@ -138,17 +138,17 @@ class Network(AbstractQNetwork):
 def _given(name: str, value: AnyArray | None) -> AnyArray:
     if value is None:
         raise UsageError(
-            f"this network sees {name}, which it was not given: give it {name}, or make it with "
+            f"this network needs {name}, which is missing: pass {name}, or make the network with "
             f"{name}=False"
         )
     return value
 
 
 class FromModule(AbstractQNetwork):
-    """A module that maps one observation to values, `eqx.nn.MLP` for example.
+    """A module that maps one observation to values, for example `eqx.nn.MLP`.
 
-    **Attributes:** `module`: gives `[A]`, or `[A, K]` or `[A * K]`, the values of one choice side
-    by side. `num_values`: `K`.
+    **Attributes:** `module`: returns `[A]`, `[A, K]` or `[A * K]`, ordered choice by choice.
+    `num_values`: `K`.
     """
 
     module: Callable[[Any], Array]
@@ -164,28 +164,28 @@ class FromModule(AbstractQNetwork):
         values = jax.vmap(jax.vmap(self.module))(inputs.obs)
         if math.prod(values.shape[2:]) % self.num_values:
             raise UsageError(
-                f"the network gives values of shape {values.shape[2:]} for one observation: it "
-                f"must be {self.num_values} for each choice"
+                f"the network returns values of shape {values.shape[2:]} for one observation: it "
+                f"must return {self.num_values} for each choice"
             )
         return NetworkOutput(values.reshape(*values.shape[:2], -1, self.num_values))
 
 
 def as_network(module: object, num_values: int = 1) -> AbstractQNetwork:
-    """The module itself if it is a network, else one that maps it over time and batch.
+    """Returns a network as it is, or wraps a module to map it over time and batch.
 
     **Arguments:**
 
     - `module`: an `AbstractQNetwork`, or a module that maps *one* observation, as the environment
-        gives it, to values of every choice: `[A]`, or `[A, K]` or `[A * K]`.
+        returns it, to values of every choice: `[A]`, `[A, K]` or `[A * K]`.
     - `num_values`: `K`.
 
-    **Raises:** `UsageError` where it is neither.
+    **Raises:** `UsageError` if it is neither.
     """
     if isinstance(module, AbstractQNetwork):
         return module
     if isinstance(module, eqx.Module) and callable(module):
         return FromModule(module, num_values)
     raise UsageError(
-        f"a network is an Equinox module that maps one observation to Q-values, got {module!r}: "
-        "name a shipped network, or define `__call__` on an eqx.Module"
+        f"a network must be an Equinox module that maps one observation to Q-values, got "
+        f"{module!r}: name a shipped network, or define `__call__` on an eqx.Module"
     )

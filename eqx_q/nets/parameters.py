@@ -1,4 +1,4 @@
-"""What is trained."""
+"""Separates trained parameters from the rest of a network."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class Constant(eqx.Module):
 def split_parameters(tree: PyTree) -> tuple[PyTree[Array], PyTree]:
     """The parameters of a network or mixer, and the rest; `eqx.combine` joins them again.
 
-    Parameters are its inexact arrays, but for those that are a `Constant`.
+    Parameters are its inexact arrays, except those in a `Constant`.
     """
 
     def is_constant(node: Any) -> bool:

@@ -1,8 +1,8 @@
 """Recurrences over time: the memory of networks.
 
 A recurrence maps a sequence `[T, B, inputs]` and the memory before it to outputs
-`[T, B, features]` and the memory after it. Where an observation is the `first` of an episode, it
-forgets what came before: its memory is all zeros then, as it is at the start.
+`[T, B, features]` and the memory after it. At the `first` observation of an episode, memory is
+reset to zeros, its initial value.
 """
 
 import abc
@@ -27,7 +27,7 @@ class AbstractRecurrence(eqx.Module):
 
     @abc.abstractmethod
     def initial_memory(self, num_lanes: int) -> PyTree[Array]:
-        """Zeros, with a leading lane axis."""
+        """Initial memory: zeros, with a leading lane axis."""
 
     @abc.abstractmethod
     def __call__(
@@ -36,8 +36,8 @@ class AbstractRecurrence(eqx.Module):
         """**Arguments:**
 
         - `x`: the sequence `[T, B, inputs]`.
-        - `memory`: from `initial_memory`, or from the call before.
-        - `first`: where memory is forgotten, before that step of the sequence.
+        - `memory`: from `initial_memory`, or from the previous call.
+        - `first`: steps before which memory is reset.
 
         **Returns:** the output of every step, `[T, B, features]`, and the memory after the last.
         """
@@ -49,11 +49,11 @@ def _forget(memory: PyTree[Array], first: Bool[Array, "*lanes"]) -> PyTree[Array
 
 # Gated recurrences -----------------------------------------------------------------------------
 
-# For each gate an array `[B, size]`. Of parts of one array XLA makes no vector instructions on CPU:
-# the same cell took five times as long.
+# One array `[B, size]` per gate. XLA does not vectorise slices of one array on CPU: the same cell
+# took five times as long.
 Gates: TypeAlias = tuple[Float[Array, "*steps B size"], ...]
-# From the projected input, the projected state and the state before (whose first one is the
-# output) to the state after: element by element.
+# Maps the projected input, the projected state and the previous state to the new state, element by
+# element. The first part of the state is the output.
 Cell: TypeAlias = Callable[[Gates, Gates, tuple[Array, ...]], tuple[Array, ...]]
 
 
@@ -66,11 +66,11 @@ def _unroll(
     state: tuple[Float[Array, "B size"], ...],
     first: Bool[Array, "T B"],
 ) -> tuple[Float[Array, "T B size"], tuple[Float[Array, "B size"], ...]]:
-    """`cell` over the steps of `x`: all outputs, and the last state.
+    """Applies `cell` over the steps of `x`; returns all outputs and the last state.
 
-    The gradients of weights and biases are formed after the backward scan, as one product over
-    all steps and lanes. Differentiating the forward scan would give a small product a step, each
-    to be added to an array of the weight's size.
+    The gradients of weights and biases are computed after the backward scan, as one product over
+    all steps and lanes. Differentiating the forward scan would instead add a small product per step
+    to an array of the weight's size.
     """
     return _unroll_forwards(cell, weights, biases, x, state, first)[0]
 
@@ -110,7 +110,7 @@ def _unroll_backwards(cell, residuals, gradients):
 
 
 _unroll.defvjp(_unroll_forwards, _unroll_backwards)
-# Else every call outside of a compiled program would compile the scan anew.
+# Without this, every call outside a compiled program would recompile the scan.
 _unroll_compiled = jax.jit(_unroll, static_argnums=0)
 
 
@@ -121,7 +121,7 @@ def _split(x: Float[Array, "*rows gates"], num_gates: int) -> Gates:
 def _gates(
     inputs: int, size: int, num_gates: int, key: PRNGKeyArray, init: str
 ) -> tuple[Linear, Float[Array, "size gates"]]:
-    """Parameters for all gates side by side: of the input, and of the state before."""
+    """Parameters for all gates, concatenated: for the input, and for the previous state."""
     input_key, *keys = jax.random.split(key, 1 + num_gates)
     projection = Linear(inputs, num_gates * size, key=input_key, init=init)
     orthogonal = jax.nn.initializers.orthogonal()
@@ -145,13 +145,14 @@ def _gru_cell(x, hidden, state):
 class GRU(AbstractRecurrence):
     """The gated recurrent unit (Cho et al. 2014), with the reset gate after the product.
 
-    That is cuDNN's variant, and Flax's `GRUCell`, whose initialisation is the default:
+    This is the variant of cuDNN and of Flax's `GRUCell`, whose initialisation is the default:
 
         r = σ(W_r x + b_r + U_r h)          z = σ(W_z x + b_z + U_z h)
         n = tanh(W_n x + b_n + r (U_n h + c_n))        h' = (1 - z) n + z h
 
-    `init` is that of `W`, one of `layers.INITIALIZERS`; each gate's `U` is orthogonal. With
-    `"orthogonal"` all gates' `W` are one orthogonal matrix, and so are all `U`, as in CleanRL.
+    `init`, one of `layers.INITIALIZERS`, is for `W`; each gate's `U` is orthogonal. With
+    `"orthogonal"`, the `W` of all gates form one orthogonal matrix, and so do the `U`, as in
+    CleanRL.
     """
 
     projection: Linear
@@ -229,15 +230,15 @@ class LSTM(AbstractRecurrence):
 def linear_recurrence(
     decay: Float[Array, "T *features"], x: Float[Array, "T *features"], start: Float[Array, "..."]
 ) -> Float[Array, "T *features"]:
-    """`h_t = decay_t h_{t-1} + x_t`, with `start` before the first.
+    """`h_t = decay_t h_{t-1} + x_t`, where `start` is the `h` before the first step.
 
-    For all `t` in parallel, in log T steps (Blelloch 1990, §1.4; Martin & Cundy 2018, §2); on CPU
-    one after the other. Where `decay_t` is 0, what came before is forgotten.
+    Computed for all `t` in parallel, in log T steps (Blelloch 1990, §1.4; Martin & Cundy 2018, §2);
+    on CPU one after the other. A `decay_t` of 0 resets `h`.
     """
     return _linear_recurrence(decay, x, start)[0]
 
 
-def _in_turn(decay, x, reverse):  # T small steps: on CPU two thirds of the time of log T large ones
+def _in_turn(decay, x, reverse):  # on CPU, T small steps take 2/3 of the time of log T large ones
     def step(h, inputs):
         decay, x = inputs
         h = decay * h + x
@@ -265,7 +266,7 @@ def _linear_recurrence(decay, x, start):
 
 
 def _linear_recurrence_backwards(residuals, gradient):
-    # A linear recurrence too, back in time: half of what there is to compile otherwise.
+    # The gradient is a linear recurrence back in time; this halves the code to compile.
     decay, y, start = residuals
     x = _scan(jnp.concatenate([decay[1:], jnp.zeros_like(decay[:1])]), gradient, reverse=True)
     return x * jnp.concatenate([start[None], y[:-1]]), x, decay[0] * x[0]
@@ -275,13 +276,13 @@ linear_recurrence.defvjp(_linear_recurrence, _linear_recurrence_backwards)
 
 
 class MinGRU(AbstractRecurrence):
-    """The minimal GRU (Feng et al. 2024, §3.1), whose gate sees the input and not the state:
+    """The minimal GRU (Feng et al. 2024, §3.1), whose gate depends on the input but not the state:
 
         z = σ(W_z x + b_z)        h' = (1 - z) h + z (W_h x + b_h)
 
-    `b_z` starts so that features forget over 2 to `horizon` steps, evenly on a logarithmic scale
-    (in the spirit of Tallec & Ollivier 2018, §2): from `b_z = 0` all of them would forget within a
-    few steps, and nothing would teach them otherwise. `init` is that of `W`.
+    `b_z` is initialised so that features forget over 2 to `horizon` steps, evenly on a logarithmic
+    scale (in the spirit of Tallec & Ollivier 2018, §2). With `b_z = 0` all of them would forget
+    within a few steps, and training would not change that. `init` is for `W`.
     """
 
     projection: Linear
@@ -307,7 +308,7 @@ class MinGRU(AbstractRecurrence):
         self, x: Sequence, memory: Float[Array, "B size"], first: Start
     ) -> tuple[Sequence, Float[Array, "B size"]]:
         gate, new = jnp.split(self.projection(x, None)[0], 2, axis=-1)
-        keep = _forget(jax.nn.sigmoid(-gate), first)  # nothing of the step before, where `first`
+        keep = _forget(jax.nn.sigmoid(-gate), first)  # 0 at `first`: forgets the previous step
         y = linear_recurrence(keep, jax.nn.sigmoid(gate) * new, memory)
         return y, y[-1]
 

@@ -1,4 +1,4 @@
-"""Networks by name. To add an encoder: a function in `encoders`, and a line in a table there."""
+"""Networks by name. To add an encoder: write it in `encoders`, and add a line to a table there."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -29,13 +29,13 @@ from .network import AbstractQNetwork, Network
 from .recurrent import RECURRENCES
 from .team import AgentId, PerAgent
 
-INPUT_NORMS = ("none", "batch_norm", "batch_renorm")  # of `layers.NORMS`, those that take bytes
+INPUT_NORMS = ("none", "batch_norm", "batch_renorm")  # those of `layers.NORMS` that accept bytes
 
 
 def has_channels_first(space: gymnasium.Space) -> bool:
-    """Whether these are pictures `[C, H, W]`: bytes, with fewer channels than columns.
+    """Whether these are images `[C, H, W]`: bytes, with fewer channels than columns.
 
-    Grids of features are floats, and have their features last, however many those are.
+    Grids of features are floats, and always have their features last.
     """
     shape = _shape(space)
     return space.dtype == np.uint8 and len(shape) == 3 and shape[0] < shape[-1]
@@ -72,45 +72,45 @@ def make_network(
     agent_id: bool = True,
     **options: Any,
 ) -> AbstractQNetwork:
-    """A shipped network: input, encoder, memory, head.
+    """Makes a shipped network: input, encoder, memory, head.
 
-    Where an observation has several parts, each has an encoder without hidden layers; what these
-    give is joined, and the hidden layers follow. Their defaults are those of the first picture's
+    If an observation has several parts, each has an encoder without hidden layers; their features
+    are concatenated, and hidden layers follow. The defaults of these are those of the first image's
     encoder, or else of `mlp`.
 
     **Arguments:**
 
-    - `name`: of the encoder of all parts that it fits: one of `ENCODERS` (for numbers, `mlp`, and
-        pictures) or `STEMS` (for whole numbers from a limited range), or `"auto"` to choose by
-        their spaces and shapes.
+    - `name`: the encoder of all parts that it fits: one of `ENCODERS` (`mlp` for numbers, the
+        others for images) or `STEMS` (for categorical numbers), or `"auto"` to choose by their
+        spaces and shapes.
     - `observation_space`: of one lane.
-    - `choices`: how many each factor of an action has.
+    - `choices`: number of choices of each factor of an action.
     - `num_values`: `K`, for each choice.
     - `key`: for the parameters.
-    - `encoders`: of parts that are to have another one, by path (`"camera"`, `"arm.joints"`).
-    - `normalize_input`: one of `INPUT_NORMS`, of raw observations (`Box`), instead of scaling them;
+    - `encoders`: encoders of single parts, by path (`"camera"`, `"arm.joints"`).
+    - `normalize_input`: one of `INPUT_NORMS` for raw observations (`Box`), instead of scaling them;
         `True` is `"batch_norm"`.
-    - `input_scale`: a factor for those; by default 1/255 for `uint8`, else 1. Where there are no
-        such, or none whose encoder scales them, both are refused.
-    - `channels_first`: whether images are `[C, H, W]`; by default bytes with fewer channels than
-        columns are, and floats are not.
+    - `input_scale`: a factor for raw observations; by default 1/255 for `uint8`, else 1. Both are
+        refused if no part is a `Box` with an encoder that scales it.
+    - `channels_first`: whether images are `[C, H, W]`; by default, only if they are bytes with
+        fewer channels than columns.
     - `head`: `"linear"` or `"dueling"`.
-    - `init`: of the weights, one of `layers.INITIALIZERS`. By default each encoder's own, and
-        `lecun_normal` after it, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the
-        memory), is like CleanRL.
+    - `init`: of the weights, one of `layers.INITIALIZERS`. The default is each encoder's own, then
+        `lecun_normal`, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the memory),
+        is like CleanRL.
     - `memory`: `"none"`, or one of `RECURRENCES`, between encoder and head.
-    - `memory_size`, `num_memory_layers`: features of each recurrence, and how many of them.
-    - `last_action`, `last_reward`: whether the memory sees those too.
-    - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: there is no team.
+    - `memory_size`, `num_memory_layers`: features of each recurrence, and number of recurrences.
+    - `last_action`, `last_reward`: whether the memory also reads these.
+    - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: no team.
     - `share_parameters`: whether one network serves all agents of a team, or each has its own;
-        `"kind"`: those of a kind have one.
-    - `agent_kinds`: for that, of each agent which kind it is, counted from 0: `(0, 0, 1)`.
-    - `agent_id`: whether a network that serves all agents sees which one it computes for, as
-        one-hot beside the observation's last axis (in pictures: constant channels), or beside the
+        `"kind"`: agents of one kind share one.
+    - `agent_kinds`: for `"kind"`, the kind of each agent, counted from 0: `(0, 0, 1)`.
+    - `agent_id`: whether a network that serves all agents also reads which agent it computes for,
+        as one-hot after the observation's last axis (in images: constant channels), or after the
         features of its parts.
     - `options`: of the encoders: `hidden_sizes`, `norm`, `activation`, and more, see there.
 
-    **Raises:** `UsageError` for a name, an option or a shape that cannot work.
+    **Raises:** `UsageError` for an invalid name, option or shape.
     """
     if isinstance(normalize_input, bool | None):
         normalize_input = "batch_norm" if normalize_input else "none"
@@ -119,11 +119,11 @@ def make_network(
         ("memory", memory, ("none", *RECURRENCES)),
         ("normalize_input", normalize_input, INPUT_NORMS),
     ):
-        if given not in tuple(known):  # which takes what has no hash, too
+        if given not in tuple(known):  # a tuple also accepts unhashable values
             raise UnknownNameError(kind, given, known)
     is_normalized = normalize_input != "none"
     if is_normalized and input_scale is not None:
-        raise UsageError("normalize_input and input_scale exclude each other: drop one")
+        raise UsageError("normalize_input and input_scale exclude each other: remove one")
     check_whole(memory_size=memory_size, num_memory_layers=num_memory_layers)
     check_whole(num_values=num_values, num_agents=1 if num_agents is None else num_agents)
     switches = {"channels_first": channels_first, "agent_id": agent_id}
@@ -145,7 +145,7 @@ def make_network(
     names = "+".join(dict.fromkeys(part.encoder for part in parts))
     if (is_normalized or input_scale is not None) and not any(part.is_scaled for part in parts):
         raise UsageError(
-            f"network '{names}' reads these observations as they are: leave out normalize_input "
+            f"network '{names}' does not scale these observations: leave out normalize_input "
             "and input_scale (set them to null)"
         )
     known = set(_LINEAR).union(*(part.takes for part in parts))
@@ -194,14 +194,14 @@ _OPTIONS = {
     for name, parameter in inspect.signature(make_network).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "key"
 }
-# Of the linear layers after what is joined.
+# Options of the linear layers after joined features.
 _LINEAR = {"hidden_sizes", "norm", "activation", "init"}
 
 
 def _kinds(
     num_agents: int | None, share_parameters: bool | str, agent_kinds: Iterable[int] | None
 ) -> tuple[int, ...] | None:
-    """Which parameters each agent uses; `None` where all share them."""
+    """The index of each agent's parameters; `None` if all share them."""
     if not isinstance(share_parameters, bool) and share_parameters != "kind":
         raise UnknownNameError("share_parameters", share_parameters, ["true", "false", "kind"])
     if num_agents is None or share_parameters is True:
@@ -239,14 +239,14 @@ class _Part(NamedTuple):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether it is of quantities, which are scaled or normalised before they are read."""
+        """Whether its numbers are quantities, which are scaled or normalised first."""
         return isinstance(self.space, spaces.Box) and "input_scale" in self.takes
 
 
 def _parts(
     name: str, named: Mapping[str, str], space: spaces.Space, channels_first: bool | None
 ) -> list[_Part]:
-    """Every leaf with the encoder it is `named`, or `name` where that fits, or the usual one."""
+    """Every leaf with its encoder: the `named` one, else `name` if it fits, else the usual one."""
     leaves = dict(spaces.leaves(space))
     for path in named:
         if path not in leaves:
@@ -267,12 +267,12 @@ def _parts(
         chosen = named.get(path, name if fit else "auto")
         parts.append(_Part(leaf, first, usual if chosen == "auto" else chosen))
         fits |= fit or path in named
-    # What fits nothing is tried, for the message that says what it needs.
+    # If `name` fits no part, it is tried anyway: its error says what it needs.
     return parts if fits else [part._replace(encoder=name) for part in parts]
 
 
 def _numbers(name: str, space: spaces.Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of each whole number in a leaf: how many values it has, and the first of them."""
+    """The count of values and the first value of each number in a leaf."""
     if isinstance(space, spaces.Discrete):
         return (int(space.n),), (int(space.start),)
     if isinstance(space, spaces.MultiDiscrete):
@@ -289,7 +289,7 @@ def _read(
     input_scale: float | None,
     options: dict[str, Any],
 ) -> tuple[AbstractLayer, int]:
-    """Layers from a leaf of raw observations to features, and how many features there are."""
+    """Layers from a leaf of raw observations to features, and the number of features."""
     space, channels_first, name = part
     shape = _shape(space)
     options = {option: value for option, value in options.items() if option in part.takes}
@@ -330,7 +330,7 @@ def _join(
     options: dict[str, Any],
     **raw: Any,
 ) -> tuple[AbstractLayer, int]:
-    """Stems of all parts joined, then linear layers: see `_read`, which takes `raw`."""
+    """Joined stems of all parts, then linear layers. `raw` are arguments of `_read`."""
     linear_key, *keys = jax.random.split(key, 1 + len(parts))
     of_stems = options | {"hidden_sizes": ()}
     stems, sizes = zip(
@@ -346,7 +346,7 @@ def _join(
     pictures = (part.encoder for part in parts if part.encoder in ENCODERS.keys() - {"mlp"})
     usual = inspect.signature(ENCODERS[next(pictures, "mlp")]).parameters
     linear = {name: options.get(name, usual[name].default) for name in _LINEAR}
-    linear["init"] = linear["init"] or "he_normal"  # Hadamax's, of its linear layers
+    linear["init"] = linear["init"] or "he_normal"  # as in Hadamax's linear layers
     features = sum(sizes) + (num_agents or 0)
     layers.append(mlp((features,), key=linear_key, **linear))
     (features,) = output_shape(layers[-1], (features,))

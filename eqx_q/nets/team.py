@@ -1,7 +1,7 @@
 """Networks of teams. Agents are lanes: `B = N * M`, and lane `n * M + m` is agent `m`'s.
 
-A team that shares its parameters needs no network of its own: each lane is computed for itself.
-`AgentId` lets such a network tell the agents apart. `PerAgent` gives each its own parameters.
+A team that shares parameters needs no special network: each lane is computed on its own. `AgentId`
+lets such a network distinguish the agents. `PerAgent` gives each its own parameters.
 """
 
 import equinox as eqx
@@ -17,7 +17,7 @@ from .network import AbstractQNetwork, Inputs, NetworkOutput
 
 
 class AgentId(AbstractLayer):
-    """Features `[B, *axes, features]`, then as one-hot which of `num_agents` agents the row is."""
+    """Appends the one-hot index of the agent to features `[B, *axes, features]`."""
 
     num_agents: int = eqx.field(static=True)
 
@@ -27,7 +27,7 @@ class AgentId(AbstractLayer):
     def __call__(
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        """Raises `UsageError` where the rows are not those of whole teams."""
+        """Raises `UsageError` if the rows are not those of whole teams."""
         num_teams = _num_teams(x.shape[0], self.num_agents)
         ids = jnp.broadcast_to(jnp.eye(self.num_agents), (num_teams, *[self.num_agents] * 2))
         ids = ids.reshape(x.shape[0], *[1] * (x.ndim - 2), self.num_agents)
@@ -36,12 +36,12 @@ class AgentId(AbstractLayer):
 
 
 class PerAgent(AbstractQNetwork):
-    """A team whose agents have parameters of their own, or those of their kind.
+    """A team whose agents have their own parameters, or share them within a kind.
 
-    **Attributes:** `members`: a network whose arrays have a leading axis of kinds, as
-    `eqx.filter_vmap` over keys makes it. `kinds`: of each of the `M` agents, which of them it uses:
-    `(0, 1, 2)` is one each, `(0, 0, 1)` one network for each kind. Statistics have a leading axis
-    `M`; memory has one of lanes.
+    **Attributes:** `members`: a network whose arrays have a leading axis of kinds, made by
+    `eqx.filter_vmap` over keys. `kinds`: the index into this axis for each of the `M` agents:
+    `(0, 1, 2)` is one network each, `(0, 0, 1)` one per kind. Statistics have a leading axis `M`,
+    memory a leading axis of lanes.
     """
 
     members: AbstractQNetwork
@@ -56,7 +56,7 @@ class PerAgent(AbstractQNetwork):
         return _merge(make(self._agents()), axis=0)
 
     def __call__(self, inputs: Inputs, statistics: PyTree, memory: PyTree) -> NetworkOutput:
-        """See `AbstractQNetwork`. Raises `UsageError` where the lanes are not whole teams."""
+        """See `AbstractQNetwork`. Raises `UsageError` if the lanes are not whole teams."""
 
         def call(member, statistics, memory, inputs):
             output = member(inputs, statistics, memory)
@@ -94,7 +94,7 @@ def _merge(tree: PyTree, axis: int) -> PyTree:
 def _num_teams(num_lanes: int, num_agents: int) -> int:
     if num_lanes % num_agents:
         raise UsageError(
-            f"{num_lanes} lanes are not those of whole teams of {num_agents} agents: give the "
-            "agents of each team side by side"
+            f"{num_lanes} lanes are not whole teams of {num_agents} agents: give all agents of "
+            "each team, one after the other"
         )
     return num_lanes // num_agents

@@ -1,4 +1,4 @@
-"""A run as the scripts make it: from a configuration to a directory of results.
+"""Runs, as the scripts make them: from a configuration to a directory of results.
 
 A configuration is a nested dictionary with the keys of `conf/config.yaml`. The directory has
 

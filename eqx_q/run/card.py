@@ -1,4 +1,4 @@
-"""A model card: what an agent is, what it scored, and how to use it."""
+"""Model cards: scores, usage, configuration and versions of an agent."""
 
 import json
 import math
@@ -23,26 +23,26 @@ def write_card(
     member: int | None,
     *,
     opening: str,
-    use: str,
+    usage: str,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `README.md` into `out`, about the agent of a run.
+    """Writes the model card of a run's agent, `README.md`, to the directory `out`.
 
-    **Arguments:** `member`: which one of several seeds it is; `None` where it is all of them, or
-    the only one. `opening`, `use`: what it says first, and how the agent is used. `facts`: that are
-    told beside those of the run.
+    **Arguments:** `directory`: the run. `member`: which of several seeds the agent is, or `None`.
+    `opening`, `usage`: the first paragraph, and the section on usage. `facts`: further rows of the
+    table of facts.
     """
     summary = read_summary(directory)
     ((unit, amount),) = learnt(agent).items()
-    stopped = ", where training was stopped" if summary.get("status") == "stopped" else ""
-    which = summary.get("member") if member is None else member  # of a published one
-    of_all = f", member {which} of {config['num_seeds']}" if which is not None else ""
+    stopped = ", then training was stopped" if summary.get("status") == "stopped" else ""
+    seed = summary.get("member") if member is None else member  # a published agent's is recorded
+    of_all = f", member {seed} of {config['num_seeds']}" if seed is not None else ""
     if agent.num_members:
-        of_all = f", {agent.num_members} seeds as one: lanes are theirs, member by member"
-    told = {
+        of_all = f", {agent.num_members} seeds as one population: lanes go member by member"
+    rows = {
         "agent": f"`{config['agent']['_target_']}`{of_all}",
         "environment": f"`{env_name(config)}`",
-        "options of the environment": f"`{_json(given(config['env']))}`",
+        "environment options": f"`{_json(given(config['env']))}`",
         "learnt from": f"{amount:,} {unit.replace('_', ' ')}{stopped}",
         "data": _of_data(without_paths(summary.get("data"))),
         "seed": config["seed"],
@@ -52,18 +52,17 @@ def write_card(
         **(facts or {}),
     }
     used = in_use(config) | {"agent": chosen_options(given(config["agent"]))}
-    scores = _scores(config, directory, agent, member)
     card = f"""# {config["agent"]["_target_"].split(".")[-1]} in {env_name(config)}
 
 {opening}
 
-{table(("", ""), [(name, fact) for name, fact in told.items() if fact not in (None, "")])}
+{table(("", ""), [(name, fact) for name, fact in rows.items() if fact not in (None, "")])}
 ## Scores
 
-{table(("return", "mean", "each seed"), scores)}
+{table(("return", "mean", "per seed"), _scores(config, directory, agent, member))}
 ## Use
 
-{use}
+{usage}
 ## Configuration
 
 ```json
@@ -74,12 +73,22 @@ def write_card(
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What a run came to, as far as it says so."""
+    """The summary of a run, empty if there is none."""
     return _read(directory / "summary.json")
 
 
+def later_evaluations(directory: Path, agent: Agent) -> list[dict[str, Any]]:
+    """Results of `scripts/evaluate.py` for this agent; a published agent has them in its summary.
+
+    Skips evaluations from before a resume.
+    """
+    files = [_read(path) for path in sorted(directory.glob("evaluation_*.json"))]
+    results = [*read_summary(directory).get("evaluations", []), *files]
+    return [result for result in results if learnt(agent).items() <= result.items()]
+
+
 def _of_data(data: Any) -> str | None:
-    """What a summary says of a data set; one of earlier versions knows its path only."""
+    """A summary's description of a data set; earlier versions have only its path."""
     if not isinstance(data, Mapping):
         return data and f"`{data}`"
     source = f", from `{_json(data['source'])}`" if data["source"] else ""
@@ -90,7 +99,7 @@ def _of_data(data: Any) -> str | None:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no number for what is infinite: a word says so."""
+    """JSON with non-finite numbers as strings."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -103,32 +112,22 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
-def evaluations_afterwards(directory: Path, agent: Agent) -> list[dict[str, Any]]:
-    """What evaluations of this agent came to after training; a published one's summary has them.
-
-    A run may have gone on since, and been evaluated before: that was another agent.
-    """
-    files = [_read(path) for path in sorted(directory.glob("evaluation_*.json"))]
-    found = [*read_summary(directory).get("evaluations", []), *files]
-    return [result for result in found if learnt(agent).items() <= result.items()]
-
-
 def _scores(
     config: Config, directory: Path, agent: Agent, member: int | None
 ) -> list[tuple[str, str, str]]:
-    """What training and evaluations afterwards came to."""
+    """Rows of scores from training and later evaluations."""
     epsilon = given(config.get("eval", {})).get("epsilon", 0.0)
     how = f"with ε = {epsilon}" if epsilon else "greedy"
     names = {
         "eval_return_per_seed": f"at the end of training, {how}",
-        "best_eval_return_per_seed": f"the best during training, {how}",
+        "best_eval_return_per_seed": f"best during training, {how}",
         "train_return_per_seed": "in training, with exploration",
     }
     summary = read_summary(directory)
     results = [(name, summary, key) for key, name in names.items()]
-    if not learnt(agent).items() <= summary.items():  # of before a resume
+    if not learnt(agent).items() <= summary.items():  # from before a resume
         results = []
-    for result in evaluations_afterwards(directory, agent):
+    for result in later_evaluations(directory, agent):
         name = f"{result['protocol']}: {result['episodes']} episodes, ε = {result['epsilon']}"
         results.append((name, result, "return_per_seed"))
     rows = []
@@ -144,13 +143,13 @@ def _scores(
 
 
 def table(head: Sequence[str], rows: Any) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _versions(config: Config, summary: Mapping[str, Any]) -> str:
-    """Of what the agent and its environment are made of."""
+    """Versions of the packages of the agent and its environment."""
     packages = ("eqx_q", "python", "jax", "equinox", SUITES[config["env"]["suite"]].package)
     versions = summary.get("versions", {})
     return ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)

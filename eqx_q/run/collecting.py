@@ -1,4 +1,4 @@
-"""Recording a data set from the agents that runs left behind."""
+"""Records a data set with the agents of finished runs."""
 
 import contextlib
 import math
@@ -31,8 +31,8 @@ from .making import (
 )
 from .settings import Config, env_name, given
 
-_STEPS_PER_LANE = 10_000  # of a recording, at least: what is running at its end is cut
-_STEPS_PER_SHARD = 1_000_000  # at most: what an interruption costs
+_STEPS_PER_LANE = 10_000  # minimum, since episodes that run at the end are cut
+_STEPS_PER_SHARD = 1_000_000  # maximum, which an interruption can cost
 
 
 def collect_run(
@@ -46,26 +46,26 @@ def collect_run(
     seed: int = 0,
     protocol: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Records a data set from the agents that runs left behind, in the environment of theirs.
+    """Records a data set with the agents of finished runs, in their training environment.
 
-    Every run's every member at every checkpoint plays with every epsilon, one after the other, and
-    all of them equally many steps. Each is a shard (several, where they are many steps), which
-    survives an interruption: the same arguments go on after it.
+    Every member of every run plays at every checkpoint with every epsilon, one after the other,
+    each for the same number of steps. Each makes a shard (several if there are many steps), which
+    survives an interruption: the same arguments continue after it.
 
     **Arguments:**
 
     - `runs`: configurations with their directories.
-    - `out`: the data set's directory to be.
-    - `steps`: transitions in all.
+    - `out`: the directory of the new data set.
+    - `steps`: transitions in total.
     - `epsilons`: probabilities of a random action. One given twice gets two shares of the steps.
-    - `steps_of_checkpoints`: which of the checkpoints that are kept, by their step, or `"all"`;
-        by default the agent at the end of the run.
+    - `steps_of_checkpoints`: steps of the checkpoints to use, or `"all"`; by default the agent at
+        the end of the run.
     - `num_envs`: lanes.
-    - `protocol`: options of the environment that differ from training; by default those of the
-        run's own evaluations. A data set's own come on top: whole games, for unclipped rewards.
+    - `protocol`: environment options that differ from training; by default those of the run's own
+        evaluations. Data sets additionally need whole games and unclipped rewards.
 
-    **Raises:** `UsageError` for what cannot be done, before anything is played; and
-    `KeyboardInterrupt` after a signal, with what is to be done to go on.
+    **Raises:** `UsageError` for invalid input, before anything is played; `KeyboardInterrupt` after
+    a signal, whose message says how to continue.
     """
     config = _of_one_environment(runs)
     parts = _parts(runs, steps, epsilons, steps_of_checkpoints)
@@ -92,7 +92,7 @@ def collect_run(
         )
         _check_disk(out, one, description, steps)
         writer = stack.enter_context(Writer(out, description, narrow=True))
-        # Emulators that go on play other games than those that are there already.
+        # After an interruption, emulators must not repeat the games already recorded.
         emulator_seed = seed_of_emulators(seed, f"data {len(writer.done)}")
         env = stack.enter_context(closing(one.replicate(lanes, seed=emulator_seed)))
         interrupt = stack.enter_context(Interrupt())
@@ -116,9 +116,9 @@ def collect_run(
 
 
 class _Part(NamedTuple):
-    """What becomes a shard: an agent of a run, that plays `steps` steps.
+    """A shard to record: an agent of a run that plays `steps` steps.
 
-    `path`: of the file that holds it; `member`: of a population; `run`: a number for both.
+    `path`: the file of the agent; `member`: of a population; `run`: a number for run and member.
     """
 
     name: str
@@ -130,19 +130,19 @@ class _Part(NamedTuple):
     env_steps: int
 
     def agent(self) -> Agent:
-        """Loaded."""
+        """Loads the agent."""
         agent = _agent_of(self.path)
         return agent if self.member is None else cast(Population, agent).member(self.member)
 
     @property
     def source(self) -> dict[str, Any]:
-        """For the record."""
+        """The shard's entry in the data set's header."""
         names = ("member", "epsilon", "env_steps")
         return {"agent": str(self.path.resolve())} | {name: getattr(self, name) for name in names}
 
 
 def _of_one_environment(runs: Sequence[tuple[Config, Path]]) -> Config:
-    """The configuration of the runs, as far as their environment is concerned."""
+    """The first configuration. Raises `UsageError` if the runs differ in their environment."""
     (config, directory), *others = runs
     for other, elsewhere in others:
         if given(other["env"]) != given(config["env"]):
@@ -154,14 +154,14 @@ def _of_one_environment(runs: Sequence[tuple[Config, Path]]) -> Config:
 
 
 def _parts(runs, steps, epsilons, steps_of_checkpoints) -> list[_Part]:
-    """All that will play, with its share of the steps."""
+    """All shards to record, each with its share of the steps."""
     players = []
     number = 0
     for _, directory in runs:
         files = _agent_files(directory, steps_of_checkpoints)
         agent = _agent_of(files[0])
         for file in files[1:]:
-            read_header(file)  # which reads it all, so that no damage stops us midway
+            read_header(file)  # checks the whole file, so that damage is found before playing
         members = [None] if agent.num_members is None else list(range(agent.num_members))
         for member in members:
             for path in files:
@@ -169,7 +169,7 @@ def _parts(runs, steps, epsilons, steps_of_checkpoints) -> list[_Part]:
                 players += [(path, member, number, epsilon, at) for epsilon in epsilons]
             number += 1
     if steps < len(players):
-        raise UsageError(f"steps={steps} are too few for {len(players)} players: give more")
+        raise UsageError(f"steps={steps} are too few for {len(players)} agents: give more")
     parts = []
     for index, (path, member, run, epsilon, at) in enumerate(players):
         share = steps // len(players) + (index < steps % len(players))
@@ -182,7 +182,7 @@ def _parts(runs, steps, epsilons, steps_of_checkpoints) -> list[_Part]:
 
 
 def _agent_files(directory: Path, steps_of_checkpoints: Sequence[int] | str | None) -> list[Path]:
-    """The files that hold the agents of a run which are asked for."""
+    """The files of the requested agents of a run."""
     if steps_of_checkpoints is None:
         trained_agent(directory)
         return [directory / "agent.eqx"]
@@ -199,17 +199,17 @@ def _agent_files(directory: Path, steps_of_checkpoints: Sequence[int] | str | No
 
 
 def _agent_of(path: Path) -> Agent:
-    """The agent in a file, which may be a checkpoint."""
+    """Loads the agent in a file, which may be a checkpoint."""
     tree = load(path)
     return tree if isinstance(tree, Agent) else tree.agent
 
 
 def _check_disk(out: Path, env: Env, description: Description, steps: int) -> None:
-    """Raises `UsageError` where the disk will not take what is still to be written."""
+    """Raises `UsageError` if the disk has too little space for the rest of the data set."""
     stack = description.stack or 1
     _, timestep = env.reset(jax.random.key(0))
     obs = [np.asarray(x) for x in jax.tree.leaves(timestep.obs)]
-    # Whether whole numbers are stored in a byte each is a guess of what the writer will find.
+    # A guess: the writer decides later whether whole numbers are stored in one byte each.
     row = sum(x.size * (1 if np.array_equal(x, x.astype(np.uint8)) else x.itemsize) for x in obs)
     columns = jax.tree.leaves(description.columns._replace(obs=None))
     row = row // stack + sum(math.prod(x.shape) * x.dtype.itemsize for x in columns)
@@ -219,15 +219,15 @@ def _check_disk(out: Path, env: Env, description: Description, steps: int) -> No
     needed, free = steps * row - there, shutil.disk_usage(place).free
     if needed > free:
         raise UsageError(
-            f"the data set takes about {steps * row / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB are "
+            f"the data set takes about {steps * row / 1e9:,.3g} GB, but {free / 1e9:,.3g} GB are "
             f"free at '{place}': lower steps, or choose another place"
         )
 
 
 class _Display:
-    """Shows how a recording gets on, and ends it where a signal has come.
+    """Shows the progress of a recording, and ends it after a signal.
 
-    **Attributes:** `part`: what is playing.
+    **Attributes:** `part`: the shard being recorded.
     """
 
     def __init__(
@@ -254,8 +254,8 @@ class _Display:
         self._progress(None, metrics)
         if self._interrupt.received and recorded.transitions < self.part.steps:
             raise KeyboardInterrupt(
-                f"stopped: {len(self._writer.done)} of {len(self._parts)} shards are kept beside "
-                f"'{self._writer.path}'; the same command goes on after them"
+                f"stopped: {len(self._writer.done)} of {len(self._parts)} shards are kept next to "
+                f"'{self._writer.path}'; the same command continues after them"
             )
 
     def _done(self) -> int:

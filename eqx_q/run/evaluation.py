@@ -1,4 +1,4 @@
-"""Evaluating what a run left behind."""
+"""Evaluates the agent of a finished run."""
 
 import contextlib
 import logging
@@ -42,14 +42,14 @@ def evaluate_run(
     protocol: Mapping[str, Any] | None = None,
     video: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the agent that a run left behind, in the environment that it was trained in.
+    """Evaluates the agent of a finished run in its training environment.
 
-    **Arguments:** `episodes`, `num_envs`: per member. `min_steps`: another round of as many
-    episodes follows until so many steps were played. `protocol`: options of the environment that
-    differ from training; by default those of the run's own evaluations. `video`: a file for the GIF
-    of a greedy episode, of the best member.
+    **Arguments:** `episodes`, `num_envs`: per member. `min_steps`: repeat rounds of `episodes`
+    until this many steps were played. `protocol`: environment options that differ from training;
+    by default those of the run's own evaluations. `video`: a file for a GIF of a greedy episode of
+    the best member.
 
-    **Returns:** returns per member with their statistics, and how they were come by.
+    **Returns:** returns per member with their statistics, and how they were obtained.
     """
     agent = trained_agent(directory)
     members = agent.num_members or 1
@@ -80,9 +80,9 @@ def evaluate_run(
             if frames:
                 write_gif(video, frames)
                 of_whom = f" (member {best})" if members > 1 else ""
-                logger.info("written to %s%s", video, of_whom)
+                logger.info("wrote %s%s", video, of_whom)
             else:
-                logger.warning("no video: %s cannot be drawn", env_name(config))
+                logger.warning("no video: %s cannot be rendered", env_name(config))
     returns = np.atleast_2d(played.returns)
     return {
         "env": env_name(config),
@@ -102,11 +102,11 @@ def evaluate_run(
 
 
 def trained_agent(directory: Path) -> Agent:
-    """What a run left behind. Raises `UsageError` where it is not there, or not finished."""
+    """Loads the agent of a run. Raises `UsageError` if it is missing, or the run not finished."""
     path = directory / "agent.eqx"
     if not path.exists() and newest_checkpoint(directory / "checkpoints"):
         raise UsageError(
-            f"the run in '{directory}' has not come to its end: finish it with "
+            f"the run in '{directory}' is not finished: finish it with "
             f"`python scripts/train.py resume={directory}`"
         )
     return load(path)

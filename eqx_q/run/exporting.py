@@ -1,4 +1,4 @@
-"""Exporting what a run left behind, with a card that says what it is."""
+"""Exports the agent of a finished run, with a model card."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,46 +23,49 @@ def export_run(
     member: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda"),
 ) -> Path:
-    """Exports the agent that a run left behind, with a model card, `README.md`, beside it.
+    """Exports the agent of a finished run, with a model card, `README.md`.
 
-    **Arguments:** `out`: a directory. `member`: of several seeds the one to export, by default all
+    **Arguments:** `out`: a directory. `member`: the one to export of several seeds; by default all
     as one population.
 
-    **Returns:** the path of the artefact; see `eqx_q.export`, which says what else is there.
-    **Raises:** `UsageError` where the run is not finished, or has no such member.
+    **Returns:** the path of the artefact; see `eqx_q.export` for the other files.
+    **Raises:** `UsageError` if the run is not finished, or has no such member.
     """
     agent = trained_agent(directory)
     if member is not None:
         agent = member_of(agent, member)
     path = export(out, agent, platforms=platforms)
     policy = Policy(path)
-    exported = f"jax {jax.__version__}, for {', '.join(policy.platforms)}"
+    exported_with = f"jax {jax.__version__}, for {', '.join(policy.platforms)}"
     write_card(
         out,
         config,
         directory,
         agent,
         member,
-        opening="An agent of eqx_q, exported: it acts wherever JAX and NumPy are installed.",
-        use=_use(agent, policy),
-        facts={"exported with": exported},
+        opening="An exported agent of eqx_q. It needs only JAX and NumPy.",
+        usage=_usage(agent, policy),
+        facts={"exported with": exported_with},
     )
     return path
 
 
 def member_of(agent: Agent, member: int) -> Agent:
-    """One member of what a run trained. Raises `UsageError` where it has no such member."""
+    """A member of a population; an agent itself is its member 0.
+
+    **Raises:** `UsageError` if there is no such member.
+    """
     members = agent.num_members or 1
     if not 0 <= member < members:
-        raise UsageError(f"member={member}: this run has the members 0 to {members - 1}")
+        raise UsageError(f"member={member}: choose one of this run's members 0 to {members - 1}")
     return agent.member(member) if isinstance(agent, Population) else agent
 
 
-def _use(agent: Agent, policy: Policy) -> str:
-    """How to act, and what goes in."""
+def _usage(agent: Agent, policy: Policy) -> str:
+    """Example code and a table of the inputs."""
     inputs = {name: kind for name, kind in policy.inputs.items() if name != "memory"}
     inputs |= {f"memory[{i}]": kind for i, kind in enumerate(policy.inputs["memory"])}
-    return f"""In this directory, or with it in `sys.path`:
+    return f"""In this directory, or with it on `sys.path`:
 
 ```python
 {_example(agent, policy)}```
@@ -73,7 +76,7 @@ def _use(agent: Agent, policy: Policy) -> str:
 
 
 def _example(agent: Agent, policy: Policy) -> str:
-    """Lines of Python that act a few times."""
+    """Example code that acts a few times."""
     lanes = 2 * (agent.num_members or 1)
     obs = _zeros(policy.inputs["obs"], lanes)
     act = """decision = policy.act(obs)  # greedy
@@ -81,7 +84,7 @@ decision = policy.act(obs, epsilon=0.05, key=jax.random.key(0))
 """
     if policy.inputs["memory"]:
         act = f"""decision = policy.act(obs)  # greedy, at the start of an episode in every lane
-first = np.zeros({lanes}, bool)  # where one starts
+first = np.zeros({lanes}, bool)  # lanes in which an episode starts
 decision = policy.act(obs, decision.memory, first=first)
 """
     return f"""import jax
@@ -89,13 +92,13 @@ import numpy as np
 from policy import Policy
 
 policy = Policy("agent.jaxexport")
-obs = {obs}  # of {lanes} lanes
+obs = {obs}  # {lanes} lanes
 {act}print(decision.action, decision.value)
 """
 
 
 def _zeros(kind: Any, lanes: int) -> str:
-    """Python that makes arrays of a kind, in its dicts and tuples."""
+    """Code that makes arrays of a kind, in its dicts and tuples."""
     if isinstance(kind, dict):
         entries = (f'"{name}": {_zeros(child, lanes)}' for name, child in kind.items())
         return f"{{{', '.join(entries)}}}"
@@ -112,7 +115,7 @@ def _kinds(inputs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _flat(path: str, kinds: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of dicts and tuples, by path; memory stays a list."""
+    """Yields the arrays of dicts and tuples with their paths."""
     if isinstance(kinds, dict | tuple):
         entries = kinds.items() if isinstance(kinds, dict) else enumerate(kinds)
         for name, child in entries:

@@ -1,4 +1,4 @@
-"""The environment and the agent that a configuration describes."""
+"""Makes the environment and the agent that a configuration describes."""
 
 import contextlib
 import dataclasses
@@ -34,18 +34,18 @@ from .settings import (
     with_values,
 )
 
-LANES_IN_JAX, LANES_ON_HOST = 128, 8  # of an evaluation: an emulator is slow
+LANES_IN_JAX, LANES_ON_HOST = 128, 8  # defaults of evaluations; emulators are slow
 MOST_LANES = 2**24
 _WHERE_IT_BREAKS = {
     "on_env_error": "on_error",
     "env_timeout": "timeout",
     "max_env_restarts": "max_restarts",
 }
-_LONGEST_EPISODE = 27_000  # where the environment has no limit of its own: Atari's
+_LONGEST_EPISODE = 27_000  # if the environment has no limit of its own: Atari's
 
 
 def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> Env:  # noqa: B008
-    """The environment that `config["env"]` describes; options that are null keep their default.
+    """Makes the environment that `config["env"]` describes; options that are null keep defaults.
 
     **Arguments:** `place`: the devices that share it.
     """
@@ -62,20 +62,20 @@ def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> E
 
 
 def emulator_seed(seed: int, role: str) -> int:
-    """A seed that is far from those of other runs and roles: lane `i` takes it plus `i`."""
+    """A seed that is far from those of other runs and roles; lane `i` uses it plus `i`."""
     (spread,) = np.random.SeedSequence([seed, *role.encode()]).generate_state(1)
-    return int(spread) % (2**31 - MOST_LANES)  # with the lanes on top it fits 32 bits, signed
+    return int(spread) % (2**31 - MOST_LANES)  # plus the lane, it fits a signed 32-bit integer
 
 
 def make_agent(
     config: Config, env: Env, values: Sequence[Mapping[str, float]] | None = None
 ) -> Any:
-    """The agent that `config["agent"]` describes; a population where `num_seeds` is above 1.
+    """Makes the agent that `config["agent"]` describes; a population if `num_seeds` is above 1.
 
-    Its members share `seed`, and each starts with parameters of its own: those of no other `seed`.
+    Its members share `seed`, but each has its own initial parameters; no other `seed` repeats them.
 
-    **Arguments:** `values`: each a choice of the same hyperparameters, by their path. Then it is a
-    population that has, one after the other, `num_seeds` members for each choice.
+    **Arguments:** `values`: values of the same hyperparameters, by path, for each trial. The agent
+    is then a population with `num_seeds` consecutive members per trial.
     """
     options = chosen_options(given(config["agent"]))
     create: Any = named_class(options.pop("_target_"), Agent).create
@@ -83,12 +83,13 @@ def make_agent(
     for name in options:
         if name not in known:
             raise UnknownNameError("hyperparameter", name, known - {"key"})
-    _check_numbers(options, RANGES.keys())  # of which `traced` makes parts
+    _check_numbers(options, RANGES.keys())  # before `traced`, which makes parts with them
     _check_numbers(options, traced(config))
     if env.num_agents is not None:
         if "num_agents" not in known:
             raise UsageError(
-                f"this agent plays alone, {env_name(config)} is for a team: choose agent=pqn_vdn"
+                f"this agent does not support teams, but {env_name(config)} is for a team: choose "
+                "agent=pqn_vdn"
             )
         options |= {"num_agents": env.num_agents, "state_size": env.state_size}
         network = dict(options.get("network_options", {}))
@@ -112,7 +113,7 @@ def make_agent(
 
 
 def make_sampling(settings: Settings) -> Sampling:
-    """How transitions are drawn; rewards are clipped where the environment's are."""
+    """How transitions are drawn; rewards are clipped if the environment's are."""
     options = given(settings.config["sampling"])
     options.setdefault("reward_clip", bool(settings.config["env"].get("reward_clip", False)))
     return Sampling(seed=settings.seed, **options)
@@ -121,43 +122,44 @@ def make_sampling(settings: Settings) -> Sampling:
 def named_class(target: Any, base: type) -> type:
     """The class that a `_target_` names.
 
-    A configuration may be somebody else's: a module that is not of eqx_q must have been imported.
+    A configuration may come from an untrusted source, so modules outside eqx_q must already be
+    imported.
 
-    **Raises:** `UsageError` where it has not, or that is no class of this kind.
+    **Raises:** `UsageError` if the module is not imported, or it is not a class of this kind.
     """
     module, _, name = str(target).rpartition(".")
     if module.partition(".")[0] != "eqx_q" and module not in sys.modules:
         raise UsageError(
-            f"_target_={target} is not of eqx_q: import {module or target} first, if you trust who "
-            f"wrote it (scripts do so by +imports=[{module or target}])"
+            f"_target_={target} is not part of eqx_q: import {module or target} first, if you "
+            f"trust its author (in scripts: +imports=[{module or target}])"
         )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"_target_={target} is not there ({error})") from error
+        raise UsageError(f"_target_={target} does not exist ({error}): correct it") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UsageError(f"_target_={target} is no class of {base.__name__}s: choose one")
+        raise UsageError(f"_target_={target} is not a subclass of {base.__name__}: choose one")
     return found
 
 
 def changeable(config: Config) -> set[str]:
-    """Hyperparameters that a run in progress may change, by their path in `config["agent"]`."""
+    """Hyperparameters that a resumed run may change, by path in `config["agent"]`."""
     return traced(config) & flat(chosen_options(config["agent"])).keys()
 
 
 def traced(config: Config) -> set[str]:
-    """Hyperparameters of the agent, by their path: of its parts, too."""
+    """Paths of the hyperparameters of the agent and its parts."""
     options = chosen_options(given(config["agent"]))
     cls: Any = named_class(options["_target_"], Agent)
     parts = {field.name: options[field.name] for field in _parts(cls) if field.name in options}
-    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # any will do
+    spaces = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2)  # arbitrary
     create = functools.partial(cls.create, *spaces, **parts)
     agent = eqx.filter_eval_shape(lambda key: create(key=key), jax.eval_shape(jax.random.key, 0))
     return set(hyperparameters.names(agent))
 
 
 def _check_numbers(options: Mapping[str, Any], paths: Set[str]) -> None:
-    """Raises `UsageError` where what one of the paths leads to is there, and is no number."""
+    """Raises `UsageError` if an option at one of the paths is not a number."""
     for path in flat(options).keys() & paths:
         number({"agent": options}, f"agent.{path}")
 
@@ -169,7 +171,7 @@ def _parts(cls: type) -> list[dataclasses.Field]:
 
 
 def lanes_of_all(settings: Settings, per_seed: int) -> int:
-    """Of all seeds. Raises `UsageError` where those are too many."""
+    """The lanes of all seeds. Raises `UsageError` if there are too many."""
     lanes = per_seed * settings.num_seeds
     if lanes > MOST_LANES:
         raise UsageError(f"{lanes:,} lanes are too many: lower num_envs or num_seeds")
@@ -177,16 +179,16 @@ def lanes_of_all(settings: Settings, per_seed: int) -> int:
 
 
 def episode_cap(env: Env) -> int | None:
-    """Where an evaluation cuts an episode: nowhere if the environment has a limit of its own."""
+    """The step at which evaluations cut an episode; `None` if the environment has a limit."""
     return None if env.max_episode_steps else _LONGEST_EPISODE
 
 
 def learnt(agent: Agent) -> dict[str, int]:
-    """How much an agent has learnt from: `env_steps`, or `num_updates` from data."""
+    """How much an agent has learnt: `env_steps`, or `num_updates` for an offline agent."""
     return {agent.learns_from.unit: int(np.max(agent.learnt))}
 
 
 def close_later(stack: contextlib.ExitStack, thing: Any) -> Any:
-    """The thing itself, which the stack will close."""
+    """Returns `thing`, which the stack will close."""
     stack.callback(thing.close)
     return thing

@@ -1,4 +1,4 @@
-"""An agent's parts in a configuration, where all options of a kind of part stand side by side."""
+"""An agent's parts in a configuration, which lists the options of all parts of a kind together."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -19,14 +19,14 @@ KINDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "optimizer": OPTIMIZERS,
 }
 
-# What was called otherwise in earlier versions.
+# Options that earlier versions named differently.
 RENAMED = {"td_loss": "value.td_loss", "adam_epsilon": "optimizer.eps"}
 
 
 def full_overrides(override: str) -> list[str]:
-    """What an override of the command line is short for.
+    """Expands a command-line override.
 
-    `agent.value=hl_gauss` names a part; keys of earlier versions go on working.
+    `agent.value=hl_gauss` names a part; keys of earlier versions still work.
     """
     key, equals, value = override.partition("=")
     plain = key.lstrip("+")
@@ -43,9 +43,9 @@ def full_overrides(override: str) -> list[str]:
 
 
 def chosen_options(options: Options) -> dict[str, Any]:
-    """Options of an agent, where each part keeps those that the chosen one of its kind has.
+    """Options of an agent, with only the options of the chosen part of each kind.
 
-    An option that none of its kind has stays, to be refused.
+    An option that no part of its kind has is kept, to be refused later.
     """
     options = _of_today(options)
     for kind, known in KINDS.items():
@@ -60,9 +60,9 @@ def chosen_options(options: Options) -> dict[str, Any]:
 def check_of_chosen(options: Options, path: str, names: Iterable[str] = ()) -> None:
     """Raises `UsageError` for an option (`"value.sigma"`) that the chosen part of its kind lacks.
 
-    One that none of its kind has is refused where the part is made.
+    An option that no part of its kind has is refused when the part is made.
 
-    **Arguments:** `names`: of other parts that may be chosen instead.
+    **Arguments:** `names`: other parts that may be chosen instead.
     """
     kind, _, option = path.partition(".")
     if kind not in KINDS:
@@ -71,13 +71,13 @@ def check_of_chosen(options: Options, path: str, names: Iterable[str] = ()) -> N
     chosen = (_of_today(options).get(kind) or {}).get("name")
     if having and chosen in KINDS[kind] and not {chosen, *names} & set(having):
         raise UsageError(
-            f"agent.{path} is of agent.{kind}={' or '.join(having)}, and {chosen} is chosen: leave "
+            f"agent.{path} needs agent.{kind}={' or '.join(having)}, but {chosen} is chosen: leave "
             "it out, or choose such a part"
         )
 
 
 def _of_today(options: Options) -> dict[str, Any]:
-    """Options of any version; an old run keeps its own configuration."""
+    """Converts options of earlier versions, which the configuration of an old run may have."""
     options = dict(options)
     for kind in KINDS:
         if isinstance(options.get(kind), str):
@@ -87,7 +87,7 @@ def _of_today(options: Options) -> dict[str, Any]:
         if old in options:
             kind, _, name = new.partition(".")
             before = {"name": default[kind], name: options.pop(old)}
-            options[kind] = before | dict(options.get(kind, {}))  # changed by today's name
+            options[kind] = before | dict(options.get(kind, {}))  # the current name overrides
     network = options.get("network_options") or {}
     if not isinstance(network, Mapping):
         raise UsageError(f"agent.network_options={network}: give a mapping of names to values")

@@ -1,4 +1,4 @@
-"""Once more through the updates that ended in a loss that is not finite."""
+"""Replays the updates that led to a non-finite loss."""
 
 import contextlib
 import logging
@@ -30,11 +30,11 @@ _BEFORE, _UPDATE = "diverged.ckpt", "diverged_update.eqx"
 
 
 def keep_diverged(directory: Path, error: DivergedError, env: Env) -> bool:
-    """Writes what `replay_run` needs. Returns whether there was a state and it could be written."""
+    """Saves the state for `replay_run`. Returns whether there was one and it was written."""
     if error.run_state is None:
         return False
     state = without_env(error.run_state) if env.on_host else error.run_state
-    with contextlib.suppress(UsageError):  # a full disk: what is told of the loss matters more
+    with contextlib.suppress(UsageError):  # a full disk must not hide the error about the loss
         save(directory / _BEFORE, state)
         return True
     return False
@@ -43,22 +43,25 @@ def keep_diverged(directory: Path, error: DivergedError, env: Env) -> bool:
 def replay_run(
     config: Config, directory: Path, *, updates: int = 10_000, rows: int = 20
 ) -> list[Metrics]:
-    """Goes on from the last good state of a run that diverged, update by update.
+    """Continues from the last good state of a diverged run, update by update.
 
-    On the environments of JAX, and from data, the same happens again, bit for bit. Emulators play
-    other episodes, and cannot give the same rollout twice: of those no update is kept.
+    With environments in JAX, and from data, this repeats the run bit for bit. Emulators play other
+    episodes and cannot repeat a rollout, so their update is not saved.
 
-    The update whose loss is not finite is kept as `diverged_update.eqx`, which `eqx_q.load` reads:
-    a dictionary with the `agent` before it, the `experience` that it learns from, and the `key`, so
-    that `agent.update(experience, key=key)` is that update.
+    The update with the non-finite loss is saved as `diverged_update.eqx`, for `eqx_q.load`: a
+    dictionary with the `agent` before it, the `experience` and the `key`, so that
+    `agent.update(experience, key=key)` is that update.
 
-    **Arguments:** `updates`: that are made at most. `rows`: of the last good ones to return.
+    **Arguments:** `updates`: the maximum number of updates. `rows`: the number of last good updates
+    to return.
 
-    **Returns:** their metrics.
-    **Raises:** `UsageError` where the run has not diverged, or does not diverge again.
+    **Returns:** the metrics of these updates.
+    **Raises:** `UsageError` if the run has not diverged, or does not diverge again.
     """
     if not (directory / _BEFORE).exists():
-        raise UsageError(f"there is no '{directory / _BEFORE}': this run has not diverged")
+        raise UsageError(
+            f"'{directory / _BEFORE}' does not exist, so this run has not diverged: choose another"
+        )
     settings = read_settings(config)
     told: list[Metrics] = []
     with closing(make_env(config, lanes_of_all(settings, settings.num_envs))) as env:
@@ -85,20 +88,20 @@ def replay_run(
             state = error.run_state
         else:
             raise UsageError(
-                f"this time the loss stays finite for {updates} updates, or to the end: emulators "
-                "play other episodes, and other machines round in another way"
+                f"this time the loss stays finite for {updates} updates, or to the end, since "
+                "emulators play other episodes and other machines round differently: try again"
             )
         if not env.on_host or dataset is not None:
             update = _update(settings, env, dataset, state)
             for line in _look_at(update):
                 logger.info("%s", line)
             save(directory / _UPDATE, update)
-            logger.info("written to %s", directory / _UPDATE)
+            logger.info("wrote %s", directory / _UPDATE)
     return told
 
 
 def _update(settings: Settings, env: Env, dataset: Dataset | None, state: Any) -> dict[str, Any]:
-    """The update that comes next."""
+    """The next update: agent, experience and key."""
     with contextlib.ExitStack() as stack:
         source: Any = Lanes(env)
         if dataset is not None:
@@ -111,13 +114,13 @@ def _update(settings: Settings, env: Env, dataset: Dataset | None, state: Any) -
 
 
 def _look_at(update: dict[str, Any]) -> Iterator[str]:
-    """What is not finite of what an update begins with; else what is largest."""
+    """Lists the non-finite inputs of an update; if there are none, the largest ones."""
     arrays = [
         (jax.tree_util.keystr(path), np.asarray(x))
         for path, x in jax.tree_util.tree_leaves_with_path(update)
         if eqx.is_inexact_array(x) and x.size
     ]
-    chosen = update["agent"].hyperparameters()  # they may be infinite, and often are large
+    chosen = update["agent"].hyperparameters()  # these may be infinite, and are often large
     arrays = [
         (name, x)
         for name, x in arrays
@@ -129,6 +132,6 @@ def _look_at(update: dict[str, Any]) -> Iterator[str]:
             if count:
                 yield f"not finite before that update: {name}, {count} of {size} values"
         return
-    yield "all that the update begins with is finite; what is largest:"
+    yield "all inputs of the update are finite; the largest are:"
     for name, x in sorted(arrays, key=lambda pair: -np.abs(pair[1]).max())[:5]:
         yield f"  {np.abs(x).max():12.4g}  {name}"

@@ -1,4 +1,4 @@
-"""A search for hyperparameters: Optuna proposes a batch, one population learns it, Optuna hears."""
+"""Hyperparameter search: Optuna proposes batches of trials, each trained as one population."""
 
 import contextlib
 import csv
@@ -49,7 +49,7 @@ from .training import check_data, check_kind, make_evaluation
 logger = logging.getLogger(__name__)
 
 _EVALUATED = ("eval/return", "eval/return_std", "eval/length")
-_RECENT = 0.1  # of the training: what was logged there is averaged
+_RECENT = 0.1  # last fraction of the training, over which logged values are averaged
 
 
 def search_run(
@@ -59,21 +59,21 @@ def search_run(
     defaults: Config | None = None,
     on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Searches as `config` says, and leaves the results in `directory`.
+    """Searches as `config` describes, and writes the results to `directory`.
 
-    Where the directory holds a search already, this one goes on with it, or takes part in it if
-    another process is at it.
+    If the directory holds a search already, this one continues it, or joins it if another process
+    is running it.
 
         study.journal  trials.csv  best.yaml  summary.json  history.png  importances.png
 
     **Arguments:**
 
     - `config`: the keys of `conf/tune.yaml`.
-    - `defaults`: the same without tuned values: `best.yaml` then has what differs from those.
-    - `on_start`: called when all that `config` asks for has been found to be possible.
+    - `defaults`: the same without tuned values; `best.yaml` lists the differences from it.
+    - `on_start`: called once `config` has been checked.
 
-    **Returns:** the summary, which is in `summary.json` too.
-    **Raises:** `UsageError` for what the configuration gets wrong.
+    **Returns:** the summary, which is also in `summary.json`.
+    **Raises:** `UsageError` for an invalid configuration.
     """
     started = time.perf_counter()
     asked = _read(config)
@@ -97,7 +97,7 @@ def search_run(
                 for trial in batch:
                     study.give_up(trial)
             _write_results(asked, defaults or {}, directory, search.space, study)
-        _write_results(asked, defaults or {}, directory, search.space, study)  # of others, too
+        _write_results(asked, defaults or {}, directory, search.space, study)  # of all processes
         progress.close()
         summary = {
             **_summary(asked, study),
@@ -115,10 +115,10 @@ def search_run(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What the configuration of a search says, read once.
+    """The checked values of a search's configuration.
 
-    **Attributes:** those named as keys of `conf/tune.yaml` mean the same. `rungs`: how far trials
-    learn until some are pruned, and to the end.
+    **Attributes:** those with names of keys in `conf/tune.yaml` have the same meaning. `rungs`: the
+    steps at which trials are pruned, then the total.
     """
 
     settings: Settings
@@ -133,13 +133,16 @@ class _Asked:
 def _read(config: Config) -> _Asked:
     settings = read_settings(config)
     if settings.pbt is not None:
-        raise UsageError("a search trains without population-based training: leave out pbt")
+        raise UsageError("a search cannot use population-based training: leave out pbt")
     if config["direction"] not in ("maximize", "minimize"):
         raise UsageError(f"direction={config['direction']}: choose maximize or minimize")
     rungs, eta = whole(config, "halving.rungs"), whole(config, "halving.eta", least=2)
     total = settings.total
     if eta**rungs > total:
-        raise UsageError(f"halving.rungs={rungs} are too many for {settings.kind.total}={total}")
+        raise UsageError(
+            f"halving.rungs={rungs} are too many for {settings.kind.total}={total}: lower "
+            "halving.rungs"
+        )
     return _Asked(
         settings=settings,
         trials=whole(config, "trials", least=1),
@@ -152,11 +155,11 @@ def _read(config: Config) -> _Asked:
 
 
 class _Fatal(UsageError):
-    """Something that would end every trial, not only those of a batch."""
+    """An error that would affect every trial, not only those of a batch."""
 
 
 class _Arena(NamedTuple):
-    """Where so many members learn, and are evaluated."""
+    """The environments in which a number of members learn and are evaluated."""
 
     settings: Settings
     env: Env
@@ -164,7 +167,7 @@ class _Arena(NamedTuple):
 
 
 class _Search:
-    """Learns batches of trials. Raises `UsageError` for what no trial could do."""
+    """Trains batches of trials. Raises `UsageError` for input that is invalid in every trial."""
 
     def __init__(self, asked: _Asked, stack: contextlib.ExitStack):
         settings, config = asked.settings, asked.settings.config
@@ -181,9 +184,9 @@ class _Search:
         self._arenas: dict[int, _Arena] = {}
 
     def learn(self, batch: list[Any], study: SharedStudy, callbacks: list[Any]) -> None:
-        """Trains a batch of trials as one population, and tells the study what came of it.
+        """Trains a batch of trials as one population, and reports the results to the study.
 
-        Trials that it leaves untold were interrupted.
+        It does not report interrupted trials.
         """
         began = time.perf_counter()
         tracker = _tracker(self._config, batch, self.space)
@@ -191,7 +194,7 @@ class _Search:
             self._climb(batch, study, callbacks, tracker, began)
         except (_Fatal, LaneError):
             raise
-        except UsageError as error:  # of these static values: others may do
+        except UsageError as error:  # due to these static values; others may work
             self.failure = error
             logger.warning("trials %s failed: %s", [t.number for t in batch], error)
             for trial in study.unfinished(batch):
@@ -208,7 +211,7 @@ class _Search:
                 tracker.close()
 
     def _climb(self, batch, study, callbacks, tracker, began) -> None:
-        """From rung to rung, with those that are good enough for the next."""
+        """Trains from rung to rung, each with the trials that are good enough for it."""
         interrupt, progress = callbacks
         config = self.space.apply(self._config, self.space.static(batch[0].params))
         values = [self.space.leaves(trial.params) for trial in batch]
@@ -273,7 +276,7 @@ class _Search:
         return learnt_agent, history
 
     def _arena(self, config: Config, members: int) -> _Arena:
-        """Kept while the static values are the same: compiled programs are bound to it."""
+        """Reused while the static values stay the same, since compiled programs are bound to it."""
         static = {name: config[name] for name in VARIED}
         if static != self._static:
             self._stack.close()
@@ -289,7 +292,7 @@ class _Search:
         return self._arenas[members]
 
     def _check(self, settings: Settings) -> None:
-        """What can be known before anything is tried."""
+        """Checks everything that can be checked before the first trial."""
         config, metric = settings.config, self._asked.metric
         place = place_on(settings.devices)
         if place.num_devices > 1:
@@ -304,13 +307,16 @@ class _Search:
                 _, timestep = env.reset(jax.random.key(0))
                 names = {*_EVALUATED, *(f"eval/{name}" for name in timestep.episode.metrics)}
                 if settings.eval.every == 0:
-                    raise UsageError("eval.every=0 evaluates nothing: choose another metric")
+                    raise UsageError(
+                        f"metric={metric} needs evaluations, but eval.every=0: leave that out, or "
+                        "choose another metric"
+                    )
                 if metric not in names:
                     raise UnknownNameError("metric", metric, names)
 
 
 class _CheckMetric:
-    """Ends a search whose metric is not logged, at the first boundary."""
+    """Ends a search at the first boundary if its metric is not logged."""
 
     def __init__(self, metric: str, agent: Population):
         self._metric, self._members = metric, agent.num_members
@@ -323,7 +329,7 @@ class _CheckMetric:
 
 
 class _Progress:
-    """A bar of trials; without a terminal, a line every half minute."""
+    """A progress bar of trials; outside a terminal, a line every half minute."""
 
     overlap = True
 
@@ -332,11 +338,11 @@ class _Progress:
         self._display = Display(seconds_between_lines=30.0)
 
     def begin(self, size: int, done: int, end: int) -> None:
-        """A batch of so many trials goes on learning, from `done` there, of the `end`."""
+        """Starts a rung of a batch of `size` trials, from step `done` of `end`."""
         self._size, self._done, self._end = size, done, end
 
     def __call__(self, run_state: Any, metrics: Metrics) -> None:
-        """Shows how far the search is, the batch in progress included."""
+        """Shows the progress of the search, including the current batch."""
         best, finished = self._study.best, len(self._study.finished)
         share = min(1.0, (self._done + clock(metrics).done) / self._end)
         state = "" if best is None else f"best {best.value:.4g} (trial {best.number})"
@@ -345,12 +351,12 @@ class _Progress:
         self._display(done, self._total, "trial", state, line)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         self._display.close()
 
 
 def _for_rungs(config: Config, total: int) -> dict[str, Any]:
-    """With schedules over the whole training, whatever the rungs, and evaluations at those."""
+    """The configuration with schedules over the whole training, and evaluations only at rungs."""
     agent = dict(config["agent"])
     if "schedule_steps" in agent and agent["schedule_steps"] is None:
         agent["schedule_steps"] = total
@@ -359,7 +365,7 @@ def _for_rungs(config: Config, total: int) -> dict[str, Any]:
 
 
 def _recent(history: list[Metrics], metric: str) -> Float[np.ndarray, " S"]:
-    """The mean of what was logged at the end of a training, of each member."""
+    """The mean of a metric over the last part of a training, for each member."""
     begin = (1 - _RECENT) * clock(history[-1]).done
     rows = [row[metric] for row in history if metric in row and clock(row).done > begin]
     values = np.stack(rows).astype(float)
@@ -371,7 +377,7 @@ def _recent(history: list[Metrics], metric: str) -> Float[np.ndarray, " S"]:
 def _per_trial(
     metrics: Metrics, alive: np.ndarray, num_trials: int, seeds: int
 ) -> dict[str, np.ndarray]:
-    """Means over the seeds of each trial of a batch; not a number for those that were pruned."""
+    """Means over the seeds of each trial of a batch; NaN for pruned trials."""
     told = {}
     for name, values in metrics.items():
         if np.shape(values) == (len(alive) * seeds,):
@@ -381,7 +387,7 @@ def _per_trial(
 
 
 def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
-    """A run for each trial, with its parameters."""
+    """A tracker with a run for each trial and its parameters."""
     options = given(config["tracker"])
     if "_target_" not in options:
         return None
@@ -398,7 +404,7 @@ def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
 def _write_results(
     asked: _Asked, defaults: Config, directory: Path, space: Space, study: SharedStudy
 ) -> None:
-    """What all processes have found so far; alone, so that nobody writes over it what is older."""
+    """Writes the results of all processes; locked, so that older results do not overwrite newer."""
     with study.alone:
         if study.best is not None:
             _write_best(asked.settings, defaults, directory, space, study)
@@ -408,8 +414,8 @@ def _write_results(
 def _write_best(
     settings: Settings, defaults: Config, directory: Path, space: Space, study: SharedStudy
 ) -> None:
-    """The best trial's configuration, as a file of tuned values."""
-    import yaml  # Optuna brings it along
+    """Writes the best trial's configuration as a file of tuned values."""
+    import yaml  # installed with Optuna
 
     best, config = study.best, settings.config
     assert best is not None
@@ -430,7 +436,7 @@ def _write_best(
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not the same there, at any depth."""
+    """The entries of `ours` that differ from `theirs`, at any depth."""
     found = {}
     for name, value in ours.items():
         other = theirs.get(name)
@@ -442,7 +448,7 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
 
 
 def _write_table(path: Path, space: Space, study: SharedStudy) -> None:
-    """A line for each finished trial."""
+    """Writes a line for each finished trial."""
     text = io.StringIO()
     names = list(space.distributions)
     table = csv.writer(text, lineterminator="\n")
@@ -480,7 +486,7 @@ def _summary(asked: _Asked, study: SharedStudy) -> dict[str, Any]:
 
 
 def _draw(directory: Path, study: SharedStudy) -> None:
-    """The results in the order they came, and which hyperparameters they depended on."""
+    """Plots the results in their order, and the importance of hyperparameters."""
     if not study.complete:
         return
     optuna = import_optuna()
@@ -494,7 +500,7 @@ def _draw(directory: Path, study: SharedStudy) -> None:
     with pyplot.rc_context({"backend": "agg"}), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         figures = {"history": draw.plot_optimization_history(study.study)}
-        if len({trial.value for trial in study.complete}) > 1:  # else nothing depends on anything
+        if len({trial.value for trial in study.complete}) > 1:  # else importances are undefined
             axes = draw.plot_param_importances(study.study, evaluator=importances())
             figures["importances"] = axes
         for name, axes in figures.items():

@@ -1,4 +1,4 @@
-"""What the numbers of a configuration mean, checked before anything begins."""
+"""Reads and checks the values of a configuration before a run begins."""
 
 import dataclasses
 import math
@@ -14,7 +14,8 @@ Config = Mapping[str, Any]
 class Kind(NamedTuple):
     """How a run counts: in the agent's `unit`, up to the configuration's `total`.
 
-    `metric` is the total in metrics, `rate` the speed; `sizes` are what memory depends on.
+    `metric` is the total's name in metrics, `rate` the speed's; `sizes` are options that determine
+    memory use.
     """
 
     unit: str
@@ -34,7 +35,7 @@ OFFLINE = Kind(
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    """The key `eval`. `every`, in the unit of the run: 0 for none; `time_fraction`: up to 1."""
+    """The key `eval`. `every`: in the unit of the run, 0 for never; `time_fraction`: up to 1."""
 
     every: int
     num_envs: int | None
@@ -55,7 +56,7 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSettings:
-    """The key `video`. `every`: 0 for none."""
+    """The key `video`. `every`: 0 for never."""
 
     every: int
     max_steps: int
@@ -75,15 +76,15 @@ class PBTSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A configuration, read once.
+    """The checked values of a configuration.
 
-    **Attributes:** those named as keys of `conf/config.yaml` mean the same.
+    **Attributes:** those with names of keys in `conf/config.yaml` have the same meaning.
 
     - `config`: the configuration itself, with the options of agent, environment and tracker.
-    - `kind`, `total`: what the run counts, and how much of it is asked for.
-    - `num_envs`: lanes that are learnt from, per seed; 1 from data.
+    - `kind`, `total`: what the run counts, and its total.
+    - `num_envs`: training lanes per seed; 1 offline.
     - `data`: path of a data set, or `None`.
-    - `pbt`: `None` without.
+    - `pbt`: `None` without population-based training.
     """
 
     config: Config
@@ -103,7 +104,7 @@ class Settings:
 
 
 def read_settings(config: Config) -> Settings:
-    """What a configuration asks for. Raises `UsageError` for what makes no sense."""
+    """Reads a configuration. Raises `UsageError` for invalid values."""
     data = config.get("data")
     kind = ONLINE if data is None else OFFLINE
     total = whole(config, kind.total, least=1)
@@ -142,22 +143,22 @@ def read_settings(config: Config) -> Settings:
 
 
 def _every(config: Config, section: str, total: int, *, rounds: int, least: int = 0) -> int:
-    """Steps between rounds: as configured, else so many rounds in a run."""
+    """Steps between rounds: as configured, else for `rounds` rounds in a run."""
     if _at(config, f"{section}.every") is None:
         return max(1, total // rounds)
     return whole(config, f"{section}.every", least=least)
 
 
 def _evolution(config: Config, kind: Kind, evaluations: int) -> PBTSettings | None:
-    """**Arguments:** `evaluations`: what is between two of them; 0: there are none."""
+    """**Arguments:** `evaluations`: steps between evaluations; 0: none."""
     if config.get("pbt") is None or _at(config, "pbt.every") is None:
         return None
     fitness = str(_at(config, "pbt.fitness"))
     if fitness.startswith("eval/") and evaluations == 0:
-        raise UsageError(f"pbt.fitness={fitness} is told by evaluations: leave out eval.every=0")
+        raise UsageError(f"pbt.fitness={fitness} needs evaluations: leave out eval.every=0")
     if fitness.startswith("episode") and kind is OFFLINE:
         raise UsageError(
-            f"pbt.fitness={fitness} is not known where data are learnt from: give "
+            f"pbt.fitness={fitness} does not exist when learning from data: give "
             "pbt.fitness=eval/return"
         )
     return PBTSettings(
@@ -171,11 +172,11 @@ def _evolution(config: Config, kind: Kind, evaluations: int) -> PBTSettings | No
 
 
 def whole(config: Config, name: str, *, least: int = 0) -> int:
-    """A whole number of the configuration, also where it is written `5e5`.
+    """Reads a whole number from the configuration; `5e5` is one, too.
 
-    **Arguments:** `name`: of the key, with dots between levels.
+    **Arguments:** `name`: the key, with dots between levels.
 
-    **Raises:** `UsageError` where it is something else, or below `least`.
+    **Raises:** `UsageError` if it is something else, or below `least`.
     """
     value = _at(config, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
@@ -186,9 +187,9 @@ def whole(config: Config, name: str, *, least: int = 0) -> int:
 
 
 def number(config: Config, name: str, *, least: float = -math.inf) -> float:
-    """A number of the configuration.
+    """Reads a number from the configuration.
 
-    **Raises:** `UsageError` where it is something else, or below `least`.
+    **Raises:** `UsageError` if it is something else, or below `least`.
     """
     value = _at(config, name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -199,7 +200,7 @@ def number(config: Config, name: str, *, least: float = -math.inf) -> float:
 
 
 def fraction(config: Config, name: str) -> float:
-    """A number from 0 to 1. Raises `UsageError` where it is something else."""
+    """Reads a number from 0 to 1. Raises `UsageError` if it is something else."""
     value = number(config, name)
     if not 0 <= value <= 1:
         raise UsageError(f"{name}={value}: give a number from 0 to 1")
@@ -207,13 +208,13 @@ def fraction(config: Config, name: str) -> float:
 
 
 def whole_or_none(config: Config, name: str) -> int | None:
-    """Like `whole`, of at least 1, where the key may be null."""
+    """Like `whole`, at least 1, but the key may be null."""
     given = _at(config, name) is not None
     return whole(config, name, least=1) if given else None
 
 
 def _list(config: Config, name: str, kind: Any, what: str) -> list[Any]:
-    """A list whose entries are of a kind. Raises `UsageError` where it is something else."""
+    """Reads a list of entries of a kind. Raises `UsageError` if it is something else."""
     value = _at(config, name)
     if not isinstance(value, list | tuple) or not all(isinstance(x, kind) for x in value):
         raise UsageError(f"{name}={value}: give a list of {what}")
@@ -221,12 +222,12 @@ def _list(config: Config, name: str, kind: Any, what: str) -> list[Any]:
 
 
 def _at(config: Config, name: str) -> Any:
-    """What is there. Raises `UsageError` where something on the way has no keys."""
+    """The value at a key. Raises `UsageError` if a level on the way has no keys."""
     node, keys = config, name.split(".")
     for depth, key in enumerate(keys):
         if not isinstance(node, Mapping):
             section = ".".join(keys[:depth])
-            raise UsageError(f"{section}={node}: give what is in it, such as {name}=...")
+            raise UsageError(f"{section}={node}: set its entries instead, such as {name}=...")
         node = node[key]
     return node
 
@@ -241,7 +242,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_use(config: Config) -> dict[str, Any]:
-    """The entries that have a part in a run: those of data only where there are any, and so on."""
+    """The entries that a run uses: those for data only if it has data, and so on."""
     idle = {"resume", "distributed"}
     idle |= {"total_steps", "num_envs"} if config.get("data") else {"num_updates", "sampling"}
     if not given(config.get("pbt") or {}).get("every"):
@@ -250,7 +251,7 @@ def in_use(config: Config) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """Of a configuration or a summary what others may see: of absolute paths their last part."""
+    """A configuration or summary in which absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
         return {name: without_paths(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -259,7 +260,7 @@ def without_paths(value: Any) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What is in nested mappings, by paths with dots between levels."""
+    """Flattens nested mappings to paths with dots between levels."""
     found = {}
     for key, node in tree.items():
         inner = isinstance(node, Mapping)
@@ -268,7 +269,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings with others of their values, by paths: `"learning_rate"`, `"value.sigma"`."""
+    """Replaces values in nested mappings, by path: `"learning_rate"`, `"value.sigma"`."""
     tree = dict(tree)
     for path, value in values.items():
         head, dot, rest = path.partition(".")

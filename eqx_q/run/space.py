@@ -1,4 +1,4 @@
-"""What a search varies, as a configuration says it."""
+"""The search space of a configuration."""
 
 import dataclasses
 import json
@@ -13,19 +13,19 @@ from .making import make_agent, traced
 from .parts import check_of_chosen
 from .settings import Config, flat, with_values
 
-VARIED = ("agent", "num_envs", "sampling")  # of a configuration; the rest is the task
+VARIED = ("agent", "num_envs", "sampling")  # keys that may vary; the rest defines the task
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The hyperparameters that a search varies, by their key in the configuration.
+    """The hyperparameters that a search varies, by key in the configuration.
 
     **Attributes:**
 
     - `distributions`: Optuna's.
-    - `traced`: those that are array leaves of the agent, and so vary inside a population. The
+    - `traced`: those that are array leaves of the agent, so that they vary inside a population. The
         others are static: a population shares them.
-    - `structured`: those whose choices are no plain values. Optuna knows them as JSON.
+    - `structured`: those whose choices are not plain values. Optuna gets them as JSON.
     """
 
     distributions: Mapping[str, Any]
@@ -33,11 +33,11 @@ class Space:
     structured: frozenset[str]
 
     def static(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a trial's parameters those that a population shares."""
+        """The parameters of a trial that a population shares."""
         return {name: value for name, value in params.items() if name not in self.traced}
 
     def leaves(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """Of a trial's parameters the agent's array leaves, by their path in it."""
+        """The parameters of a trial that are array leaves of the agent, by path in it."""
         return {name.removeprefix("agent."): float(params[name]) for name in sorted(self.traced)}
 
     def apply(self, config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +49,14 @@ class Space:
 
 
 def read_space(config: Config) -> Space:
-    """What `config["search"]` says: like the configuration itself, with sets for values.
+    """Reads `config["search"]`, which is like the configuration, with sets instead of values.
 
         {"agent": {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "num_epochs": [1, 2]}}
 
-    A list has the choices; `low` and `high` bound a range, of whole numbers where both are and the
-    hyperparameter is static; with `step`, or `log: True`. `None` varies nothing.
+    A list holds choices. `low` and `high` bound a range, optionally with `step`, or `log: True`; it
+    is of whole numbers if both are, and the hyperparameter is static. `None` varies nothing.
 
-    **Raises:** `UsageError` for what is unknown, no set of values, or of a part not chosen.
+    **Raises:** `UsageError` for an unknown name, an invalid set, or an option of a part not chosen.
     """
     known = flat({key: config.get(key) for key in VARIED}).keys()
     leaves = {f"agent.{name}" for name in traced(config)}
@@ -68,7 +68,7 @@ def read_space(config: Config) -> Space:
         check_of_chosen(config["agent"], name.removeprefix("agent."), also)
     if not nodes:
         raise UsageError(
-            "there is nothing to search: choose a space (search=pqn), or write one "
+            "the search space is empty: choose one (search=pqn), or write one "
             "(search.agent.learning_rate=[1e-4,1e-3])"
         )
     return Space(
@@ -79,7 +79,7 @@ def read_space(config: Config) -> Space:
 
 
 def check_space(config: Config, space: Space, env: Env) -> None:
-    """Raises `UsageError` where one of the values cannot be the agent's, on its own."""
+    """Raises `UsageError` if one of the values, on its own, is invalid for the agent."""
     one = {**config, "num_seeds": 1}
     for name, distribution in space.distributions.items():
         ends = getattr(distribution, "choices", None) or (distribution.low, distribution.high)
@@ -112,7 +112,7 @@ def _distribution(name: str, node: Any, leaves: set[str]) -> Any:
 
 
 def _nodes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Sets of values by their key. Raises `UsageError` for what is none."""
+    """Yields sets of values with their keys. Raises `UsageError` for anything else."""
     for key, node in tree.items():
         name = prefix + key
         if isinstance(node, Mapping) and not _is_range(node):
@@ -139,7 +139,7 @@ def _is_structured(node: Any) -> bool:
 
 
 def import_optuna() -> Any:
-    """The package, which nothing but a search needs. Raises `MissingExtraError`."""
+    """Imports Optuna, which only searches need. Raises `MissingExtraError`."""
     try:
         import optuna
     except ImportError:

@@ -1,9 +1,9 @@
-"""What is said of returns over seeds and games.
+"""Statistics of returns over seeds and games.
 
 Interquartile means with 95 % intervals from a stratified bootstrap (Agarwal et al. 2021, "Deep RL
-at the edge of the statistical precipice", arXiv 2108.13264: rliable's method). Atari is also given
-human-normalised, from the no-op scores in `atari_scores.csv` (Wang et al. 2016, arXiv 1511.06581,
-as tabulated by Badia et al. 2020, arXiv 2003.13350, Appendix H).
+at the edge of the statistical precipice", arXiv 2108.13264: rliable's method). Atari scores are
+also human-normalised, with the no-op scores in `atari_scores.csv` (Wang et al. 2016, arXiv
+1511.06581, as tabulated by Badia et al. 2020, arXiv 2003.13350, Appendix H).
 """
 
 import csv
@@ -24,7 +24,7 @@ def interval(
 ) -> tuple[float, float]:
     """95 % percentile interval of the interquartile mean.
 
-    Stratified: seeds are drawn anew for every task by itself.
+    Stratified: seeds are resampled for each task separately.
     """
     seeds, tasks = scores.shape
     draws = np.random.default_rng(0).integers(seeds, size=(resamples, seeds, tasks))
@@ -34,7 +34,7 @@ def interval(
 
 
 def _middle(scores: Float[np.ndarray, "rows scores"]) -> Float[np.ndarray, " rows"]:
-    from scipy import stats  # here: every script would wait for it
+    from scipy import stats  # imported here, since it would delay every script
 
     return stats.trim_mean(scores, 0.25, axis=1)
 
@@ -42,9 +42,9 @@ def _middle(scores: Float[np.ndarray, "rows scores"]) -> Float[np.ndarray, " row
 def human_normalised(
     game: str, returns: Float[np.ndarray, "*seeds"]
 ) -> Float[np.ndarray, "*seeds"] | None:
-    """0 is a random player, 1 a human one; `None` where nobody has measured those.
+    """Scores where 0 is a random player and 1 a human; `None` for games without these scores.
 
-    **Arguments:** `game`: of Atari, such as `"Pong"`.
+    **Arguments:** `game`: an Atari game, such as `"Pong"`.
     """
     if game not in _atari_scores():
         return None
@@ -54,7 +54,7 @@ def human_normalised(
 
 @functools.cache
 def _atari_scores() -> dict[str, tuple[float, float]]:
-    """Of each game what a random player comes to, and a human one."""
+    """The scores of a random and a human player, by game."""
     with Path(__file__).with_name("atari_scores.csv").open() as file:
         return {
             row["game"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)

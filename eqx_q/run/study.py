@@ -1,4 +1,4 @@
-"""Optuna's study in a directory that processes share, and may die in."""
+"""An Optuna study in a directory that several processes share, robust to dying processes."""
 
 import contextlib
 import fcntl
@@ -21,27 +21,27 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "random", "grid")
 STUDY = "study.journal"
-_PATIENCE = 60.0  # seconds to wait for another process, which needs far less than one
+_PATIENCE = 60.0  # seconds to wait for another process, which usually needs far less than one
 
 
 class SharedStudy:
     """A search's trials on disk: every process that opens the directory takes part.
 
-    A process that dies leaves its locks to the kernel, and by that the others see that its
-    unfinished trials are to be given up.
+    When a process dies, the kernel releases its locks; from that the others notice that its
+    unfinished trials must be given up.
 
     **Arguments:**
 
     - `directory`: of the search; the trials are in `study.journal`.
-    - `space`: what is proposed.
-    - `sampler`: who proposes. `"tpe"` learns from the trials before (Bergstra et al. 2011),
+    - `space`: the search space.
+    - `sampler`: proposes trials. `"tpe"` learns from earlier trials (Bergstra et al. 2011),
         `"random"` does not, `"grid"` proposes every combination of choices once.
-    - `maximize`: the sign of what trials are told.
-    - `seed`: of proposals, together with how many trials there have been.
+    - `maximize`: whether higher results are better.
+    - `seed`: of proposals, together with the number of trials so far.
 
-    **Attributes:** `alone`: a lock for what one process at a time may do.
+    **Attributes:** `alone`: a lock for operations of one process at a time.
 
-    **Raises:** `UsageError` where the storage is locked or damaged.
+    **Raises:** `UsageError` if the storage is locked or damaged.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class SharedStudy:
         self.alone = _Lock(directory / ".alone.lock")
         self._name = uuid.uuid4().hex
         self._alive = _Lock(self._workers / self._name)
-        with self.alone:  # nobody is taken for dead who is about to lock
+        with self.alone:  # so that no process looks dead before it has its lock
             for worker in self._workers.iterdir():
-                self._is_alive(worker.name)  # what the dead left goes
+                self._is_alive(worker.name)  # removes the files of dead processes
             self._alive.acquire()
         try:
             self.study = _open(directory / STUDY, "maximize" if maximize else "minimize")
@@ -69,35 +69,35 @@ class SharedStudy:
             raise
 
     def close(self) -> None:
-        """Leaves the search; what this process has not finished, others may give up."""
+        """Leaves the search; other processes may then give up its unfinished trials."""
         (self._workers / self._name).unlink(missing_ok=True)
         self._alive.release()
 
     @property
     def finished(self) -> list[Any]:
-        """Trials that came to a result, pruned ones included."""
+        """Trials with a result, including pruned ones."""
         return self._in_states("COMPLETE", "PRUNED")
 
     @property
     def complete(self) -> list[Any]:
-        """Trials that came to the end."""
+        """Trials that ran to the end."""
         return self._in_states("COMPLETE")
 
     @property
     def best(self) -> Any | None:
-        """The best trial of those that came to the end; `None` before there is one."""
+        """The best complete trial; `None` before there is one."""
         return self.study.best_trial if self.complete else None
 
     def ask(self, num_trials: int, at_most: int) -> list[Any]:
-        """Proposes trials that share their static values, and have consecutive numbers.
+        """Proposes trials that share their static values, with consecutive numbers.
 
-        **Arguments:** `num_trials`: of the whole search. `at_most`: of them now.
+        **Arguments:** `num_trials`: of the whole search. `at_most`: the maximum now.
 
-        **Returns:** none where all are finished, or taken by others.
+        **Returns:** the trials; empty if all are finished, or taken by other processes.
         """
         optuna = self._optuna
         with self.alone:
-            # In this order: who finishes between the two is in both, not in neither.
+            # In this order, a trial that finishes in between is in both lists, not in neither.
             taken = {t.number: t.params for t in [*self._running(), *self.finished]}
             left = num_trials - len(taken)
             if left <= 0:
@@ -105,7 +105,7 @@ class SharedStudy:
             if self._grid is not None:
                 return self._ask_grid(list(taken.values()), left, at_most)
             size = _even(left, at_most)
-            # Seeded anew, so that a search that goes on does not repeat what it proposed before.
+            # A new seed for each batch, so that a resumed search does not repeat its proposals.
             number = len(self.study.get_trials(deepcopy=False))
             (seed,) = np.random.SeedSequence([self._seed, number]).generate_state(1)
             kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
@@ -115,7 +115,7 @@ class SharedStudy:
             return [first, *(self._ask_one(sampler) for _ in range(size - 1))]
 
     def tell(self, trial: Any, value: float | None, **attributes: Any) -> None:
-        """Ends a trial: with its result, or where that is `None` as a pruned one."""
+        """Ends a trial with its result, or as pruned if that is `None`."""
         for name, attribute in attributes.items():
             trial.set_user_attr(name, attribute)
         if value is None:
@@ -124,12 +124,12 @@ class SharedStudy:
             self.study.tell(trial, value)
 
     def unfinished(self, trials: list[Any]) -> list[Any]:
-        """Those of them that have not ended."""
+        """Those of `trials` that have not ended."""
         ended = {trial.number for trial in self.finished}
         return [trial for trial in trials if trial.number not in ended]
 
     def give_up(self, trial: Any) -> None:
-        """Ends a trial, unless it has ended: another one takes its place."""
+        """Marks a trial as failed unless it has ended; another one will replace it."""
         failed = self._optuna.trial.TrialState.FAIL
         self.study.tell(trial.number, state=failed, skip_if_finished=True)
 
@@ -149,7 +149,7 @@ class SharedStudy:
         return [self._ask_one(_fixed(point, anyone)) for point in batch]
 
     def _running(self) -> list[Any]:
-        """Trials that somebody is at; those of the dead are given up."""
+        """Trials that a process is working on; gives up those of dead processes."""
         running = self._in_states("RUNNING")
         is_alive = {name: self._is_alive(name) for name in {_worker(t) for t in running}}
         for trial in running:
@@ -175,7 +175,7 @@ class SharedStudy:
 
 
 def _even(number: int, at_most: int) -> int:
-    """The size of batches of `number` things: those of equal size compile once."""
+    """The size of equal batches of `number` things, since equal sizes compile once."""
     return -(-number // -(-number // at_most))
 
 
@@ -184,7 +184,7 @@ def _worker(trial: Any) -> str:
 
 
 def _fixed(params: dict[str, Any], sampler: Any) -> Any:
-    """Who proposes these parameters, and the others as `sampler` does."""
+    """A sampler that proposes these parameters, and the others like `sampler`."""
     optuna = import_optuna()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -192,7 +192,7 @@ def _fixed(params: dict[str, Any], sampler: Any) -> Any:
 
 
 def _grid(space: Space) -> list[dict[str, Any]]:
-    """Every combination, those that share static values side by side."""
+    """Every combination, ordered so that those that share static values are adjacent."""
     names = sorted(space.distributions, key=lambda name: name in space.traced)
     values = []
     for name in names:
@@ -207,7 +207,7 @@ def _grid(space: Space) -> list[dict[str, Any]]:
 
 
 def _open(path: Path, direction: str) -> Any:
-    """The study that a file holds, made where there is none."""
+    """Opens the study in a file, or creates it."""
     optuna = import_optuna()
     lock = _Lock(path.with_name(f"{path.name}.lock"))
 
@@ -230,33 +230,33 @@ def _open(path: Path, direction: str) -> Any:
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         raise CorruptFileError(
             f"'{path}' is damaged ({type(error).__name__}: {error}): delete that line, or "
-            "begin the search anew in another directory"
+            "start a new search in another directory"
         ) from None
 
 
 def _check_lines(path: Path) -> None:
-    """Raises `ValueError` where one is damaged. Half of one, at the end, a killed process left."""
+    """Raises `ValueError` for a damaged line. Drops a partial last line of a killed process."""
     *lines, half = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines, 1):
         try:
             unseal(json.loads(line), required=False)  # earlier versions have no checksum
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
-    if half:  # the next line would follow on it
-        logger.warning("the last line of '%s' is half written: it is left out", path)
+    if half:  # the next line would be appended to it
+        logger.warning("dropped the incomplete last line of '%s'", path)
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - len(half))
 
 
 class _Lock:
-    """A lock that the kernel takes back from a process that dies; Optuna's outlive theirs."""
+    """A lock that the kernel releases when its process dies, unlike Optuna's locks."""
 
     def __init__(self, path: Path, patience: float | None = None):
         self._path, self._patience = path, patience
         self._file: Any = None
 
     def acquire(self) -> bool:
-        """Waits. Raises `UsageError` where that takes too long, or the file cannot be made."""
+        """Waits for the lock. Raises `UsageError` on timeout, or if the file cannot be made."""
         try:
             file = open(self._path, "a")  # noqa: SIM115
         except OSError as error:
@@ -271,12 +271,12 @@ class _Lock:
                 if time.monotonic() >= deadline:
                     file.close()
                     raise UsageError(
-                        f"another process holds '{self._path}': end it, and run this again"
+                        f"another process holds '{self._path}': end it, then run this again"
                     ) from None
             time.sleep(0.01)
 
     def release(self) -> None:
-        """Lets others in."""
+        """Releases the lock."""
         self._file.close()
 
     def __enter__(self) -> "_Lock":

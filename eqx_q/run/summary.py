@@ -1,4 +1,4 @@
-"""What a run leaves for the record."""
+"""The summary of a run, and its provenance."""
 
 import contextlib
 import json
@@ -24,29 +24,29 @@ _SUITE_PACKAGES = (*(suite.package for suite in SUITES.values()), "mpe2")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes indented JSON with a checksum of itself; what is not finite becomes `null`."""
+    """Writes indented JSON with a checksum of itself; non-finite numbers become `null`."""
     write_whole(path, [seal(_finite(value))])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote, or an earlier version without a checksum.
+    """Reads a file of `write_json`, or of an earlier version without a checksum.
 
-    **Raises:** `CorruptFileError` where it is damaged, `OSError` where it cannot be read.
+    **Raises:** `CorruptFileError` if it is damaged, `OSError` if it cannot be read.
     """
     try:
         return unseal(json.loads(path.read_bytes()), required=False)
     except ValueError as error:
         raise CorruptFileError(
-            f"'{path}' is damaged or was edited ({error}): make it anew, or delete it"
+            f"'{path}' is damaged or was edited ({error}): write it again, or delete it"
         ) from error
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """The summary of a run that came to its end and whose agent is there, else `None`."""
+    """The summary of a run that is finished and has its agent, else `None`."""
     try:
         summary = read_json(directory / "summary.json")
     except CorruptFileError as error:
-        logger.warning("%s; the run counts as not finished, and a resume ends it again", error)
+        logger.warning("%s; the run counts as unfinished, and a resume writes its end again", error)
         return None
     except OSError:
         return None
@@ -65,13 +65,13 @@ def _finite(value: Any) -> Any:
 
 
 def episode_means(played: Episodes) -> dict[str, list[float]]:
-    """Per member, of the length and of what the suite says of episodes."""
+    """Means per member of episode lengths and the suite's metrics."""
     values = {"length": played.lengths, **played.metrics}
     return {name: np.atleast_2d(x).mean(1).tolist() for name, x in values.items()}
 
 
 def provenance() -> dict[str, Any]:
-    """The device, the versions of what matters where it is installed, and our commit."""
+    """The device, the versions of relevant packages that are installed, and eqx_q's commit."""
     versions = {"python": platform.python_version()}
     for package in ("eqx_q", "jax", "jaxlib", "equinox", "optax", "numpy", *_SUITE_PACKAGES):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -81,7 +81,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, `-dirty` where files differ; `None` outside of one."""
+    """The commit of this checkout, with `-dirty` if files differ; `None` outside a checkout."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None

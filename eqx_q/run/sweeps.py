@@ -1,4 +1,4 @@
-"""One summary over the runs of a sweep."""
+"""Summarises the runs of a sweep."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from .settings import Config, env_name, flat
 from .statistics import human_normalised, interval, iqm
 from .summary import finished, write_json
 
-METRICS = {  # by the name in `summary.json`: that in `metrics.jsonl`
+METRICS = {  # names in `summary.json`, and the corresponding ones in `metrics.jsonl`
     "eval_return": "eval/return",
     "best_eval_return": "eval/return",
     "train_return": "episode_return",
@@ -25,11 +25,11 @@ METRICS = {  # by the name in `summary.json`: that in `metrics.jsonl`
 
 
 class Result(NamedTuple):
-    """What one seed came to.
+    """The result of one seed.
 
-    `member`: which one of those that its run trained with `seed`. `setting`: what else the runs of
-    this environment differ in. `normalised`: the return where 0 is a random player of Atari, and 1
-    a human one. `curve`: steps and returns.
+    `member`: its index among the members that the run trained with `seed`. `setting`: the options,
+    other than seeds, in which runs of this environment differ. `normalised`: the Atari return on a
+    scale where 0 is a random player and 1 a human. `curve`: steps and returns.
     """
 
     env: str
@@ -45,15 +45,15 @@ class Result(NamedTuple):
 def summarize_sweep(
     runs: Sequence[tuple[Config, Path]], out: Path, *, metric: str = "eval_return"
 ) -> dict[str, Any]:
-    """Compares the runs of a sweep; those without results so far are left out, and named.
+    """Compares the runs of a sweep; those without results are left out, and listed.
 
-    In `out` are then `sweep.json`, `sweep.csv` (a row for each seed), `sweep.md` and `sweep.png`.
+    Writes `sweep.json`, `sweep.csv` (a row per seed), `sweep.md` and `sweep.png` to `out`.
 
     **Arguments:** `runs`: configurations with their directories. `metric`: `eval_return` (greedy,
     at the end), `best_eval_return`, or `train_return` (with exploration, in the last tenth).
 
     **Returns:** the contents of `sweep.json`.
-    **Raises:** `UsageError` where no run is finished, or none has the metric; `MissingExtraError`
+    **Raises:** `UsageError` if no run is finished, or none has the metric; `MissingExtraError`
     without Matplotlib.
     """
     if metric not in METRICS:
@@ -61,7 +61,7 @@ def summarize_sweep(
     results = [result for run in _named(runs) for result in _results(*run, metric)]
     if not results:
         raise UsageError(
-            f"none of the {len(runs)} runs is finished and has {metric}: go on with the sweep, or "
+            f"none of the {len(runs)} runs is finished and has {metric}: continue the sweep, or "
             f"choose another metric ({', '.join(METRICS)})"
         )
     counted = {result.directory for result in results}
@@ -80,7 +80,7 @@ def summarize_sweep(
 
 
 def as_markdown(told: Mapping[str, Any]) -> str:
-    """What `summarize_sweep` returns, as tables."""
+    """Formats the result of `summarize_sweep` as tables."""
     lines = [
         "| environment | setting | seeds | mean | IQM, 95 % interval | human-normalised | each |",
         "|---|---|---|---|---|---|---|",
@@ -113,7 +113,7 @@ def as_markdown(told: Mapping[str, Any]) -> str:
 
 
 def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, str]]:
-    """Each run with what tells it from others in the same environment, but for its seeds."""
+    """Each run with the options, other than seeds, that distinguish it in its environment."""
     every = [flat(config) for config, _ in runs]
     of_env = defaultdict(list)
     for (config, _), values in zip(runs, every, strict=True):
@@ -130,7 +130,7 @@ def _named(runs: Sequence[tuple[Config, Path]]) -> Iterator[tuple[Config, Path, 
 
 
 def _results(config: Config, directory: Path, setting: str, metric: str) -> Iterator[Result]:
-    """Of every seed of a run, if it is finished."""
+    """The results of all seeds of a run, if it is finished."""
     summary = finished(directory) or {}
     values = summary.get(f"{metric}_per_seed")
     if values is None:
@@ -170,7 +170,7 @@ def _curves_of(
 def _groups(
     results: Iterable[Result], names: tuple[str, ...]
 ) -> list[tuple[tuple[str, ...], list[Result]]]:
-    """Results that have the same values of some fields, by those values, in their order."""
+    """Groups results by the values of some fields, in the order of these."""
     groups = defaultdict(list)
     for result in results:
         groups[tuple(getattr(result, name) for name in names)].append(result)
@@ -178,7 +178,7 @@ def _groups(
 
 
 def _of_one(names: tuple[str, ...], results: list[Result]) -> dict[str, Any]:
-    """One environment at one setting."""
+    """Statistics of one environment at one setting."""
     setting, env = names
     results = sorted(results, key=lambda result: (result.seed, result.member))
     values = np.array([result.value for result in results])
@@ -197,7 +197,10 @@ def _of_one(names: tuple[str, ...], results: list[Result]) -> dict[str, Any]:
 
 
 def _overall(names: tuple[str, ...], results: list[Result]) -> dict[str, Any]:
-    """Human-normalised over all games at one setting; the interval where all have equal seeds."""
+    """Human-normalised statistics over all games at one setting.
+
+    The interval is computed if all games have the same number of seeds.
+    """
     known = [result for result in results if result.normalised is not None]
     games = [
         np.array([result.normalised for result in group], float)
@@ -234,7 +237,7 @@ def _csv(results: Iterable[Result]) -> str:
 
 
 def _curves(results: Sequence[Result], name: str) -> bytes:
-    """A picture with an axis for each environment: seeds thin, their mean thick, as a PNG."""
+    """A PNG with a plot for each environment: seeds as thin lines, their mean as a thick one."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D

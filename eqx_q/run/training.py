@@ -1,4 +1,4 @@
-"""Training as a configuration says, online or from data."""
+"""Trains as a configuration describes, online or offline."""
 
 import contextlib
 import dataclasses
@@ -67,13 +67,13 @@ def train_run(
     resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
-    """Trains as `config` says, and leaves the results in `directory`.
+    """Trains as `config` describes, and writes the results to `directory`.
 
-    **Arguments:** `on_start`: called when all that `config` asks for has been made.
+    **Arguments:** `on_start`: called once everything in `config` has been made.
 
-    **Returns:** the summary, which is in `summary.json` too. Of several processes (see
-    `eqx_q.processes`) the first one writes it and all else, and the others return `None`.
-    **Raises:** `UsageError` for what the configuration gets wrong.
+    **Returns:** the summary, which is also in `summary.json`. With several processes (see
+    `eqx_q.processes`), the first one writes all files, and the others return `None`.
+    **Raises:** `UsageError` for an invalid configuration.
     """
     started = time.perf_counter()
     settings = read_settings(config)
@@ -110,16 +110,16 @@ def train_run(
         else:
             how["sampling"] = make_sampling(settings)
             check_data(config, env, dataset)
-            start_offline(agent, dataset, key=key)  # all refuse what does not fit
+            start_offline(agent, dataset, key=key)  # these raise if the data do not fit
             blocks_of(run_state, dataset, how["sampling"])
-            logger.info("reading the data, to compare checksums")
+            logger.info("reading the data to verify checksums")
             dataset.verify()
             learn = functools.partial(
                 train_offline, agent, dataset, num_updates=settings.total, **how
             )
         has_learnt = run_state is not None and _done(run_state) >= settings.total
-        if not is_first_process():  # the first one writes, evaluates, and says when to stop
-            told = contextlib.suppress(DivergedError)  # by the first one
+        if not is_first_process():  # the first one writes, evaluates, and decides when to stop
+            told = contextlib.suppress(DivergedError)  # reported by the first one
             with Interrupt(place) as interrupt, told:
                 if not has_learnt:
                     learn(callbacks=[interrupt])
@@ -129,7 +129,7 @@ def train_run(
         if has_learnt:
             _end_again(settings, crew, run_state)
         else:
-            logger.info("compiling, and making the first steps")
+            logger.info("compiling and taking the first steps")
             try:
                 learn(callbacks=crew.callbacks)
             except DivergedError as error:
@@ -151,7 +151,7 @@ def train_run(
 
 @contextlib.contextmanager
 def _naming_checkpoint(checkpoints: Path) -> Iterator[None]:
-    """Where a lane breaks inside, it is told what is left."""
+    """Adds the last checkpoint to the message of a `LaneError`."""
     try:
         yield
     except LaneError as error:
@@ -161,10 +161,10 @@ def _naming_checkpoint(checkpoints: Path) -> Iterator[None]:
 def _in_rounds(
     settings: Settings, pbt: PBTSettings, agent: Any
 ) -> tuple[Settings, PopulationBasedTraining]:
-    """Population-based training, with whole rounds between all that cuts a training into chunks.
+    """Sets up population-based training, and cuts the run into chunks of whole rounds.
 
-    A chunk is what members are judged by: it must not depend on the machine's speed, nor be the
-    little that is left of a round after an evaluation.
+    Members are judged by a chunk: it must not depend on the machine's speed, nor be a short rest of
+    a round after an evaluation.
     """
     steps = agent.learns_from.units(settings.num_envs)
     updates = -(-pbt.every // steps)
@@ -194,13 +194,13 @@ def _in_rounds(
 
 
 def _done(run_state: Any) -> int:
-    """How far a run is, in what it counts in."""
+    """The progress of a run, in its unit."""
     (done,) = learnt(run_state.agent).values()
     return done
 
 
 def check_data(config: Config, env: Env, dataset: Dataset) -> None:
-    """Says what the data are of; raises `UsageError` where that is another game than `env`."""
+    """Logs a description of the data; raises `UsageError` if their game is not that of `env`."""
     of_data = dataset.description
     logger.info(
         "data: %s, %s transitions in %s episodes of %s",
@@ -212,15 +212,15 @@ def check_data(config: Config, env: Env, dataset: Dataset) -> None:
     suite, _, name = of_data.env.partition("/")
     if suite in SUITES and name != config["env"]["name"]:
         raise UsageError(
-            f"'{dataset.path}' is of {of_data.env}, and the environment is {env_name(config)}: "
-            f"choose the data's with env.name={name}"
+            f"'{dataset.path}' is of {of_data.env}, but the environment is {env_name(config)}: "
+            f"choose that of the data with env.name={name}"
         )
     ours = {**env.recording.preprocessing, **given(config["protocol"])}
     for option in sorted(ours.keys() & of_data.preprocessing.keys()):
         theirs = of_data.preprocessing[option]
         if ours[option] != theirs:
             logger.warning(
-                "the data were recorded with %s=%s, evaluations have %s",
+                "the data were recorded with %s=%s, but evaluations use %s",
                 option,
                 theirs,
                 ours[option],
@@ -228,7 +228,7 @@ def check_data(config: Config, env: Env, dataset: Dataset) -> None:
 
 
 def check_kind(settings: Settings, agent: Agent) -> None:
-    """Raises `UsageError` where an agent has nothing to learn from."""
+    """Raises `UsageError` if the agent is offline without data, or online with data."""
     is_offline = isinstance(agent.learns_from, Batches)
     if is_offline and settings.data is None:
         raise UsageError(
@@ -237,40 +237,40 @@ def check_kind(settings: Settings, agent: Agent) -> None:
         )
     if not is_offline and settings.data is not None:
         raise UsageError(
-            "this agent learns from environments, and data=... is no use to it: leave that out, "
+            "this agent learns from environments, so data=... is not supported: leave it out, "
             "or choose agent=cql, dqn or bc"
         )
 
 
 def _exact(settings: Settings, agent: Any, env: Env) -> Env:
-    """`env`, which is told to keep what a resume replays, where `exact_resume` needs that."""
+    """Wraps `env` in `Exact`, to keep its actions for a resume, if `exact_resume` needs it."""
     if not (settings.exact_resume and env.on_host and settings.data is None):
         return env
     if jax.process_count() > 1:
-        raise UsageError("exact_resume=true is for one process: leave it out, or distributed")
+        raise UsageError("exact_resume=true is for one process: leave out it or distributed")
     config = settings.config
     if config.get("env_timeout") is not None or config.get("on_env_error", "stop") != "stop":
         raise UsageError(
-            "exact_resume=true replays what environments did, and cannot replay that they broke: "
-            "leave it out, or on_env_error=restart and env_timeout"
+            "exact_resume=true cannot replay failures of environments: leave it out, or leave out "
+            "on_env_error=restart and env_timeout"
         )
     if settings.pbt is not None and settings.pbt.fitness.startswith("eval/"):
         raise UsageError(
-            "exact_resume=true does not hold for evaluations, which begin new episodes, and by "
-            f"pbt.fitness={settings.pbt.fitness} they decide: give pbt.fitness=episode_return"
+            "exact_resume=true does not repeat evaluations, on which "
+            f"pbt.fitness={settings.pbt.fitness} depends: give pbt.fitness=episode_return"
         )
     updates = math.ceil(settings.total / agent.learns_from.units(settings.num_envs))
     return Exact(env, updates * agent.learns_from.length)
 
 
 def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> Any:
-    """Where the run stands, with the hyperparameters of a fresh agent where those may change."""
+    """The saved run state, with the hyperparameters of `fresh` that may change."""
     run_state, path = load_latest(directory / "checkpoints")
     done, total, kind = _done(run_state), settings.total, settings.kind
     if done >= total and _has_results(kind, directory, done):
         unit = kind.unit.split("_")[-1]
         raise UsageError(
-            f"this run has made its {done:,} {unit}: give a larger {kind.total} to go on"
+            f"this run has completed its {done:,} {unit}: give a larger {kind.total} to continue"
         )
     if done >= total:
         return run_state
@@ -284,7 +284,7 @@ def _restored(settings: Settings, directory: Path, env: Env, fresh: Agent) -> An
 
 
 def _has_results(kind: Kind, directory: Path, done: int) -> bool:
-    """Whether the agent and the summary of a run that came so far are there."""
+    """Whether the agent and the summary of a run with `done` steps exist."""
     try:
         summary = read_json(directory / "summary.json")
         return summary[kind.unit] >= done and (directory / "agent.eqx").exists()
@@ -293,9 +293,9 @@ def _has_results(kind: Kind, directory: Path, done: int) -> bool:
 
 
 def _end_again(settings: Settings, crew: "_Crew", run_state: Any) -> None:
-    """What was left to do where a run was killed after its last checkpoint.
+    """Finishes a run that was killed after its last checkpoint.
 
-    How long training took is not known any more.
+    The duration of its training is unknown.
     """
     kind, total = settings.kind, settings.total
     metrics = {
@@ -313,7 +313,7 @@ def _end_again(settings: Settings, crew: "_Crew", run_state: Any) -> None:
 
 
 class _Crew(NamedTuple):
-    """The callbacks of a run; those that are asked something afterwards, by name."""
+    """The callbacks of a run; those that are used afterwards, by name."""
 
     callbacks: list[Any]
     interrupt: Interrupt
@@ -332,14 +332,14 @@ def _crew(
     place: Placement,
     stack: contextlib.ExitStack,
 ) -> _Crew:
-    """What a run needs beside learning. Those that add metrics come before those that log them."""
+    """Makes the callbacks of a run. Those that add metrics come before those that log them."""
     limit = settings.eval.time_fraction
     budget = TimeBudget(np.inf if limit is None else limit)
     begin = 0 if run_state is None else _done(run_state)
     tracker = close_later(stack, _tracker(settings, directory, begin))
     evaluation = make_evaluation(settings, env, budget, stack)
     recorder = _Recorder(begin)
-    for row in read_metrics(directory / "metrics.jsonl", begin):  # of before a resume
+    for row in read_metrics(directory / "metrics.jsonl", begin):  # from before a resume
         recorder(run_state, row | {settings.kind.metric: settings.total})
     keeper = _Keeper(directory / "agent.eqx")
     checkpoint = _checkpoint(settings, env, directory)
@@ -349,7 +349,7 @@ def _crew(
         evaluation,
         evolution,
         recorder,
-        tracker,  # a line for each step that is resumed from; later ones are dropped then
+        tracker,  # before the checkpoint: a resume needs its line, and drops later ones
         keeper,
         checkpoint,
         close_later(stack, Progress()),
@@ -360,7 +360,7 @@ def _crew(
 
 
 class _Keeper:
-    """Saves the agent at the end; before the checkpoint, which is larger and may not fit."""
+    """Saves the agent at the end, before the checkpoint, which is larger and may not fit."""
 
     overlap = True
 
@@ -373,10 +373,10 @@ class _Keeper:
 
 
 class _Recorder:
-    """Remembers what a summary tells.
+    """Collects data for the summary.
 
-    That is the last metrics, returns in the last tenth of the training, and the best evaluation of
-    each member with where it took place.
+    These are the last metrics, returns in the last tenth of the training, and the best evaluation
+    of each member, with its step.
     """
 
     def __init__(self, begin: int):
@@ -396,7 +396,7 @@ class _Recorder:
         self.remember_best(metrics)
 
     def remember_best(self, metrics: Metrics) -> None:
-        """Notes each member's best evaluation so far."""
+        """Records each member's best evaluation so far."""
         if "eval/return" in metrics:
             now = clock(metrics)
             returns = np.atleast_1d(np.array(metrics["eval/return"], float))
@@ -425,7 +425,7 @@ class _Recorder:
 def make_evaluation(
     settings: Settings, env: Env, budget: TimeBudget, stack: contextlib.ExitStack
 ) -> Evaluation | None:
-    """The callback, in an environment that the stack closes; `None` where `eval.every` is 0."""
+    """Makes the callback and its environment, which the stack closes; `None` without `every`."""
     chosen = settings.eval
     if chosen.every == 0:
         return None
@@ -471,7 +471,7 @@ def _video(settings: Settings, env, directory, tracker, budget, stack) -> Video 
 
 
 def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
-    """`metrics.jsonl` always, and on top what the key `tracker` says."""
+    """Makes the tracker of `metrics.jsonl`, and the one of the key `tracker`."""
     members = None if settings.num_seeds == 1 else settings.num_seeds
     options = given(settings.config["tracker"])
     target = options.pop("_target_", None)
@@ -487,7 +487,7 @@ def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
 
 
 def _of_data(dataset: Dataset) -> dict[str, Any]:
-    """What a data set is, wherever it lies."""
+    """A description of a data set for the summary."""
     return {
         "path": str(dataset.path),
         "env": dataset.description.env,

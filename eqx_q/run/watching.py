@@ -1,4 +1,4 @@
-"""Watching what a run left behind: in a window, or as a GIF."""
+"""Shows the agent of a finished run in a window, or as a GIF."""
 
 import contextlib
 import logging
@@ -21,11 +21,11 @@ from .settings import Config, env_name, given
 
 logger = logging.getLogger(__name__)
 
-# Shows a frame for as long as a step takes, and says whether the window is still open.
+# Shows a frame for the duration of a step, and returns whether the window is still open.
 Show = Callable[[Frame], bool]
 
 _MOST_FRAMES = 1000  # of a GIF
-_SIDE = 480  # pixels of a window, about
+_SIDE = 480  # pixels of a window, roughly
 
 
 def watch_run(
@@ -41,19 +41,19 @@ def watch_run(
     seed: int = 0,
     protocol: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Plays episodes, in a window where there is a screen, and logs what they came to.
+    """Plays episodes in a window, if there is a screen, and logs their returns.
 
     **Arguments:**
 
-    - `out`: a GIF to write. `otherwise`: the one that is written where there is no screen.
-    - `member`: of several seeds the one to watch, by default the best in the last evaluation.
-    - `fps`: steps in a second.
+    - `out`: a GIF to write. `otherwise`: the GIF to write without a screen if `out` is `None`.
+    - `member`: the one to watch of several seeds; by default the best in the last evaluation.
+    - `fps`: steps per second.
     - `epsilon`: probability of a random action; 0 is greedy.
-    - `protocol`: options of the environment that differ from training; by default those of the
-        run's own evaluations.
+    - `protocol`: environment options that differ from training; by default those of the run's own
+        evaluations.
 
-    **Returns:** the return of each episode; closing the window ends the last one early.
-    **Raises:** `UsageError` where the environment cannot be drawn, or there is nothing to play.
+    **Returns:** the returns of the episodes; closing the window ends the last one early.
+    **Raises:** `UsageError` if the environment cannot be rendered, or the run is not finished.
     """
     agent, _ = one_of(trained_agent(directory), read_summary(directory), member)
     frames, stride, steps, returns = [], 1, 0, []
@@ -73,8 +73,8 @@ def watch_run(
                 frame = draw(env, state, timestep)
                 if frame is None:
                     raise UsageError(
-                        f"{env_name(config)} cannot be drawn: scripts/evaluate.py tells how the "
-                        "agent plays"
+                        f"{env_name(config)} cannot be rendered: see the agent's returns with "
+                        "scripts/evaluate.py"
                     )
                 if out is not None and steps % stride == 0:
                     frames.append(frame)
@@ -90,15 +90,15 @@ def watch_run(
                 break
     if out is not None:
         write_gif(out, frames, fps / stride, max_bytes=2_000_000)
-        logger.info("written to %s", out)
+        logger.info("wrote %s", out)
     return returns
 
 
 @contextlib.contextmanager
 def _window(title: str, fps: float) -> Iterator[Show | None]:
-    """A window of pygame, which most environments draw with, else of Matplotlib.
+    """A window of pygame, which most environments render with, else of Matplotlib.
 
-    `None` where there is no screen.
+    Yields `None` if there is no screen.
     """
     show, close = _of_pygame(title, fps) or _of_matplotlib(title, fps) or (None, lambda: None)
     try:
@@ -116,7 +116,7 @@ def _of_pygame(title: str, fps: float) -> tuple[Show, Callable[[], Any]] | None:
         pygame.display.init()
     except ImportError:
         return None
-    except pygame.error:  # DISPLAY names a screen that is not there
+    except pygame.error:  # DISPLAY names a missing screen
         return None
     if pygame.display.get_driver() in ("dummy", "offscreen"):
         pygame.display.quit()

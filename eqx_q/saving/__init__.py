@@ -1,1 +1,1 @@
-"""Trees on disk: files that appear whole, checkpoints, exported agents."""
+"""Trees on disk: atomic file writes, checkpoints, exported agents."""

@@ -1,6 +1,6 @@
-"""Any tree of ours in one self-describing file, and checkpoints of a run.
+"""Saves trees in self-describing files, and manages checkpoints of a run.
 
-A file is a line of magic, a JSON header that `head -c 2000` shows, and the arrays' bytes:
+A file has a magic line, a JSON header (readable with `head -c 2000`), and the bytes of the arrays:
 
     eqx_q-file 0002 0000012345 <SHA-256 of the header>
     {"versions": …, "payload": {"bytes": …, "sha256": …},
@@ -8,7 +8,7 @@ A file is a line of magic, a JSON header that `head -c 2000` shows, and the arra
      "tree": …}
     <little-endian arrays, each aligned to 64 bytes; those of zeros alone have no offset, nor bytes>
 
-Nothing is pickled: `tree` is JSON; see `eqx_q.saving.structure` for what loading it may do.
+Nothing is pickled: `tree` is JSON; see `eqx_q.saving.structure` for what loading may execute.
 """
 
 import difflib
@@ -44,11 +44,11 @@ _logger = logging.getLogger(__name__)
 def save(path: str | os.PathLike, tree: PyTree) -> None:
     """Writes a tree (an agent, a run state) so that `load` needs nothing but the path.
 
-    Leaves may be arrays, PRNG keys, numbers, strings, Gymnasium spaces, and functions and classes
-    that can be imported. The file appears whole or not at all.
+    Leaves may be arrays, PRNG keys, numbers, strings, Gymnasium spaces, and importable functions
+    and classes. The write is atomic.
 
-    **Raises:** `UsageError` where a part cannot be saved (it names the part), or where the file
-    cannot be written; a file that stood there before is then unchanged.
+    **Raises:** `UsageError` if a part cannot be saved (the message names it), or if the file cannot
+    be written; an old file is then unchanged.
     """
     structure, table, arrays = encode(tree)
     arrays = [np.asarray(x, x.dtype.newbyteorder("<"), order="C") for x in arrays]
@@ -67,13 +67,13 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
 
 
 def load(path: str | os.PathLike) -> PyTree:
-    """Reads what `save` wrote, bit for bit; JAX arrays come back as such, NumPy's as NumPy's.
+    """Reads a file of `save`, bit for bit; JAX arrays stay JAX arrays, NumPy arrays NumPy arrays.
 
-    **Arguments:** `path`: of a file; or the name of an agent: `zoo:AGENT/ENV` of those that come
-    with eqx_q, `hf:USER/NAME` or `hf:USER/NAME@REVISION` of the Hugging Face hub.
+    **Arguments:** `path`: a file, or the name of an agent: `zoo:AGENT/ENV` for an agent that comes
+    with eqx_q, `hf:USER/NAME` or `hf:USER/NAME@REVISION` for one on the Hugging Face hub.
 
-    **Raises:** `CorruptFileError` where the file is damaged or not ours; `UsageError` where it is
-    missing, or names a class that cannot be imported or has other fields by now.
+    **Raises:** `CorruptFileError` if the file is damaged or not from eqx_q; `UsageError` if it is
+    missing, or names a class that cannot be imported or now has other fields.
     """
     path = locate(path) / AGENT if is_name(path) else Path(path)
     header, payload = _read(path)
@@ -81,27 +81,27 @@ def load(path: str | os.PathLike) -> PyTree:
         table, structure = header["arrays"], header["tree"]
         arrays = [_view(entry, payload) for entry in table]
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"'{path}' has arrays that make no sense ({error!r})") from error
+        raise CorruptFileError(f"'{path}' has invalid arrays ({error!r})") from error
     return decode(structure, table, arrays, f"'{path}'")
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """The header of a file that `save` wrote: versions, arrays, structure."""
+    """The header of a file of `save`: versions, arrays, structure."""
     return _read(Path(path))[0]
 
 
 def save_checkpoint(
     directory: str | os.PathLike, tree: PyTree, step: int, keep: int | None = 2
 ) -> Path:
-    """Writes `directory/<step>.ckpt`; of the files there, the newest `keep` good ones stay, or all.
+    """Writes `directory/<step>.ckpt`, and keeps the newest `keep` good files there; `None`: all.
 
-    **Returns:** the path. **Raises:** as `save` does; `UsageError` where `keep` is not at least 1.
+    **Returns:** the path. **Raises:** as `save` does; `UsageError` if `keep` is not at least 1.
     """
     if not (keep is None or (isinstance(keep, int) and keep >= 1)):
         raise UsageError(f"keep={keep}: give a whole number of checkpoints to keep, 1 or more")
     path = Path(directory) / f"{step:012d}.ckpt"
     save(path, tree)
-    for half in path.parent.glob(".[0-9]*.ckpt.tmp"):  # of a killed process, at another step
+    for half in path.parent.glob(".[0-9]*.ckpt.tmp"):  # left by a killed process
         half.unlink(missing_ok=True)
     if keep is None:
         return path
@@ -115,34 +115,34 @@ def save_checkpoint(
 
 
 def load_latest(directory: str | os.PathLike) -> tuple[PyTree, Path]:
-    """Loads the newest good checkpoint; damaged ones are passed over with a warning.
+    """Loads the newest good checkpoint; skips damaged ones with a warning.
 
-    **Returns:** the tree, and the file it came from.
-    **Raises:** `UsageError` where there is no checkpoint, or none that is good.
+    **Returns:** the tree, and its file.
+    **Raises:** `UsageError` if there is no good checkpoint.
     """
     candidates = checkpoints(directory)
     for candidate in candidates:
         try:
             return load(candidate), candidate
         except CorruptFileError as error:
-            _logger.warning("%s: trying the checkpoint before it", error)
+            _logger.warning("%s: trying the previous checkpoint", error)
     if candidates:
         raise CorruptFileError(
-            f"all {len(candidates)} checkpoints in '{directory}' are damaged: start the run anew"
+            f"all {len(candidates)} checkpoints in '{directory}' are damaged: start a new run"
         )
     raise UsageError(
-        f"there is no checkpoint in '{directory}': the run ended before its first, start it anew"
+        f"'{directory}' has no checkpoint, since the run ended before its first: start a new run"
     )
 
 
 def checkpoints(directory: str | os.PathLike) -> list[Path]:
-    """Checkpoints in a directory, the newest first; the stem of each is its step."""
+    """Checkpoints in a directory, newest first; their stems are their steps."""
     found = [p for p in Path(directory).glob("*.ckpt") if _CHECKPOINT_NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.stem), reverse=True)
 
 
 def newest_checkpoint(directory: str | os.PathLike) -> Path | None:
-    """The newest good checkpoint in a directory, if there is one."""
+    """The newest good checkpoint in a directory, or `None`."""
     return next(filter(_is_good, checkpoints(directory)), None)
 
 
@@ -170,7 +170,7 @@ def _head(versions: dict[str, str], payload: dict[str, Any], arrays: list, tree:
 
 
 def _payload(table: list[dict[str, Any]], arrays: list[np.ndarray]) -> Iterator[bytes | memoryview]:
-    """The bytes of the arrays, and of the gaps between them."""
+    """Yields the bytes of the arrays, and of the gaps between them."""
     position = 0
     for entry, array in zip(table, arrays, strict=True):
         if "offset" in entry:
@@ -180,7 +180,7 @@ def _payload(table: list[dict[str, Any]], arrays: list[np.ndarray]) -> Iterator[
 
 
 def _view(entry: dict[str, Any], payload: memoryview) -> np.ndarray:
-    """The array of an entry, in the payload itself if it has any bytes there."""
+    """The array of an entry, as a view of the payload if it has bytes there."""
     dtype, start = dtype_of(entry["dtype"]), entry.get("offset")
     if start is None:
         return np.zeros(entry["shape"], dtype)
@@ -190,24 +190,24 @@ def _view(entry: dict[str, Any], payload: memoryview) -> np.ndarray:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
-    """The header and the bytes of the arrays, both checked."""
+    """Reads and checks the header and the bytes of the arrays."""
     try:
         data = memoryview(path.read_bytes())
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings)
         hint = f"did you mean {' or '.join(near)}?" if near else "check the path"
-        raise UsageError(f"there is no file '{path}': {hint}") from None
+        raise UsageError(f"'{path}' does not exist: {hint}") from None
     except OSError as error:
         raise UsageError(f"cannot read '{path}' ({error.strerror}): give a file") from error
 
     preamble = _PREAMBLE.match(data[:_PREAMBLE_SIZE])
     if preamble is None:
-        raise CorruptFileError(f"'{path}' is not a file of eqx_q, or its first line is damaged")
+        raise CorruptFileError(f"'{path}' is not an eqx_q file, or its first line is damaged")
     version, header_size, header_digest = preamble.groups()
     if not 1 <= int(version) <= _FORMAT:
         raise CorruptFileError(
-            f"'{path}' has format {int(version)}, and this eqx_q reads formats 1 to {_FORMAT}: "
+            f"'{path}' has format {int(version)}, but this eqx_q reads formats 1 to {_FORMAT}: "
             "upgrade eqx_q"
         )
     text = data[preamble.end() : preamble.end() + int(header_size)]
@@ -219,7 +219,7 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview]:
         header = json.loads(bytes(text))
         size, digest = header["payload"]["bytes"], header["payload"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"'{path}' has a header that makes no sense") from error
+        raise CorruptFileError(f"'{path}' has an invalid header") from error
     payload = data[preamble.end() + len(text) :]
     if len(payload) != size:
         raise CorruptFileError(

@@ -1,4 +1,4 @@
-"""Agents as programs of their own, which act where eqx_q is not installed."""
+"""Exports agents as standalone programs, which act without eqx_q."""
 
 import contextlib
 import importlib.metadata
@@ -20,24 +20,24 @@ from ..agents import Agent
 from ..errors import MissingExtraError, UsageError
 from .files import write_whole
 
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # JAX takes any word for one
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # JAX accepts any word as a platform
 
 
 def export(
     directory: str | os.PathLike, agent: Agent, *, platforms: Sequence[str] = ("cpu", "cuda")
 ) -> Path:
-    """Writes what acts as `agent` does, wherever JAX and NumPy are installed.
+    """Exports `agent` so that it acts with only JAX and NumPy installed.
 
-    In `directory` are then `agent.jaxexport`, which is what `jax.export` serialises (StableHLO with
-    the parameters in it) and takes any number of lanes; `policy.py`, whose `Policy` calls it with
-    the arguments of `Agent.act`, greedily unless it is told an ε; and `flatbuffers.zip`, without
-    which JAX cannot read it. JAX reads what is at most six months older than itself.
+    Writes to `directory`: `agent.jaxexport`, serialised by `jax.export` (StableHLO with the
+    parameters) for any number of lanes; `policy.py`, whose `Policy` calls it with the arguments of
+    `Agent.act`, greedily unless given an ε; and `flatbuffers.zip`, which JAX needs to read it. JAX
+    reads exports that are at most six months older than itself.
 
-    **Arguments:** `platforms`: of JAX; one file serves them all.
+    **Arguments:** `platforms`: JAX's names; one file serves all of them.
 
     **Returns:** the path of `agent.jaxexport`.
-    **Raises:** `UsageError` where the agent cannot be compiled for any number of lanes, or the
-    files cannot be written; `MissingExtraError` without the package `flatbuffers`.
+    **Raises:** `UsageError` if the agent cannot be compiled for any number of lanes, or the files
+    cannot be written; `MissingExtraError` without the package `flatbuffers`.
     """
     for platform in platforms:
         if platform not in _PLATFORMS:
@@ -54,8 +54,8 @@ def export(
     except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
         reason = str(error).split("\n", 1)[0]
         raise UsageError(
-            f"the agent cannot be exported for any number of lanes ({reason}): its network must "
-            "not compute with the number of lanes in Python"
+            f"the agent cannot be exported for any number of lanes ({reason}): do not use the "
+            "number of lanes as a Python number in its network"
         ) from error
     path = Path(directory) / policy.FILE
     write_whole(path, [exported.serialize()])
@@ -65,7 +65,7 @@ def export(
 
 
 def _inputs(agent: Agent) -> dict[str, Any]:
-    """Shapes and types of all that `act` takes, for `n` lanes (a population: of each member)."""
+    """Shapes and types of the inputs of `act`, for `n` lanes (in a population, per member)."""
     members = () if agent.num_members is None else (agent.num_members,)
     team = () if agent.num_agents is None else (agent.num_agents,)
     (lanes,) = jax_export.symbolic_shape("n")
@@ -81,20 +81,20 @@ def _inputs(agent: Agent) -> dict[str, Any]:
         "action_mask": of_lanes((*team, agent.num_choices), bool),
         "reward": of_lanes(team, np.float32),
         "epsilon": jax.ShapeDtypeStruct(members, np.float32),
-        # As numbers: a new process reads types of keys only after it has made one.
+        # As numbers, since a new process can read key types only after it has made a key.
         "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
     }
 
 
 def _memory(agent: Agent) -> list[tuple[tuple[int, ...], Any]]:
-    """Shape and type of each of memory's arrays in one lane: its agents' rows come first."""
+    """Shape and type of each array of memory in one lane; rows of agents are the first axis."""
     lanes = agent.num_members or 1
     leaves = jax.tree.leaves(jax.eval_shape(lambda: agent.initial_memory(lanes)))
     return [((x.shape[0] // lanes, *x.shape[1:]), x.dtype) for x in leaves]
 
 
 def _act(agent: Agent) -> Any:
-    """`agent.act` of a dictionary, and with memory as a list: classes of ours stay behind."""
+    """`agent.act` on a dictionary, with memory as a list, so that no eqx_q classes are needed."""
     structure = jax.tree.structure(agent.initial_memory(agent.num_members or 1))
 
     def act(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _act(agent: Agent) -> Any:
 
 @contextlib.contextmanager
 def _unchecked() -> Iterator[None]:
-    """Where somebody has annotations checked: to those a size is a number, and here a symbol."""
+    """Disables runtime checks of annotations, which do not accept symbolic sizes."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
@@ -123,7 +123,7 @@ def _unchecked() -> Iterator[None]:
 
 
 def _packed(package: str) -> bytes:
-    """An installed package of Python files as a zip that can be imported, with who made it."""
+    """An installed package of Python files as an importable zip, with its METADATA."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in importlib.metadata.files(package) or []:

@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all, and knowing when they are damaged."""
+"""Atomic writes of files, locks, and checksums."""
 
 import contextlib
 import fcntl
@@ -13,12 +13,12 @@ from ..errors import UsageError
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Writes beside `path` and renames: `path` is the old file or the new, never a half of one.
+    """Writes a file atomically: `path` is the old file or the new one, never a partial one.
 
-    Makes the directory where it is missing.
+    Creates the directory if it is missing.
 
-    **Raises:** `UsageError` where that fails (a full disk, no permission); what stood there before
-    is then unchanged, and nothing else is left behind.
+    **Raises:** `UsageError` if writing fails (a full disk, no permission); an old file is then
+    unchanged, and nothing else is left behind.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -37,9 +37,9 @@ def write_whole(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) ->
 
 
 def move(source: Path, path: Path) -> None:
-    """Renames, and waits for the disk, so that a power failure does not undo it."""
+    """Renames, and syncs to disk, so that a power failure does not undo it."""
     os.replace(source, path)
-    with contextlib.suppress(OSError):  # not every file system can wait for a directory
+    with contextlib.suppress(OSError):  # not every file system can sync a directory
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -49,9 +49,9 @@ def move(source: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Makes a directory, and keeps other processes that ask for it out until they or this one end.
+    """Makes a directory, and locks it against other processes that call this.
 
-    **Raises:** `UsageError` where another process has it, or it cannot be written to.
+    **Raises:** `UsageError` if another process has locked it, or it is not writable.
     """
     path = directory / ".lock"
     try:
@@ -64,7 +64,7 @@ def alone_in(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"another process is at work in '{directory}': wait for it, or end it"
+                f"another process is using '{directory}': wait for it, or end it"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -72,7 +72,7 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What is to be JSON, with a checksum of itself."""
+    """Adds a checksum to content for JSON."""
     return {**content, "crc32": zlib.crc32(_dump(content))}
 
 
@@ -82,12 +82,12 @@ def seal(content: Mapping[str, Any]) -> bytes:
 
 
 def unseal(content: Any, *, required: bool = True) -> dict[str, Any]:
-    """What was sealed, of the JSON that was read.
+    """The sealed content of JSON that was read.
 
-    Raises `ValueError` where it has changed; where it has no checksum, if that is `required`.
+    Raises `ValueError` if it has changed, or lacks a checksum that is `required`.
     """
     if not isinstance(content, dict):
-        raise ValueError("it is no object of JSON")
+        raise ValueError("it is not a JSON object")
     content = dict(content)
     found = content.pop("crc32", None)
     if found is None and required:
@@ -102,7 +102,7 @@ def _dump(content: Mapping[str, Any]) -> bytes:
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:
-    """The one message for everything that keeps us from writing."""
+    """The error for any failure to write."""
     return UsageError(
         f"cannot write '{path}' ({error.strerror or error}): free space on that disk or "
         "choose a directory that you can write to"

@@ -1,7 +1,7 @@
-"""Agents by name: those of the zoo, which is in the package, and those of the Hugging Face hub.
+"""Agents by name: from the zoo in the package, and from the Hugging Face hub.
 
-A name is `zoo:AGENT/ENV`, `hf:USER/NAME` or `hf:USER/NAME@REVISION`. It stands for a directory as
-`scripts/publish.py` makes one, with the files `FILES`.
+A name is `zoo:AGENT/ENV`, `hf:USER/NAME` or `hf:USER/NAME@REVISION`. It stands for a directory with
+the files `FILES`, as `scripts/publish.py` makes it.
 """
 
 import contextlib
@@ -21,64 +21,63 @@ _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
 def is_name(path: str | os.PathLike) -> bool:
-    """Whether this is a name, and not a path."""
+    """Whether this is a name, not a path."""
     return _NAME.fullmatch(str(path)) is not None
 
 
 def locate(name: str | os.PathLike) -> Path:
-    """The directory that a name stands for; that of the hub is downloaded, unless it has been.
+    """The directory of a name, downloaded from the hub if needed; a path is returned as it is.
 
-    What is no name is a path, and comes back as one.
-
-    **Raises:** `UsageError` where there is no such agent, or the hub does not give it.
+    **Raises:** `UsageError` if there is no such agent, or the hub does not deliver it.
     """
-    found = _NAME.fullmatch(str(name))
-    if found is None:
+    match = _NAME.fullmatch(str(name))
+    if match is None:
         return Path(name)
-    if found[1] == "hf":
+    if match[1] == "hf":
         return _download(str(name))
-    if found[2] not in zoo():
-        raise UnknownNameError("agent of the zoo", found[2], zoo())
-    return ZOO / found[2]
+    if match[2] not in zoo():
+        raise UnknownNameError("agent of the zoo", match[2], zoo())
+    return ZOO / match[2]
 
 
 def zoo() -> list[str]:
-    """All `AGENT/ENV` that `zoo:` knows."""
+    """The agents of the zoo, as `AGENT/ENV`."""
     return sorted(path.parent.relative_to(ZOO).as_posix() for path in ZOO.glob(f"*/*/{AGENT}"))
 
 
 def name_of(directory: Path) -> str | None:
-    """The name of a directory in the zoo."""
-    inside = directory.resolve().is_relative_to(ZOO)
-    return f"zoo:{directory.resolve().relative_to(ZOO).as_posix()}" if inside else None
+    """The name of a directory in the zoo, else `None`."""
+    directory = directory.resolve()
+    inside = directory.is_relative_to(ZOO)
+    return f"zoo:{directory.relative_to(ZOO).as_posix()}" if inside else None
 
 
 def results_of(name: str | os.PathLike) -> Path:
-    """The directory for what is found out about an agent: a run's own, and for a name `runs/…`."""
-    found = _NAME.fullmatch(str(name))
-    return Path("runs", found[1], *found[2].split("/")) if found else Path(name)
+    """The directory for results about an agent: that of a run itself; for a name, in `runs/`."""
+    match = _NAME.fullmatch(str(name))
+    return Path("runs", match[1], *match[2].split("/")) if match else Path(name)
 
 
 def push(directory: Path, name: str, *, private: bool = False) -> str:
-    """Uploads a published agent to the hub, as one commit; makes the repository if it is not there.
+    """Uploads a published agent to the hub as one commit, and creates the repository if needed.
 
-    Its card gets metadata, by which the hub lists it.
+    Adds metadata for the hub's listings to the model card.
 
-    **Arguments:** `name`: `hf:USER/NAME`. `private`: whether a repository that is made is.
+    **Arguments:** `name`: `hf:USER/NAME`. `private`: whether a new repository is private.
 
-    **Returns:** the address of the commit.
-    **Raises:** `UsageError` where the hub does not take it.
+    **Returns:** the URL of the commit.
+    **Raises:** `UsageError` if the hub does not accept it.
     """
     summary = json.loads((directory / "summary.json").read_bytes())
     agent, env = summary["agent"].rpartition(".")[2], summary["env"]
-    afterwards = [sum(x["return_per_seed"]) for x in summary.get("evaluations", [])]  # of one
-    score = [summary.get("eval_return_mean"), *afterwards][-1]
+    later = [result["return_per_seed"][0] for result in summary["evaluations"]]
+    score = [summary.get("eval_return_mean"), *later][-1]
     with _explained(name):
         from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
         repository, revision = _repository(name)
         if revision is not None:
-            raise UsageError(f"{name} names a revision, and this makes one: leave out @{revision}")
+            raise UsageError(f"a push creates a revision itself: leave out @{revision} of {name}")
         result = EvalResult(
             task_type="reinforcement-learning",
             dataset_type=env,
@@ -110,63 +109,61 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         repository, revision = _repository(name)
-        found = snapshot_download(
+        directory = snapshot_download(
             repository, revision=revision, allow_patterns=FILES, library_name="eqx_q"
         )
-    if not (Path(found) / AGENT).exists():
-        raise UsageError(f"{name} is no agent of eqx_q: there is no {AGENT} in it")
-    return Path(found)
+    if not (Path(directory) / AGENT).exists():
+        raise UsageError(f"{name} has no {AGENT}: give a repository of scripts/publish.py")
+    return Path(directory)
 
 
 def _repository(name: str) -> tuple[str, str | None]:
-    """Repository and revision."""
-    found = _REPOSITORY.fullmatch(name.removeprefix("hf:"))
-    if not name.startswith("hf:") or found is None:
-        raise UsageError(f"'{name}' is no name of the hub: give hf:USER/NAME")
-    return found[1], found[2]
+    """The repository and revision of a name."""
+    match = _REPOSITORY.fullmatch(name.removeprefix("hf:"))
+    if not name.startswith("hf:") or match is None:
+        raise UsageError(f"'{name}' is not a name on the hub: give hf:USER/NAME")
+    return match[1], match[2]
 
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What goes wrong with the hub inside is a `UsageError`, as is that its package is missing."""
+    """Turns errors of the hub's client, and its absence, into `UsageError`s."""
     try:
-        from httpx2 import TransportError  # huggingface_hub's client
+        from httpx2 import TransportError  # a dependency of huggingface_hub
         from huggingface_hub import errors
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
-    log_in = "log in with `hf auth login`, or give a token in HF_TOKEN"
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
     offline = (TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     try:
         yield
     except UsageError:
         raise
     except errors.HFValidationError as error:
-        raise UsageError(f"'{name}' is no name of the hub: give hf:USER/NAME") from error
+        raise UsageError(f"'{name}' is not a name on the hub: give hf:USER/NAME") from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(
-            f"there is no {name} on the hub: leave out the revision, or give a commit, branch or "
-            "tag that is there"
+            f"{name} has no such revision: give a commit, branch or tag, or leave it out"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UsageError(
-            f"there is no {name} on the hub, or it is not open to you: check the name, or {log_in}"
+            f"{name} does not exist on the hub, or you have no access: check the name, or {log_in}"
         ) from error
     except offline as error:
         raise UsageError(
-            f"the hub cannot be reached for {name}: check the network, and HF_ENDPOINT and "
+            f"cannot reach the hub for {name}: check the network, and HF_ENDPOINT and "
             "HF_HUB_OFFLINE if they are set"
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        mend = f"{log_in} that may write there" if status in (401, 403) else "try again later"
+        mend = f"{log_in}, with write access" if status in (401, 403) else "try again later"
         said = " ".join((error.server_message or "").split())
         raise UsageError(
-            f"the hub answers {status} for {name}{f' ({said})' if said else ''}: {mend}"
+            f"the hub refused {name} with status {status}{f' ({said})' if said else ''}: {mend}"
         ) from error
     except (RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) is None:  # a transfer of a large file that breaks off
-            raise UsageError(f"{name} was not transferred ({error}): try again") from error
+        if getattr(error, "errno", None) is None:  # an interrupted upload or download
+            raise UsageError(f"the transfer of {name} failed ({error}): try again") from error
         raise UsageError(
-            f"{name} cannot be kept here ({error}): free space, or choose another place with "
-            "HF_HOME"
+            f"cannot store {name} ({error}): free space, or choose another cache with HF_HOME"
         ) from error

@@ -1,7 +1,7 @@
-"""What files of earlier versions call things, and what those are today.
+"""Converts names and fields in files of earlier versions to current ones.
 
-A class that moves gets a line in `MOVED`, one that gains a field one in `NEW`; where fields change,
-an entry in `CHANGED` says how. Files in `tests/golden/saved` must go on loading.
+Add a line to `MOVED` for a class that moves, a line to `NEW` for one that gains a field, and a
+function to `CHANGED` for one whose fields change. Files in `tests/golden/saved` must still load.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from ..types import Count
 
 Fields = dict[str, Any]
 
-# References as files hold them, `"module:qualname"`.
+# References as stored in files, `"module:qualname"`.
 MOVED = {
     "eqx_q.training:RunState": "eqx_q.loops.training:RunState",
     "eqx_q.offline:OfflineState": "eqx_q.loops.offline:OfflineState",
@@ -36,7 +36,7 @@ MOVED = {
     "eqx_q.nets.quantiles:Quantiles": "eqx_q.nets.network:Network",
 }
 
-# Fields that classes did not have, and what they were as good as.
+# Fields that classes did not have, with equivalent values.
 NEW: dict[str, Fields] = {
     "eqx_q.types:TimeStep": {"global_state": None},
     "eqx_q.types:Rollout": {"weight": None},
@@ -48,7 +48,7 @@ NEW: dict[str, Fields] = {
 
 
 def _network(reference: str, fields: Fields) -> tuple[str, Fields]:
-    if "num_quantiles" in fields:  # a network around another, which gave as many values
+    if "num_quantiles" in fields:  # a wrapper around a network with that many values
         network, num_values = fields["network"], fields["num_quantiles"]
         if not (isinstance(network, Network) and isinstance(network.head, LinearHead)):
             raise _gone("quantiles of a network other than the shipped ones")
@@ -69,7 +69,7 @@ def _network(reference: str, fields: Fields) -> tuple[str, Fields]:
 
 
 def _num_outputs(layer: Any) -> tuple[int]:
-    """Of the last linear layer; members of a population have theirs side by side."""
+    """Outputs of the last linear layer; populations have a leading axis of members."""
     return (layer.bias.shape[-1],)
 
 
@@ -86,7 +86,7 @@ def _per_agent(reference: str, fields: Fields) -> tuple[str, Fields]:
 
 def _gone(what: str) -> UsageError:
     return UsageError(
-        f"networks can no longer have {what}: load this with the version that saved it"
+        f"networks no longer support {what}: load this with the version that saved it"
     )
 
 
@@ -110,7 +110,7 @@ def _counted_in_two_words(fields: Fields, name: str) -> Fields:
 
 
 def _dqn(reference: str, fields: Fields) -> tuple[str, Fields]:
-    """What were three presets of one class are classes of their own."""
+    """Three presets of one class became separate classes."""
     if "value" in fields:
         return reference, fields
     td_loss, epsilon = fields.pop("td_loss"), fields.pop("adam_epsilon")
@@ -127,7 +127,7 @@ def _dqn(reference: str, fields: Fields) -> tuple[str, Fields]:
 
 
 def _with_parts(fields: Fields, value: AbstractValue, optimizer: Optimizer, mixer: Any) -> Fields:
-    """With the parts that agents had not; statistics and optimiser state in today's structure."""
+    """Adds parts that agents did not have; restructures statistics and optimiser state."""
     network = fields["network"]
     parameters, _ = split_parameters((network, mixer))
     states = {
@@ -140,20 +140,20 @@ def _with_parts(fields: Fields, value: AbstractValue, optimizer: Optimizer, mixe
 
 
 def like(today: PyTree, tree: PyTree) -> PyTree:
-    """The leaves of a tree of any version in the structure of today's."""
+    """The leaves of a tree of any version in the structure of `today`."""
     return jax.tree.unflatten(jax.tree.structure(today), jax.tree.leaves(tree))
 
 
 def _memory(reference: str, fields: Fields) -> tuple[str, Fields]:
-    """There was one factor, without an axis, and exploration remembered nothing."""
+    """Earlier memory had one factor, without an axis, and none of exploration."""
     if "exploration" in fields:
         return reference, fields
     fields = {**fields, "last_action": fields["last_action"][..., None], "exploration": ()}
     return reference, fields
 
 
-# By today's reference: from that and the fields that a file holds to those of today. Each must
-# leave fields alone that are today's already.
+# By current reference: functions from it and the fields in a file to the current ones. They must
+# not change fields that are current already.
 CHANGED: dict[str, Callable[[str, Fields], tuple[str, Fields]]] = {
     "eqx_q.nets.network:Network": _network,
     "eqx_q.nets.heads:Dueling": _dueling,
@@ -166,12 +166,12 @@ CHANGED: dict[str, Callable[[str, Fields], tuple[str, Fields]]] = {
 
 
 def todays_name(reference: str) -> str:
-    """What a reference of any version is called today."""
+    """The current name of a reference of any version."""
     return MOVED.get(reference, reference)
 
 
 def todays(reference: str, fields: Fields) -> tuple[str, Fields]:
-    """The class of an object of any version and its fields, as they are today."""
+    """The current class and fields of an object of any version."""
     reference = todays_name(reference)
     fields = NEW.get(reference, {}) | fields
     change = CHANGED.get(reference)

@@ -1,10 +1,10 @@
-"""Trees as JSON and arrays, and back.
+"""Converts trees to JSON and arrays, and back.
 
-The JSON says which classes stand where, with which fields; arrays stand apart in a list, each with
-an entry in a table. Nothing is pickled. Going back fills in dataclasses and named tuples without
-calling any function of theirs, and imports no module but those of packages that trees of ours are
-made of: any other must have been imported before. It does give back the functions that are named
-(an activation, say): what is loaded may do what it was made for when it is used.
+The JSON describes the classes in the tree and their fields; arrays are in a separate list, each
+with an entry in a table. Nothing is pickled. Decoding fills in dataclasses and named tuples without
+calling their functions. It imports only modules of packages that eqx_q's trees consist of; others
+must be imported before. It does return named functions (such as an activation), which run when the
+loaded tree is used.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from ..errors import CorruptFileError, UsageError
 from ..wrappers.registry import SUITES
 from .renames import todays, todays_name
 
-# What may be imported because a file names it. The suites have classes of states.
+# Packages that a file may import. Suites are included for the classes of their states.
 _PACKAGES = {"eqx_q", "equinox", "gymnasium", "jax", "jaxtyping", "numpy", "optax"}
 _PACKAGES |= {suite.package for suite in SUITES.values()}
 
-# A space is built anew from what its constructor takes. Its random state is not kept.
+# A space is rebuilt from its constructor's arguments. Its random state is not kept.
 _SPACE_ARGUMENTS = {
     "Box": ("low", "high", "shape", "dtype"),
     "Discrete": ("n", "start", "dtype"),
@@ -46,7 +46,7 @@ _SPACE_ARGUMENTS = {
 def encode(tree: PyTree) -> tuple[Any, list[dict[str, Any]], list[np.ndarray]]:
     """**Returns:** JSON, the table of arrays, and the arrays.
 
-    **Raises:** `UsageError` that names a part which could not be built again.
+    **Raises:** `UsageError` for a part that could not be rebuilt; the message names it.
     """
     encoder = _Encoder()
     return encoder.encode(tree, ""), encoder.table, encoder.arrays
@@ -57,15 +57,15 @@ def decode(
 ) -> PyTree:
     """The tree that `encode` described; `source` is its name in messages.
 
-    **Raises:** `CorruptFileError` where it makes no sense, or names what no tree of ours does;
-    `UsageError` where a class cannot be imported or has other fields by now.
+    **Raises:** `CorruptFileError` if it is invalid, or names something that eqx_q never saves;
+    `UsageError` if a class cannot be imported or now has other fields.
     """
     try:
         return _Decoder(table, arrays, source).decode(structure)
     except UsageError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"{source} holds a tree that makes no sense ({error!r})") from error
+        raise CorruptFileError(f"{source} holds an invalid tree ({error!r})") from error
 
 
 class _Encoder:
@@ -96,7 +96,7 @@ class _Encoder:
         hashable = type(node) in spaces.KINDS.values()
         if kind in _SPACE_ARGUMENTS and (hashable or type(node) is getattr(gymnasium.spaces, kind)):
             arguments = {name: getattr(node, name) for name in _SPACE_ARGUMENTS[kind]}
-            if kind == "Dict":  # which sorts a dict, and keeps the order of pairs
+            if kind == "Dict":  # it sorts a dict, but keeps the order of pairs
                 arguments = {"spaces": list(node.spaces.items())}
             arguments = self._fields(arguments, where)
             return {"space": kind, "hashable": hashable, "arguments": arguments}
@@ -180,7 +180,7 @@ class _Decoder:
                 return self._import(reference)
             case {"type": reference, "fields": fields}:
                 return self._build(reference, self._fields(fields))
-        raise CorruptFileError(f"{self._source} holds a node that is unknown here: {list(node)}")
+        raise CorruptFileError(f"{self._source} holds an unknown node: {list(node)}")
 
     def _fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         return {name: self.decode(value) for name, value in fields.items()}
@@ -188,7 +188,7 @@ class _Decoder:
     def _array(self, entry: dict[str, Any], array: np.ndarray) -> Any:
         match entry["kind"]:
             case "numpy":
-                return array.copy()  # which can be written to
+                return array.copy()  # a writable copy
             case "scalar":
                 return array[()]
             case "key":
@@ -199,7 +199,7 @@ class _Decoder:
                 f"{self._source} holds an array of {dtype}: set JAX_ENABLE_X64=1 to load it"
             )
         value = jnp.array(array)
-        if entry["weak_type"]:  # else Python's promotion, and so a compiled run, would differ
+        if entry["weak_type"]:  # without it, type promotion in a compiled run would differ
             weak = jnp.full(array.shape, dtype.type(0).item())
             value = weak.at[...].set(value) if weak.dtype == dtype else value
         return value
@@ -210,8 +210,8 @@ class _Decoder:
         names = _field_names(cls)
         if names is None:
             raise CorruptFileError(
-                f"{self._source} wants to build '{reference}', which is no Module, dataclass or "
-                "named tuple: do not trust it"
+                f"{self._source} names '{reference}', which is not a Module, dataclass or named "
+                "tuple: do not trust it"
             )
         if set(names) != set(fields):
             gone, new = sorted(set(fields) - set(names)), sorted(set(names) - set(fields))
@@ -230,7 +230,8 @@ class _Decoder:
         cls = self._import(reference)
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise CorruptFileError(
-                f"{self._source} names '{reference}' as a class, which it is not: do not trust it"
+                f"{self._source} names '{reference}', which is not a class of the right kind: do "
+                "not trust it"
             )
         return cls
 
@@ -240,16 +241,15 @@ class _Decoder:
         is_known = module.partition(".")[0] in _PACKAGES or module in sys.modules
         if not (is_known or _is_standard_library(reference)):
             raise UsageError(
-                f"{self._source} needs '{reference}': import {module} first, if you trust who "
-                "made that file"
+                f"{self._source} needs '{reference}': import {module} first, if you trust the "
+                "author of that file"
             )
         try:
-            # Before it is imported, and in case that another module lends it a name.
+            # Checked before the import, and again in case another module exposes it.
             found = None if _is_standard_library(reference) else _resolve(reference)
             if found is None or _is_standard_library(getattr(found, "__module__", None) or ""):
                 raise CorruptFileError(
-                    f"{self._source} names '{reference}', which no tree of ours does: "
-                    "do not trust it"
+                    f"{self._source} names '{reference}', which eqx_q never saves: do not trust it"
                 )
         except (ImportError, AttributeError) as error:
             mend = (
@@ -258,18 +258,18 @@ class _Decoder:
                 else "install or import the package that defines it, in the version that saved it"
             )
             raise UsageError(
-                f"{self._source} needs '{reference}', which is not there ({error}): {mend}"
+                f"{self._source} needs '{reference}', which was not found ({error}): {mend}"
             ) from error
         if not callable(found):
             raise CorruptFileError(
-                f"{self._source} names '{reference}', which is no function or class: "
-                "do not trust it"
+                f"{self._source} names '{reference}', which is not a function or class: do not "
+                "trust it"
             )
         return found
 
 
 def _field_names(cls: type) -> tuple[str, ...] | None:
-    """Fields of a dataclass (an `eqx.Module` is one) or a named tuple; `None` for the rest."""
+    """Fields of a dataclass (such as an `eqx.Module`) or named tuple; `None` for other classes."""
     if dataclasses.is_dataclass(cls):
         return tuple(field.name for field in dataclasses.fields(cls))
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
@@ -278,7 +278,7 @@ def _field_names(cls: type) -> tuple[str, ...] | None:
 
 
 def _reference(node: Any, where: str) -> str:
-    """`"module:qualname"`, by the most public name there is, of what can be imported."""
+    """`"module:qualname"` of an importable object, with its most public name."""
     module = getattr(node, "__module__", None) or ""
     name = getattr(node, "__qualname__", None) or getattr(node, "__name__", "")
     public = module.split("._")[0]  # `optax._src.transform` -> `optax`
@@ -291,16 +291,16 @@ def _reference(node: Any, where: str) -> str:
             continue
     if module in sys.modules and module != "__main__" and not _is_standard_library(module):
         for alias, value in vars(sys.modules[module]).items():
-            if value is node:  # such as a lambda that a library gave a name
+            if value is node:  # such as a lambda with a name in a library
                 return f"{module}:{alias}"
     raise UsageError(
         f"{_place(where)} is '{name or node!r}' of module '{module}', which cannot be imported by "
-        "that name: define it at module level with `def` or `class` (no lambda, nothing local)"
+        "that name: define it at module level with `def` or `class`, not as a lambda or locally"
     )
 
 
 def _is_standard_library(reference: str) -> bool:
-    """No tree has business there, and `os:system` is one of its functions."""
+    """Whether it is in the standard library, which trees never need; it has `os:system`."""
     return re.split("[.:]", reference)[0] in sys.stdlib_module_names
 
 
@@ -311,8 +311,8 @@ def _resolve(reference: str) -> Any:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The data type of a name that `numpy.dtype.name` gave."""
-    return np.dtype(getattr(jnp, name, name))  # jnp knows bfloat16 and its kin
+    """The data type of a `numpy.dtype.name`."""
+    return np.dtype(getattr(jnp, name, name))  # jnp has bfloat16 and similar types
 
 
 def _place(where: str) -> str:

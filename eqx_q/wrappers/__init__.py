@@ -1,3 +1,5 @@
+"""Environments behind one contract: suites, Python environments, emulators, and bridges back."""
+
 from .bridges import to_gymnasium as to_gymnasium, to_pettingzoo as to_pettingzoo
 from .env import Env as Env, Recording as Recording
 from .exact import Exact as Exact

@@ -1,4 +1,4 @@
-"""The boundary rule, next-step reset, in one place."""
+"""Implements the boundary rule, next-step reset."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ from ..types import AnyArray, Episode, Observation, TimeStep
 
 
 class Report(eqx.Module):
-    """What a suite reports of a step or a reset, of one lane or of all. `None`: has no such thing.
+    """A suite's report of a step or a reset, of one lane or of all. `None`: not available.
 
-    After a reset, rewards and flags are ignored. `game_reward` is what `episode.returns` counts,
-    where that is not the learner's `reward`. `broken`: lanes whose environment broke and was made
-    anew: what they report is a reset.
+    After a reset, rewards and flags are ignored. `game_reward` is summed into `episode.returns`, if
+    it differs from the learner's `reward`. `broken`: lanes whose environment failed and was
+    restarted; their report is that of a reset.
     """
 
     obs: Observation
@@ -33,7 +33,7 @@ class Report(eqx.Module):
 
 
 class Running(eqx.Module):
-    """What must be remembered of a timestep to make the next one."""
+    """The part of a timestep that the next one depends on."""
 
     ended: Bool[Array, " N"]
     returns: Float[Array, " N"]
@@ -41,14 +41,14 @@ class Running(eqx.Module):
 
     @classmethod
     def start(cls, num_envs: int) -> "Running":
-        """As if every lane had just ended."""
+        """The state before the first report, as if every lane had just ended."""
         return cls(jnp.ones(num_envs, bool), jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
 
     def follow(self, report: Report) -> tuple["Running", TimeStep]:
-        """The timestep that a report of all lanes makes, under the boundary rule.
+        """Turns a report of all lanes into a timestep, under the boundary rule.
 
-        `first` is where the timestep before ended or the lane is broken, whatever else the suite
-        says; nothing else can happen there. Termination wins over truncation.
+        `first` is set where the previous timestep ended or the lane is broken, whatever the suite
+        reports; rewards and flags are cleared there. Termination overrides truncation.
         """
         first = self.ended if report.broken is None else self.ended | report.broken
         reward, agent_reward = jnp.where(first, 0.0, report.reward), report.agent_reward
@@ -80,7 +80,7 @@ StepLane = Callable[[PyTree, Shaped[Array, "*M_and_action"], PRNGKeyArray], tupl
 
 
 class Lasting(eqx.Module):
-    """A part of a lane's state that outlives episodes: a reset leaves it as the step made it."""
+    """A part of a lane's state that outlives episodes: a reset does not change it."""
 
     value: PyTree
 
@@ -92,9 +92,9 @@ class LaneState(eqx.Module):
     running: Running
 
 
-@eqx.filter_jit  # it is often called outside, where each operation would be compiled on its own
+@eqx.filter_jit  # often called outside jit, where each operation would be compiled on its own
 def reset(reset_lane: ResetLane, key: PRNGKeyArray, num_envs: int) -> tuple[LaneState, TimeStep]:
-    """Starts an episode in every lane, given how to start one."""
+    """Starts an episode in every lane, given a function for one lane."""
     inner, report = _strong(jax.vmap(reset_lane)(jax.random.split(key, num_envs)))
     running, timestep = Running.start(num_envs).follow(report)
     return LaneState(inner, running), timestep
@@ -109,17 +109,16 @@ def step(
     *,
     resets_at_once: int | None = None,
 ) -> tuple[LaneState, TimeStep]:
-    """Acts in the lanes whose episode goes on, and resets those whose episode has ended.
+    """Acts in the lanes whose episode is running, and resets those whose episode has ended.
 
     A lane uses its key for one of the two, never for both.
 
     **Arguments:**
 
-    - `resets_at_once`: `None`: a reset is computed in every lane, and taken or not. With many
-        lanes some episode nearly always has just ended, so that skipping cheap resets where none
-        did was measured to be the slower way. A number: resets are dear; they are computed in
-        batches of so many lanes, as many batches as lanes have ended, and none where none did.
-        The results are the same.
+    - `resets_at_once`: `None` computes a reset in every lane and selects where it applies. This is
+        faster for cheap resets: with many lanes, some episode has nearly always just ended. A
+        number, for expensive resets, computes them in batches of that many lanes, and only for the
+        lanes that have ended. The results are the same.
     """
     ended = state.running.ended
     keys = jax.random.split(key, ended.shape[0])
@@ -144,7 +143,7 @@ def _reset_in_batches(
     keys: Shaped[Array, "N *key"],
     stepped: tuple[PyTree, Report],
 ) -> tuple[PyTree, Report]:
-    """`stepped`, but for the lanes that have `ended`: those start an episode."""
+    """`stepped`, except that the lanes that have `ended` start an episode."""
     nobody = ended.shape[0]
     (lanes,) = jnp.nonzero(ended, size=nobody + size, fill_value=nobody)
 
@@ -163,7 +162,7 @@ def _reset_in_batches(
 
 
 def _renew(renew: Callable[[Array, Array], Array], stepped: PyTree, fresh: PyTree) -> PyTree:
-    """`stepped`, each leaf renewed from `fresh` but what is `Lasting`."""
+    """`stepped`, with each leaf renewed from `fresh`, except those in a `Lasting`."""
 
     def lasts(node: Any) -> bool:
         return isinstance(node, Lasting)
@@ -175,5 +174,5 @@ def _renew(renew: Callable[[Array, Array], Array], stepped: PyTree, fresh: PyTre
 
 
 def _strong(tree: PyTree[Array]) -> PyTree[Array]:
-    """Takes away weak types, which would change between reset and step, and break a scan."""
+    """Removes weak types, which would differ between reset and step and break a scan."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)

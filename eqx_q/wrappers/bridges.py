@@ -1,4 +1,4 @@
-"""Ways back out: an environment of ours as one of Gymnasium's or PettingZoo's."""
+"""Bridges from eqx_q environments to the APIs of Gymnasium and PettingZoo."""
 
 import copy
 import importlib.util
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 def to_gymnasium(
     env: Env, *, render_mode: str | None = None
 ) -> "GymnasiumBridge | GymnasiumVectorBridge":
-    """`env` as a `gymnasium.Env` where it has one lane, else as a `gymnasium.vector.VectorEnv`.
+    """`env` as a `gymnasium.Env` if it has one lane, else as a `gymnasium.vector.VectorEnv`.
 
-    A vector resets lanes as `env` does, in the step after their episode ended, which is
-    `AutoresetMode.NEXT_STEP`. `info` has `"action_mask"` (as Gymnasium's spaces want it to sample)
-    where there is one, and `"metrics"` where the suite has some. Compiled once.
+    A vector environment resets lanes as `env` does, in the step after their episode ended
+    (`AutoresetMode.NEXT_STEP`). `info` has `"action_mask"` if there is one (in the form that
+    Gymnasium's spaces sample with), and `"metrics"` if the suite has some. Compiled once.
 
     **Arguments:**
 
-    - `render_mode`: `"rgb_array"`, or `None`: draws nothing.
+    - `render_mode`: `"rgb_array"`, or `None` to draw nothing.
 
     **Seeds.** `reset(seed=s)` starts from `jax.random.key(s)`; each reset and step takes
-    `key, own = jax.random.split(key)`, and uses its own. What lives outside JAX (`env.on_host`) has
-    been seeded when it was made: there a seed changes nothing, and a warning says so.
+    `key, own = jax.random.split(key)` and uses `own`. Environments outside JAX (`env.on_host`) are
+    seeded when they are made: a seed has no effect on them, and a warning says so.
 
     **Raises:** `UsageError` for a team.
     """
     if env.num_agents is not None:
-        raise UsageError("Gymnasium knows no teams: use eqx_q.wrappers.to_pettingzoo")
+        raise UsageError("Gymnasium does not support teams: use eqx_q.wrappers.to_pettingzoo")
     bridge = GymnasiumBridge if env.num_envs == 1 else GymnasiumVectorBridge
     return bridge(env, render_mode)
 
@@ -48,16 +48,18 @@ def to_gymnasium(
 def to_pettingzoo(env: Env, *, render_mode: str | None = None) -> "PettingZooBridge":
     """`env`, which must have one lane, as a PettingZoo `ParallelEnv` of `"agent_0"`, `"agent_1"`...
 
-    An agent is terminated in the step that takes it from `agent_mask`, and the rest when the
-    episode ends: terminated or truncated as the team is. An agent is paid its own reward, where
-    there are such, else the team's. `state()` is the timestep's `global_state`, where there is one.
-    An environment without agents becomes a team of one. What is in `info`, seeds and `render_mode`
-    are as for `to_gymnasium`.
+    An agent is terminated in the step that removes it from `agent_mask`; the others are terminated
+    or truncated with the team's episode. An agent gets its own reward if there is one, else the
+    team's. `state()` is the timestep's `global_state`, if there is one. An environment without
+    agents becomes a team of one. `info`, seeds and `render_mode` are as in `to_gymnasium`.
 
     **Raises:** `UsageError` for more lanes; `MissingExtraError` without PettingZoo.
     """
     if env.num_envs != 1:
-        raise UsageError(f"PettingZoo knows no lanes, this has {env.num_envs}: make num_envs=1")
+        raise UsageError(
+            f"PettingZoo does not support lanes, but env has {env.num_envs}: make it with "
+            "num_envs=1"
+        )
     if importlib.util.find_spec("pettingzoo") is None:
         raise MissingExtraError("pettingzoo", "multi-agent")
     from .pettingzoo_bridge import PettingZooBridge  # an optional package
@@ -146,7 +148,7 @@ class GymnasiumVectorBridge(VectorEnv):
         self._loop.env.close()
 
     def _infos(self, timestep: TimeStep) -> dict[str, Any]:
-        """With Gymnasium's marks for which lanes have an entry: all."""
+        """The `info` of all lanes; Gymnasium's markers say that every lane has each entry."""
         info: dict[str, Any] = {}
         if timestep.action_mask is not None:
             space = self._loop.env.action_space
@@ -162,7 +164,7 @@ def _lane(tree: Any) -> Any:
 
 
 def _of_lanes(masks: list[Any]) -> np.ndarray:
-    """As Gymnasium puts the `info` of lanes side by side: what is no array, in one of objects."""
+    """Stacks entries of `info` as Gymnasium does: non-arrays in an array of objects."""
     if isinstance(masks[0], np.ndarray):
         return np.stack(masks)
     objects = np.empty(len(masks), object)

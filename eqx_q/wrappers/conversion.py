@@ -1,4 +1,4 @@
-"""What environments outside JAX say, as arrays that it has; and what they are told."""
+"""Converts observations, masks and actions between JAX and environments outside it."""
 
 import dataclasses
 import itertools
@@ -18,42 +18,45 @@ from ..types import AnyArray
 
 
 def as_taken(space: gymnasium.Space, action: AnyArray) -> Shaped[np.ndarray, "..."]:
-    """Actions in the type and the bounds of `space`, the environment's own."""
+    """Converts actions to the type and bounds of `space`, the environment's own."""
     action = np.asarray(action).astype(space.dtype)
-    if isinstance(space, gymnasium.spaces.Box):  # rounding may have led out of it
+    if isinstance(space, gymnasium.spaces.Box):  # rounding may have exceeded its bounds
         action = np.clip(action, space.low, space.high)
     return action
 
 
 def read_mask(actions: Leaf, given: Any) -> Bool[np.ndarray, " A"]:
-    """A mask, in any of the forms that are in use, as what is legal of each choice.
+    """Converts a mask, in any of the usual forms, to one flag per choice.
 
-    Of `Discrete` it is an array; of `MultiDiscrete` arrays nested as its choices are, or one of
-    them all; of `MultiBinary` the same (off and on of each bit), or Gymnasium's array with what
-    each bit must be, and 2 where it is free.
+    For `Discrete` it is an array; for `MultiDiscrete` arrays nested like its choices, or one for
+    all; for `MultiBinary` the same (off and on of each bit), or Gymnasium's array with the value
+    that each bit must have, and 2 for either.
 
-    **Raises:** `UsageError` where it is for another number of choices.
+    **Raises:** `UsageError` if it has another number of choices.
     """
     sizes = factors(actions)
     mask = np.concatenate([np.ravel(np.asarray(part)) for part in jax.tree.leaves(given)])
     if isinstance(actions, MultiBinary) and len(mask) == len(sizes):
         mask = np.stack([mask != 1, mask != 0], axis=-1).ravel()
     if len(mask) != sum(sizes):
-        raise UsageError(f"an action mask has {len(mask)} entries, for {sum(sizes)} choices")
+        raise UsageError(
+            f"an action mask has {len(mask)} entries, but there are {sum(sizes)} choices: give one "
+            "entry per choice"
+        )
     return np.asarray(complete(actions, mask.astype(bool), np))
 
 
 def complete(
     actions: Leaf, mask: Bool[AnyArray, "*lanes A"], numpy: ModuleType
 ) -> Bool[AnyArray, "*lanes A"]:
-    """`mask`, but where nothing is legal of a factor (a game is over) all of it is."""
+    """`mask`, with all choices of a factor legal if none is (as when a game is over)."""
     ends = itertools.accumulate(factors(actions), initial=0)
     parts = [mask[..., start:end] for start, end in itertools.pairwise(ends)]
     return numpy.concatenate([x | ~x.any(-1, keepdims=True) for x in parts], axis=-1)
 
 
 def write_mask(actions: Leaf, mask: Bool[AnyArray, " A"]) -> Any:
-    """`mask` in Gymnasium's own form, as `actions.sample` takes it."""
+    """Converts `mask` to Gymnasium's form, for `actions.sample`."""
     flags = np.asarray(mask, np.int8)
     if isinstance(actions, MultiDiscrete):
         parts = iter(np.split(flags, np.cumsum(factors(actions))[:-1]))
@@ -84,9 +87,9 @@ def legal_action(actions: Leaf, mask: Bool[AnyArray, " A"] | None) -> Shaped[np.
 
 
 def arrays(space: Space, obs: Any, *axes: int) -> PyTree[np.ndarray]:
-    """What of an observation is in `space`, in NumPy arrays of its types behind `axes`.
+    """The parts of an observation in `space`, as NumPy arrays of its types with leading `axes`.
 
-    **Raises:** `UsageError` where something is missing or of another shape.
+    **Raises:** `UsageError` if a part is missing or has another shape.
     """
     found, structure = jax.tree.flatten(spaces.select(space, obs))
     cast = []
@@ -94,8 +97,8 @@ def arrays(space: Space, obs: Any, *axes: int) -> PyTree[np.ndarray]:
         if x.shape != (*axes, *(leaf.shape or ())):
             where = f" at '{path}'" if path else ""
             raise UsageError(
-                f"an observation has shape {x.shape[len(axes) :]}{where}, but its space says "
-                f"{leaf.shape}"
+                f"an observation has shape {x.shape[len(axes) :]}{where}, but its space has shape "
+                f"{leaf.shape}: correct the environment's observation_space"
             )
         cast.append(np.asarray(x, jax.dtypes.canonicalize_dtype(leaf.dtype)))
     return jax.tree.unflatten(structure, cast)
@@ -103,16 +106,16 @@ def arrays(space: Space, obs: Any, *axes: int) -> PyTree[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Senses:
-    """What an agent sees of an environment's observations, and what they tell of legal actions.
+    """Splits an environment's observations into what the agent sees and its action mask.
 
     **Attributes:**
 
-    - `space`: of what it sees.
-    - `actions`: what it can do.
-    - `tells_mask`: whether observations are a `Dict` whose entry `"action_mask"` has a number for
-        each choice: then that is the mask, and not seen.
-    - `sees_one`: whether of such, as is the custom, only `"observation"` is left: then that alone
-        is seen.
+    - `space`: the space of what the agent sees.
+    - `actions`: its action space.
+    - `tells_mask`: whether observations are a `Dict` with an entry `"action_mask"` of one number
+        per choice. The agent does not see this entry.
+    - `sees_one`: whether the only other entry is `"observation"`, by convention. The agent then
+        sees its content instead of a `Dict`.
     """
 
     space: Space
@@ -122,7 +125,7 @@ class Senses:
 
     @classmethod
     def of(cls, space: gymnasium.Space, actions: Leaf, leave_out: Iterable[str] = ()) -> "Senses":
-        """Those of an environment, but for the entries `leave_out`, by path."""
+        """The `Senses` of an environment, without the entries `leave_out`, given by path."""
         space = spaces.without(space, leave_out)
         tells_mask = sees_one = False
         if isinstance(space, gymnasium.spaces.Dict) and "action_mask" in space.spaces:
@@ -136,24 +139,24 @@ class Senses:
         return cls(spaces.of_observations(space), actions, tells_mask, sees_one)
 
     def seen(self, obs: Any) -> Any:
-        """What is seen of an observation, and perhaps more."""
+        """The visible part of an observation, possibly with extra entries."""
         return obs["observation"] if self.sees_one else obs
 
     def see(self, obs: Any, *axes: int) -> PyTree[np.ndarray]:
-        """The arrays of what is seen, behind `axes`."""
+        """The visible arrays of an observation, with leading `axes`."""
         return arrays(self.space, self.seen(obs), *axes)
 
     def mask(self, obs: Any, info: Any) -> Bool[np.ndarray, " A"] | None:
-        """What is legal, as one lane's observation or its `info["action_mask"]` says."""
+        """The mask of legal actions, from one lane's observation or `info["action_mask"]`."""
         given = obs["action_mask"] if self.tells_mask else info.get("action_mask")
         return None if given is None else read_mask(self.actions, given)
 
     def expect_no_mask(self, info: Any) -> None:
-        """Raises `UsageError` where `info` has a mask, though the first reset gave none."""
+        """Raises `UsageError` if `info` has a mask, though the first reset had none."""
         if info.get("action_mask") is not None and factors(self.actions):
             raise UsageError(
-                "info['action_mask'] comes only after the first reset, too late to be taken up: "
-                "give it in the info of every reset, too"
+                "info['action_mask'] first appears after the first reset, which is too late: "
+                "include it in the info of every reset, too"
             )
 
 

@@ -34,13 +34,13 @@ _IDS = [
     "Craftax-Classic-Symbolic-v1",
     "Craftax-Classic-Pixels-v1",
 ]
-# The return of who achieves everything, by the package's part that a game lives in.
+# The return for all achievements, by the subpackage of the game.
 _MAXIMUM = {"craftax.craftax": 226, "craftax.craftax_classic": 22}
 _NEVER = np.iinfo(np.int32).max
 
 
 class Play(eqx.Module):
-    """The state of one lane: the game's, and what it has paid so far."""
+    """The state of one lane: the game's state, and the episode's return so far."""
 
     world: PyTree
     returns: Float[Array, ""]
@@ -54,9 +54,9 @@ class Game:
 
     **Attributes:**
 
-    - `source`, `options`: what it was made from.
-    - `params`: as in the package, but for the time limit, which is never met: `max_episode_steps`
-        is kept apart, since Craftax does not say whether it was that which ended an episode.
+    - `source`, `options`: the arguments that it was made with.
+    - `params`: as in the package, but with a time limit that is never reached. The real limit is
+        `max_episode_steps`, since Craftax does not report whether its limit ended an episode.
     - `observation_space`: pixels in 0..255; symbols without bounds.
     """
 
@@ -80,7 +80,7 @@ class Game:
         return state, Report(self._observe(obs), jnp.array(0.0), no, no, self._metrics(state))
 
     def step(self, state: Play, action: Int[Array, ""], key: PRNGKeyArray) -> tuple[Play, Report]:
-        """Acts in one lane. Not Craftax's `step`, which may reset at once."""
+        """Acts in one lane. Avoids Craftax's `step`, which may reset in the same step."""
         obs, world, reward, done, _ = self.env.step_env(key, state.world, action, self.params)
         at_limit = world.timestep >= self.max_episode_steps
         terminated = done | at_limit if self.time_limit == "terminate" else done
@@ -90,15 +90,15 @@ class Game:
         return state, Report(self._observe(obs), reward, terminated, at_limit, metrics)
 
     def render(self, state: Play) -> UInt8[np.ndarray, "height width 3"]:
-        """By the package's own renderer, which reads its textures when it is first used."""
+        """Draws with the package's own renderer, which loads its textures on first use."""
         return np.asarray(_as_bytes(_renderer(_package(self.params))(state.world)))
 
     def replace(self, options: dict[str, Any]) -> "Game":
-        """The same with other options."""
+        """The same game with some options replaced."""
         return _game(self.source, self.options | options)
 
     def _observe(self, obs: Float[Array, "*obs"]) -> Shaped[Array, "*obs"]:
-        """Pixels as bytes, which Craftax has divided by 255."""
+        """Converts pixels, which Craftax divides by 255, back to bytes."""
         if obs.ndim == 3:
             return _as_bytes(255 * obs)
         return obs.astype(jnp.float32)
@@ -113,7 +113,7 @@ class Game:
 
 
 def ids() -> list[str]:
-    """Craftax and Craftax Classic, each by symbols and by pixels."""
+    """Craftax and Craftax Classic, each with symbols and with pixels."""
     return list(_IDS)
 
 
@@ -127,23 +127,23 @@ def accepts(source: Any) -> bool:
 def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
     """Makes lanes of a Craftax environment.
 
-    `episode.metrics` has one entry for each achievement, `achievements/collect_wood` and so on:
-    whether it was made in this episode, so that the mean over episodes is the success rate; and
-    `percent_of_maximum`: the return, where 100 is that of all achievements (226; Classic: 22).
+    `episode.metrics` has one entry per achievement, such as `achievements/collect_wood`: whether it
+    was unlocked in this episode, so that the mean over episodes is the success rate. It also has
+    `percent_of_maximum`: the return in percent of that for all achievements (226; Classic: 22).
 
     **Arguments:**
 
     - `source`: a name, a Craftax environment, or a pair of one and its parameters.
     - `num_envs`: lanes.
-    - `seed`: unused: all randomness is that of the keys.
+    - `seed`: unused: all randomness comes from the keys.
     - `max_episode_steps`: the time limit (the package's `max_timesteps`).
-    - `time_limit`: `"truncate"`, or `"terminate"`: what the limit does to an episode. To others
-        it terminates.
-    - `optimistic_resets`: worlds are generated for one in so many lanes at a time, and only where
-        an episode has ended; 1: in every lane and step, taken or not. It changes the speed and
-        nothing else: where more episodes have ended than that, more worlds are generated. (Others
-        who use the name let lanes share a world then.)
-    - `options`: other fields of the environment's parameters, static ones included.
+    - `time_limit`: `"truncate"` or `"terminate"`: how the limit ends an episode. Most other
+        implementations terminate.
+    - `optimistic_resets`: worlds are generated in batches of `num_envs / optimistic_resets` lanes,
+        only where episodes have ended; 1: in every lane and step. It affects only speed: if more
+        episodes have ended, more batches are generated. (In other implementations of this option,
+        lanes share worlds then.)
+    - `options`: other fields of the environment's parameters, including static ones.
     """
     del seed
     return Lanes(_game(source, options), num_envs)
@@ -184,9 +184,9 @@ def _configured(source: Any, options: dict[str, Any], env: Any, params: Any) -> 
         for name in known.intersection(options):
             default = getattr(fields, name)
             if not _alike(options[name], default):
-                raise UsageError(f"{name} is {options[name]!r}: give something like {default!r}")
+                raise UsageError(f"{name}={options[name]!r}: give a value like {default!r}")
     static = {name: options[name] for name in options if name in of_static}
-    if static:  # sequences are tuples there, so that they hash
+    if static:  # sequences must be tuples there, to be hashable
         static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
         env = type(env)(env.static_env_params.replace(**static))
     params = params.replace(
@@ -217,7 +217,7 @@ def _fields(params: Any) -> set[str]:
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether an option can take the place of its default: a switch, a number, or so many."""
+    """Whether an option is like its default: a switch, a number, or as many of them."""
     if isinstance(default, tuple):
         sized = isinstance(value, list | tuple) and len(value) == len(default)
         return sized and all(map(_alike, value, default))
@@ -234,7 +234,7 @@ def _as_bytes(pixels: Float[Array, "height width 3"]) -> UInt8[Array, "height wi
 
 
 def _package(params: Any) -> str:
-    """Which of the two games: "craftax.craftax", or "craftax.craftax_classic"."""
+    """The subpackage of the game: "craftax.craftax", or "craftax.craftax_classic"."""
     return ".".join(type(params).__module__.split(".")[:2])
 
 

@@ -1,4 +1,4 @@
-"""Help with pictures."""
+"""Helpers for drawing."""
 
 import colorsys
 import os
@@ -11,14 +11,14 @@ from .. import spaces
 from ..spaces import Space
 from ..types import Observation
 
-_SIDE = 240  # pixels, about
-_SMALLEST = 16  # with less a picture shows nothing
+_SIDE = 240  # pixels, approximately
+_SMALLEST = 16  # smaller pictures would be useless
 
 
 def draw_grid(grid: Float[np.ndarray, "height width *channels"]) -> UInt8[np.ndarray, "H W 3"]:
-    """A grid of cells, each in the colour of the last channel that is not 0 there.
+    """Draws a grid of cells, each in the colour of its last nonzero channel.
 
-    One channel is drawn in shades of grey.
+    A single channel is drawn in shades of grey.
     """
     if grid.ndim == 2 or grid.shape[-1] == 1:
         grid = grid.reshape(grid.shape[:2])
@@ -34,7 +34,7 @@ def draw_grid(grid: Float[np.ndarray, "height width *channels"]) -> UInt8[np.nda
 
 
 def picture_in(space: Space, obs: Observation) -> UInt8[np.ndarray, "H W 3"] | None:
-    """The first array of an observation of lanes that is a picture, in the first lane."""
+    """The first image in an observation of lanes, in the first lane; `None` if there is none."""
     for (_, leaf), x in zip(spaces.leaves(space), jax.tree.leaves(obs), strict=True):
         shape = leaf.shape or ()
         is_picture = leaf.dtype == np.uint8 and len(shape) == 3 and shape[2] in (1, 3)
@@ -51,7 +51,7 @@ def draw_discs(
     low: Float[np.ndarray, "2"],
     high: Float[np.ndarray, "2"],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Discs on black, the last on top, in the rectangle from `low` to `high` (y upwards)."""
+    """Draws discs on black, the last on top, in the rectangle from `low` to `high` (y upwards)."""
     width, height = high - low
     scale = _SIDE / max(width, height)
     x = low[0] + (np.arange(round(width * scale)) + 0.5) / scale
@@ -64,7 +64,7 @@ def draw_discs(
 
 
 def quiet_pygame() -> None:
-    """Keeps pygame from looking, loudly, for a sound card, and for a screen where there is none."""
+    """Stops pygame from using sound, and a screen if there is none, and from complaining."""
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     if not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")

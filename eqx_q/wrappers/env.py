@@ -15,14 +15,14 @@ from ..types import TimeStep
 
 
 class Recording(NamedTuple):
-    """What a data set holds of an environment; see `eqx_q.loops.recording`.
+    """How to record an environment; see `eqx_q.loops.recording`.
 
-    - `options`: suite options (for `replicate`) with which it plays the game's own episodes and
-        pays the game's own rewards.
-    - `stack`: how many frames an observation `[stack, height, width]` has, each the one before
-        shifted by a frame; `None` where observations are no stacks.
-    - `stack_start`: what stands before an episode's first frame: `"zeros"`, or `"repeat"` of it.
-    - `preprocessing`: by option, what is done to observations and actions.
+    - `options`: suite options (for `replicate`) with which it plays the game's own episodes with
+        the game's own rewards.
+    - `stack`: number of frames of an observation `[stack, height, width]`, a sliding window over
+        time; `None` if observations are not stacks.
+    - `stack_start`: padding before an episode's first frame: `"zeros"`, or `"repeat"` of it.
+    - `preprocessing`: the processing of observations and actions, by option.
     """
 
     options: Mapping[str, Any] = {}
@@ -34,18 +34,18 @@ class Recording(NamedTuple):
 class Env(eqx.Module):
     """A vectorised environment as a pair of pure functions over `num_envs` lanes.
 
-    `reset` and `step` keep the boundary rule of [`eqx_q.types.TimeStep`][]: next-step reset.
+    `reset` and `step` follow the boundary rule of [`eqx_q.types.TimeStep`][]: next-step reset.
     Both work inside `jit` and `scan`.
 
     **Attributes:**
 
-    - `observation_space`, `action_space`: Gymnasium spaces of *one* lane (of one agent of it), of
-        the kinds in [`eqx_q.spaces`][].
+    - `observation_space`, `action_space`: Gymnasium spaces of *one* lane (in a team, of one agent),
+        of the kinds in [`eqx_q.spaces`][].
     - `num_envs`: lanes.
     - `num_agents`: `None`, or `M` for a team.
     - `on_host`: whether the environment lives outside JAX (an emulator, a Python object). Then its
         state is only a token that orders the calls: it cannot be vmapped, copied or saved.
-    - `max_episode_steps`: the longest an episode can be, where that is known.
+    - `max_episode_steps`: the maximum episode length, if known.
     """
 
     observation_space: AbstractVar[gymnasium.Space]
@@ -62,17 +62,17 @@ class Env(eqx.Module):
 
     @property
     def recording(self) -> Recording:
-        """What a data set holds of it. A suite overrides this where there is something to say."""
+        """How to record it. A suite overrides this if the defaults do not apply."""
         return Recording()
 
     @property
     def num_devices(self) -> int:
-        """How many devices it was made for, where it lives outside JAX."""
+        """The number of devices that it was made for, if it lives outside JAX."""
         return 1
 
     @property
     def agent_kinds(self) -> tuple[int, ...] | None:
-        """Of a team, the kind of each agent, from 0: those of a kind see and act in one way.
+        """The kind of each agent of a team, from 0. Agents of one kind observe and act alike.
 
         A suite whose agents may differ overrides this.
         """
@@ -89,33 +89,33 @@ class Env(eqx.Module):
     def step(
         self, state: PyTree, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
     ) -> tuple[PyTree, TimeStep]:
-        """Acts in every lane; resets a lane instead where its episode ended in the step before.
+        """Acts in every lane, but resets the lanes whose episode ended in the previous step.
 
-        Actions are what `action_space` has: numbers of any whole kind, or `float32` of a `Box`.
+        Actions are from `action_space`: integers of any type, or `float32` for a `Box`.
         """
 
     @abc.abstractmethod
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "Env":
-        """Another environment of the same kind, sharing nothing that changes with this one.
+        """Makes another environment of the same kind, which shares no mutable state with this one.
 
         **Arguments:**
 
         - `num_envs`: its lanes.
         - `seed`: for emulators, which are seeded when they are made.
-        - `options`: suite options that replace those this environment was made with.
+        - `options`: suite options that replace those of this environment.
         """
 
     @abc.abstractmethod
     def render(self, state: PyTree, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
-        """A picture of one lane, or `None` where the suite cannot draw."""
+        """A picture of one lane, or `None` if the suite cannot draw."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Frees what the environment holds outside JAX."""
+        """Frees the environment's resources outside JAX."""
 
 
 def kinds_of(agents: Iterable[Hashable]) -> tuple[int, ...]:
-    """The kinds of agents, for `Env.agent_kinds`: those of which the same is said are of one."""
+    """The kinds of agents, for `Env.agent_kinds`: agents with equal descriptions share a kind."""
     agents = list(agents)
     first = list(dict.fromkeys(agents))
     return tuple(first.index(agent) for agent in agents)

@@ -28,28 +28,28 @@ from .env import Env, Recording
 from .envpool_rules import AtariRules, PlainRules, Rules
 from .host import Host, HostEnv, Reported
 
-# What the wrapper itself decides.
+# Options that the wrapper itself sets.
 _FIXED = ("num_envs", "batch_size", "seed", "env_seed", "base_path", "task", "max_num_players")
 _FIXED += ("gym_reset_return_info",)
 
-_NO_LIMIT = (0, np.iinfo(np.int32).max)  # of `max_episode_steps`: the game's own, or none
-_OWN_LIMIT = ("envpool.highway", "envpool.jumanji")  # whatever `max_episode_steps` says
-_MASKS = ("action_mask", "legal_action_mask")  # of `info`
+_NO_LIMIT = (0, np.iinfo(np.int32).max)  # values of `max_episode_steps`: the game's own, or none
+_OWN_LIMIT = ("envpool.highway", "envpool.jumanji")  # these ignore `max_episode_steps`
+_MASKS = ("action_mask", "legal_action_mask")  # entries of `info`
 
 
 @jax.tree_util.register_pytree_node_class
 class Pool:
-    """The environments. Hashed by identity, since compiled code is bound to the pool it came from.
+    """A pool of environments. Hashed by identity, since compiled code is bound to its pool.
 
-    A node without leaves rather than a static field, so that `jit` sees when it is closed, and
-    compiled code never writes to memory that has been freed.
+    It is a node without leaves rather than a static field, so that `jit` notices when it is closed,
+    and compiled code never writes to freed memory.
 
     **Attributes:**
 
-    - `in_xla`: whether its step is an XLA call. Not where it speaks of numbers with 64 bits, which
-        JAX does not have: that call would get their layout wrong.
-    - `takes`: its own space of actions.
-    - `senses`: of what its environments say.
+    - `in_xla`: whether its step is an XLA call. It is not if the pool has 64-bit numbers, which JAX
+        does not have: the call would get their layout wrong.
+    - `takes`: its own action space.
+    - `senses`: converts its environments' observations.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Pool:
                 raise UnknownNameError("option", option, known)
         keeps_limit = config.max_episode_steps == _NO_LIMIT[1] or _module(name) in _OWN_LIMIT
         if keeps_limit and "max_episode_steps" in options:
-            raise UsageError(f"'{name}' ends by rules of its own: leave out max_episode_steps")
+            raise UsageError(f"'{name}' has its own time limit: leave out max_episode_steps")
         try:
             self.rules.check(options)
             self.envpool: Any = envpool.make(
@@ -87,7 +87,7 @@ class Pool:
         spec = self.envpool.spec
         fields = (*spec._state_spec, *spec._action_spec)
         self.in_xla = all(jax.dtypes.canonicalize_dtype(kind) == kind for kind, *_ in fields)
-        with warnings.catch_warnings(action="ignore"):  # of bounds that float32 cannot hold
+        with warnings.catch_warnings(action="ignore"):  # about bounds that float32 cannot hold
             self.takes: gymnasium.Space = self.envpool.action_space
             sees = self.envpool.observation_space
         self.senses = Senses.of(_repaired(sees), spaces.of_actions(self.takes), leave_out)
@@ -100,30 +100,30 @@ class Pool:
             self.handle, _, _, self.step = self.envpool.xla()
 
     def open(self) -> "Pool":
-        """Itself. Raises `UsageError` after `close`."""
+        """Returns itself. Raises `UsageError` after `close`."""
         if self.envpool is None:
-            raise UsageError(f"this environment is closed: make 'envpool/{self.name}' anew")
+            raise UsageError(f"this environment is closed: make 'envpool/{self.name}' again")
         return self
 
     def close(self) -> None:
         """Frees the environments."""
-        jax.effects_barrier()  # no step may be under way
+        jax.effects_barrier()  # no step may be running
         self.envpool = self.step = None
 
     def told(self, action: AnyArray) -> AnyArray:
-        """Actions, clipped to their bounds, in the type and the shape that it wants."""
+        """Actions, clipped to their bounds, in EnvPool's type and shape."""
         kind, shape = self._action
         if isinstance(self.takes, gymnasium.spaces.Box) and kind.kind == "f":
             action = action.clip(self.takes.low, self.takes.high)
         return action.astype(kind).reshape(self.num_envs, *shape)
 
     def see(self, obs: Any) -> Observation:
-        """What is seen of its observations, in arrays of their spaces' shapes."""
+        """The visible parts of its observations, as arrays of their spaces' shapes."""
         space = self.senses.space
         return spaces.as_rows(space, spaces.select(space, self.senses.seen(obs)), self.num_envs)
 
     def mask(self, obs: Any, info: dict[str, Any], numpy: ModuleType) -> AnyArray | None:
-        """What it says is legal, if it says so."""
+        """The mask of legal actions, if the pool has one."""
         choices = sum(spaces.factors(self.senses.actions))
         given = next((info[name] for name in _MASKS if name in info), None)
         if self.senses.tells_mask:
@@ -134,7 +134,7 @@ class Pool:
         return complete(self.senses.actions, mask, numpy)
 
     def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "Pool":
-        """Another of the same kind."""
+        """Makes another pool of the same kind."""
         options = {"leave_out": self.leave_out} | self.options | options
         return Pool(self.name, num_envs, seed, tuple(options.pop("leave_out")), options)
 
@@ -144,21 +144,21 @@ class Pool:
             return None
         try:
             return self.open().envpool.render(env_ids=lane)[0]
-        except RuntimeError:  # not all are drawn
+        except RuntimeError:  # not all environments can draw
             return None
 
     def tree_flatten(self) -> tuple[tuple[()], tuple["Pool", bool]]:
-        """No leaves. Once it is closed nothing compiled before matches, and `open` is asked."""
+        """No leaves. Closing changes the structure, so that code compiled before is not reused."""
         return (), (self, self.envpool is None)
 
     @classmethod
     def tree_unflatten(cls, pool: tuple["Pool", bool], leaves: tuple[()]) -> "Pool":
-        """Itself."""
+        """The pool itself."""
         return pool[0]
 
 
 class PoolState(eqx.Module):
-    """The token that orders calls, and the episodes: the learner's (`ended`) and the game's."""
+    """The token that orders calls, the learner's episode (`ended`) and the game's episode."""
 
     token: UInt8[Array, "8"]
     ended: Bool[Array, " N"]
@@ -166,13 +166,13 @@ class PoolState(eqx.Module):
 
 
 class EnvpoolEnv(Env):
-    """Environments in lockstep, in EnvPool's threads, which XLA calls.
+    """Environments in lockstep, stepped in EnvPool's threads by XLA calls.
 
-    Of Atari, observations are stacks of frames, `uint8[stack, height, width]`. With `episodic_life`
-    a lost life is `terminated`, and a `first` timestep follows; `episode` goes on to the end of the
-    game. Rewards of `episode` are those of the game, whatever `reward_clip`.
+    Atari observations are stacks of frames, `uint8[stack, height, width]`. With `episodic_life` a
+    lost life is `terminated`, and a `first` timestep follows, but `episode` continues until the end
+    of the game. Returns of `episode` are those of the game, regardless of `reward_clip`.
 
-    They are seeded when they are made, and `reset` ignores its key. It must be called outside
+    Environments are seeded when they are made; `reset` ignores its key and must be called outside
     `jit`.
     """
 
@@ -195,7 +195,7 @@ class EnvpoolEnv(Env):
 
     @property
     def recording(self) -> Recording:
-        """What its rules say, and what is left out."""
+        """The recording of its rules, with `leave_out`."""
         pool = self.pool.open()
         recording = pool.rules.recording(pool.envpool.config)
         left_out = {"leave_out": list(pool.leave_out)} if pool.leave_out else {}
@@ -207,7 +207,7 @@ class EnvpoolEnv(Env):
             raise UsageError(
                 "EnvPool resets on the host: call env.reset outside jit, scan and vmap"
             )
-        jax.effects_barrier()  # no step may be under way
+        jax.effects_barrier()  # no step may be running
         obs, info = pool.envpool.reset()
         no, zero = jnp.zeros(self.num_envs, bool), jnp.zeros(self.num_envs)
         episode = Episode(no, zero, jnp.zeros(self.num_envs, jnp.int32))
@@ -223,8 +223,8 @@ class EnvpoolEnv(Env):
             state.token, pool.told(action)
         )
         first, before = state.ended, state.episode
-        # Of a game that ends in the very step of its time limit EnvPool says that it is truncated,
-        # and often says nothing else.
+        # If a game ends in the very step of its time limit, EnvPool reports that it is truncated,
+        # and often only that.
         game_reward, game_over = pool.rules.game(reward, terminated, info)
         game_over = game_over & ~first
         terminated = (terminated & ~first) | game_over
@@ -252,7 +252,7 @@ class EnvpoolEnv(Env):
 
 
 class PoolHost(Host):
-    """A pool whose step XLA cannot call, called back."""
+    """A pool whose step XLA cannot call directly; it is called back on the host."""
 
     num_agents = None
 
@@ -298,12 +298,12 @@ class PoolHost(Host):
 
 
 def ids() -> list[str]:
-    """All that EnvPool has registered; some need more than it brings."""
+    """All environments registered in EnvPool; some need additional packages or files."""
     return envpool.list_all_envs()
 
 
 def accepts(source: Any) -> bool:
-    """Pools of the caller's own are not taken: a pool must be seeded and wired when it is made."""
+    """Always false: a pool must be seeded and configured when it is made."""
     return False
 
 
@@ -318,7 +318,7 @@ def make(
     - `num_envs`: lanes.
     - `seed`: of the environments.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
-    - `options`: EnvPool's own: `max_episode_steps`, `num_threads`, `frame_skip` and more; of Atari
+    - `options`: EnvPool's own: `max_episode_steps`, `num_threads`, `frame_skip` and more; for Atari
         `episodic_life`, `reward_clip`, `repeat_action_probability`, `noop_max`, `stack_num`.
     """
     pool = Pool(source, num_envs, seed, tuple(leave_out), options)
@@ -326,7 +326,7 @@ def make(
 
 
 def _spec(name: str) -> Any:
-    """What EnvPool says of an environment for one."""
+    """EnvPool's specification of an environment for one player."""
     if name not in registry.specs:
         raise UnknownNameError("environment of EnvPool", name, ids())
     try:
@@ -337,8 +337,8 @@ def _spec(name: str) -> Any:
     players = spec.config.max_num_players
     if players > 1:
         raise UsageError(
-            f"'{name}' has {players} players, which share no lane of EnvPool's: teams are in "
-            "pettingzoo/... and jaxmarl/..."
+            f"'{name}' has {players} players, which EnvPool does not put in one lane: for teams "
+            "use pettingzoo/... or jaxmarl/..."
         )
     return spec
 
@@ -352,7 +352,7 @@ def _rules(name: str) -> Rules:
 
 
 def _repaired(space: gymnasium.Space) -> Space:
-    """`space` without bounds where C++ has not set them: from its least positive number up."""
+    """`space` without the bounds that C++ left unset: the least positive and largest numbers."""
 
     def repaired(path: str, leaf: Leaf) -> Leaf:
         if not isinstance(leaf, Box) or leaf.dtype.kind != "f":
@@ -369,7 +369,7 @@ def _repaired(space: gymnasium.Space) -> Space:
 def _can_draw(name: str) -> bool:
     """Whether it is safe to ask for a picture.
 
-    MuJoCo ends the process where there is no OpenGL: another process must see whether there is.
+    MuJoCo ends the process if there is no OpenGL, so this tries it in another process.
     """
     if not _module(name).startswith("envpool.mujoco"):
         return True
@@ -377,6 +377,6 @@ def _can_draw(name: str) -> bool:
         f"import envpool; pool = envpool.make({name!r}, env_type='gymnasium', num_envs=1, "
         "render_mode='rgb_array'); pool.reset(); pool.render(env_ids=0)"
     )
-    with tempfile.TemporaryDirectory() as directory:  # where MuJoCo may write its log
+    with tempfile.TemporaryDirectory() as directory:  # for MuJoCo's log
         command = [sys.executable, "-c", code]
         return subprocess.run(command, capture_output=True, cwd=directory).returncode == 0

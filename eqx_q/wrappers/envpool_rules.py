@@ -1,4 +1,4 @@
-"""What is particular to EnvPool's Atari; and the rules of all its other environments."""
+"""Rules of EnvPool's Atari, and of all its other environments."""
 
 import abc
 from typing import Any
@@ -7,21 +7,21 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from .env import Recording
 
-# What is done to observations and actions.
+# Options that affect observations and actions.
 _PREPROCESSING = ("frame_skip", "gray_scale", "img_height", "img_width", "use_inter_area_resize")
 _PREPROCESSING += ("full_action_space", "repeat_action_probability", "mode", "difficulty")
 
 
 class Rules(abc.ABC):
-    """What a pool's numbers mean."""
+    """Interprets a pool's options and results."""
 
     @abc.abstractmethod
     def check(self, options: dict[str, Any]) -> None:
-        """Refuses, with `ValueError`, what EnvPool lets pass, to do something senseless later."""
+        """Raises `ValueError` for invalid options that EnvPool itself accepts."""
 
     @abc.abstractmethod
     def recording(self, config: dict[str, Any]) -> Recording:
-        """What a data set holds of it, as configured."""
+        """How to record it, as configured."""
 
     @abc.abstractmethod
     def game(
@@ -34,7 +34,7 @@ class Rules(abc.ABC):
 
 
 class PlainRules(Rules):
-    """The game is what the learner sees of it."""
+    """The game's rewards and episodes are those of the learner."""
 
     def check(self, options: dict[str, Any]) -> None:
         for option in ("frame_skip", "frame_stack", "max_episode_steps"):
@@ -48,23 +48,23 @@ class PlainRules(Rules):
 
 
 class AtariRules(Rules):
-    """Rewards may be clipped, and a lost life may end the learner's episode, not the game.
+    """Rewards may be clipped, and a lost life may end the learner's episode, but not the game.
 
-    EnvPool's next step then goes on with the game: it plays up to `noop_max` no-ops and, where
-    games begin with it, FIRE. It reports a reward of 0 for them, whatever they score: that is not
-    in the returns and cannot be known. (In Space Invaders, whose score can be read from its memory,
-    nothing was scored there in 343 lives.)
+    EnvPool's next step then continues the game: it plays up to `noop_max` no-ops and, if the game
+    begins with it, FIRE. It reports a reward of 0 for them, so returns lack what these steps score,
+    which cannot be known. (In Space Invaders, whose score can be read from its memory, they scored
+    nothing in 343 lives.)
     """
 
     def check(self, options: dict[str, Any]) -> None:
         at_least_one = ("frame_skip", "stack_num", "img_height", "img_width", "max_episode_steps")
-        for option in (*at_least_one, "noop_max"):  # 1: the one frame that it always plays
+        for option in (*at_least_one, "noop_max"):  # 1 counts the frame that it always plays
             _at_least_one(options, option)
         if not 0 <= options.get("repeat_action_probability", 0) <= 1:
-            raise ValueError("repeat_action_probability must lie between 0 and 1")
+            raise ValueError("repeat_action_probability must be between 0 and 1")
 
     def recording(self, config: dict[str, Any]) -> Recording:
-        """Whole games, unclipped. Frames of three colours are three channels: none is apart."""
+        """Whole games with unclipped rewards. Colour frames are merged into channels: no stack."""
         return Recording(
             options={"episodic_life": False, "reward_clip": False},
             stack=config["stack_num"] if config["gray_scale"] else None,
@@ -78,4 +78,4 @@ class AtariRules(Rules):
 
 def _at_least_one(options: dict[str, Any], option: str) -> None:
     if options.get(option, 1) < 1:
-        raise ValueError(f"{option} is {options[option]}: give 1 or more")
+        raise ValueError(f"{option}={options[option]}: give 1 or more")

@@ -1,8 +1,8 @@
-"""Environments outside JAX that can be brought back, bit for bit.
+"""Environments outside JAX that can be resumed, bit for bit.
 
-What an emulator holds cannot be saved, and most cannot be seeded anew in the middle of a run: the
-noise of an emulator, and in some games its memory, live on through resets. But made anew from the
-same seed and told the same actions it does the same again. So all actions are kept, and replayed.
+An emulator's state cannot be saved, and most emulators cannot be reseeded in the middle of a run:
+their noise, and in some games their memory, survive resets. But a new emulator with the same seed
+and the same actions behaves the same. So all actions are kept, and replayed on resume.
 """
 
 import logging
@@ -20,19 +20,19 @@ from ..spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 from ..types import TimeStep
 from .env import Env, Recording
 
-_CHUNK = 512  # steps that are replayed at once, between which Ctrl-C is heard
+_CHUNK = 512  # steps to replay at once; Ctrl-C is noticed between chunks
 _SECONDS = 30.0  # between lines of the log
 
-_MEND = "go on with exact_resume=false, and new episodes"
+_MEND = "resume with exact_resume=false, which starts new episodes"
 
 logger = logging.getLogger(__name__)
 
 
 class Past(eqx.Module):
-    """The environment's own state, and all that was done in it; a checkpoint holds it whole.
+    """The environment's own state, and all actions taken in it. A checkpoint contains all of it.
 
-    **Fields:** `actions`, with room for those to come; how many `steps` of them were made (in every
-    lane as many); a `digest` of every observation, reward and end that they led to.
+    **Fields:** `actions`, with room for future ones; the number of `steps` made (the same in every
+    lane); a `digest` of all resulting observations, rewards and episode ends.
     """
 
     inner: PyTree
@@ -42,14 +42,14 @@ class Past(eqx.Module):
 
 
 class Exact(Env):
-    """An environment outside JAX, whose past is kept so that `resume` can bring it back.
+    """An environment outside JAX that keeps its actions, so that `resume` can restore it.
 
-    It must do the same for the same seed and actions. `reset` is called once, when it is new.
+    It must be deterministic, given seed and actions. Call `reset` once, while it is new.
 
-    **Arguments:** `env`: new. `steps`: the most that a lane will make; each takes the memory of an
-    action, which of a `Discrete` space is mostly a byte.
+    **Arguments:** `env`: a new environment. `steps`: the maximum number of steps per lane; each
+    takes the memory of one action, usually a byte for a `Discrete` space.
 
-    **Raises:** `UsageError` where `env` is not outside JAX: its state is all in the run's.
+    **Raises:** `UsageError` if `env` is in JAX: its state is part of the run state.
     """
 
     env: Env
@@ -63,7 +63,7 @@ class Exact(Env):
 
     def __init__(self, env: Env, steps: int):
         if not env.on_host:
-            raise UsageError("an environment in JAX is resumed exactly as it is")
+            raise UsageError("an environment in JAX resumes exactly by itself: do not wrap it")
         self.env = env
         self.capacity = steps
         self.observation_space = env.observation_space
@@ -75,7 +75,7 @@ class Exact(Env):
 
     @property
     def recording(self) -> Recording:
-        """That of the environment."""
+        """See `Env`: that of the wrapped environment."""
         return self.env.recording
 
     @property
@@ -108,16 +108,16 @@ class Exact(Env):
         return Past(inner, actions, state.steps + 1, _digest(state.digest, timestep)), timestep
 
     def resume(self, past: Past) -> Past:
-        """Where `past` had come to, in these environments, which are new and made as those were.
+        """Replays `past` in this environment, which must be new and made in the same way.
 
-        **Raises:** `UsageError` where they do not do the same again.
+        **Raises:** `UsageError` if it does not behave the same.
         """
         steps = int(past.steps[0])
         lanes, kept, *_ = past.actions.shape
         if lanes != self.num_envs or steps > min(kept, self.capacity):
             raise UsageError(
-                f"{lanes} lanes that made {steps:,} steps cannot be replayed in {self.num_envs} "
-                f"that keep {min(kept, self.capacity):,}: {_MEND}"
+                f"{steps:,} steps of {lanes} lanes cannot be replayed in {self.num_envs} lanes "
+                f"with room for {min(kept, self.capacity):,} steps: {_MEND}"
             )
         logger.info("replaying %s steps of %s lanes", f"{steps:,}", lanes)
         started = told = time.perf_counter()
@@ -131,15 +131,15 @@ class Exact(Env):
         wrong = np.flatnonzero(np.asarray(state.digest) != np.asarray(past.digest))
         if wrong.size:
             raise UsageError(
-                f"replayed, {wrong.size} of {lanes} lanes (the first is {wrong[0]}) did not do the "
-                "same again: this environment depends on more than its seed and actions, or "
+                f"{wrong.size} of {lanes} lanes (the first is {wrong[0]}) behaved differently when "
+                "replayed, so this environment depends on more than its seed and actions, or "
                 f"another version of it is installed: {_MEND}"
             )
         logger.info("replayed in %.1f s", time.perf_counter() - started)
         return state
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
-        """One whose past is not kept."""
+        """See `Env`; the new environment does not keep its actions."""
         return self.env.replicate(num_envs, seed=seed, **options)
 
     def render(self, state: Past, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
@@ -151,7 +151,7 @@ class Exact(Env):
 
 @eqx.filter_jit
 def _replay(env: Exact, actions: Array, state: Past, end: Int[Array, ""]) -> Past:
-    """`state` after the steps up to `end`."""
+    """Replays `actions` from `state` up to step `end`."""
 
     def step(state: Past) -> Past:
         action = jax.lax.dynamic_index_in_dim(actions, state.steps[0], 1, keepdims=False)
@@ -161,11 +161,11 @@ def _replay(env: Exact, actions: Array, state: Past, end: Int[Array, ""]) -> Pas
 
 
 def _digest(digest: UInt32[Array, " N"], timestep: TimeStep) -> UInt32[Array, " N"]:
-    """A checksum of each lane, going on with what the suite says in a timestep."""
+    """Updates the checksum of each lane with the suite's part of a timestep."""
     said = (timestep.obs, timestep.reward, timestep.terminated, timestep.truncated)
     for x in jax.tree.leaves(said):
         x = jnp.asarray(x).reshape(len(digest), -1)
-        if x.dtype == jnp.uint8 and x.shape[1] % 4 == 0:  # of images, four at a time
+        if x.dtype == jnp.uint8 and x.shape[1] % 4 == 0:  # images: four bytes at a time
             x = x.reshape(len(digest), -1, 4)
         if x.dtype == jnp.float32 or x.ndim == 3:
             x = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -176,7 +176,7 @@ def _digest(digest: UInt32[Array, " N"], timestep: TimeStep) -> UInt32[Array, " 
 
 
 def _narrowest(space: Leaf) -> Any:
-    """The smallest type that actions fit in."""
+    """The smallest dtype that can hold the actions."""
     if isinstance(space, Box):
         return jax.dtypes.canonicalize_dtype(space.dtype)
     low, high = 0, 1

@@ -1,4 +1,4 @@
-"""Python environments that break: which lane it was, and what becomes of it."""
+"""Guards lanes of Python environments: detects failures, and stops or restarts the lane."""
 
 import collections
 import contextlib
@@ -21,8 +21,8 @@ from .options import OnError, require_choice, require_count
 
 logger = logging.getLogger(__name__)
 
-BROKEN = "eqx_q_broken"  # in `info`
-_WINDOW = 1000  # steps of a lane in which its restarts are counted
+BROKEN = "eqx_q_broken"  # key in `info`
+_WINDOW = 1000  # steps of a lane within which its restarts are counted
 
 E = TypeVar("E")
 Result = TypeVar("Result")
@@ -30,22 +30,22 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What to do where the environment of a lane breaks.
+    """What to do when the environment of a lane fails.
 
-    It breaks where it raises, takes too long, or returns a number that is not finite or an
-    observation of another shape than its space's.
+    It fails if it raises, takes too long, or returns a non-finite number or an observation whose
+    shape differs from its space's.
 
     **Attributes:**
 
-    - `on_error`: `"stop"` raises `LaneError`; `"restart"` makes that lane's environment anew, with
-        a new seed. Its broken episode ends without an end: the next timestep is a `first` one.
-    - `timeout`: seconds that a step or a reset may take. Each then runs in a thread of the lane's,
+    - `on_error`: `"stop"` raises `LaneError`; `"restart"` replaces that lane's environment by a new
+        one with a new seed. Its episode has no end: the next timestep is simply a `first` one.
+    - `timeout`: seconds that a step or a reset may take. Each then runs in a thread of the lane,
         which costs about 15 µs; `None`: no limit, and no thread.
-    - `max_restarts`: of one lane in 1,000 of its steps. Where it breaks more often, `LaneError` is
+    - `max_restarts`: of one lane within 1,000 of its steps. If it fails more often, `LaneError` is
         raised.
-    - `finite`: whether observations must be.
+    - `finite`: whether observations must be finite.
 
-    **Raises:** `UsageError` for other values.
+    **Raises:** `UsageError` for invalid values.
     """
 
     on_error: str = "stop"
@@ -58,24 +58,24 @@ class Guard:
         require_count("max_restarts", self.max_restarts)
         limit = self.timeout
         if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
-            raise UsageError(f"timeout is {limit!r}: give a number of seconds above 0, or null")
+            raise UsageError(f"timeout={limit!r}: give a number of seconds above 0, or null")
 
     @property
     def leaves_lanes_alone(self) -> bool:
-        """Whether nothing must be done to a single lane."""
+        """Whether no lane needs individual treatment."""
         return self.on_error == "stop" and self.timeout is None
 
 
 class Unfit(ValueError):
-    """An environment returned what nothing can be learnt from."""
+    """An environment returned an invalid observation or reward."""
 
 
 class _Late(TimeoutError):
-    """It did not return in time."""
+    """A call did not return in time."""
 
 
 class Restarted(NamedTuple):
-    """What the reset of a new environment gave, and what had happened to the old one."""
+    """The result of a new environment's reset, and why the old one failed."""
 
     fresh: Any
     reason: str
@@ -98,7 +98,7 @@ class Guarded(Generic[E]):
     def reset(
         self, reset: Callable[[E, int | None], Result], seed: int | None
     ) -> Result | Restarted:
-        """What a reset gives, with that seed; where it breaks, with new ones."""
+        """Resets with the seed; if that fails, restarts with new seeds."""
         if seed is not None:
             self._seed = seed
         try:
@@ -109,7 +109,7 @@ class Guarded(Generic[E]):
     def step(
         self, step: Callable[[E], Result], reset: Callable[[E, int | None], Any]
     ) -> Result | Restarted:
-        """What a step gives; where it breaks, what a reset gives."""
+        """The result of a step; if it fails, that of a restart."""
         self._steps += 1
         try:
             return self._within_time(lambda: step(self.env))
@@ -117,7 +117,7 @@ class Guarded(Generic[E]):
             return self._restart(error, reset)
 
     def close(self) -> None:
-        """Closes the environment, unless it is busy for ever."""
+        """Closes the environment, unless it hangs."""
         if not self._hangs:
             self._within_time(lambda: self.env.close())  # pyright: ignore[reportAttributeAccessIssue]
         if self._thread is not None:
@@ -133,14 +133,14 @@ class Guarded(Generic[E]):
             raise
 
     def _restart(self, error: BaseException, reset: Callable[[E, int | None], Any]) -> Restarted:
-        """What the first reset gives that does not break."""
+        """Restarts the environment until a reset succeeds."""
         reason = _in_words(error)
         while True:
             self._give_up_or_count(error)
-            with contextlib.suppress(Exception, SystemExit):  # it is broken
+            with contextlib.suppress(Exception, SystemExit):  # it has failed anyway
                 self.close()
             if self._thread is not None:
-                self._thread, self._hangs = _Thread(), False  # the other may be busy for ever
+                self._thread, self._hangs = _Thread(), False  # the old one may hang
             (seed,) = np.random.SeedSequence([self._seed, self._num_restarts]).generate_state(1)
             try:
                 self.env = self._within_time(self._create)
@@ -150,10 +150,10 @@ class Guarded(Generic[E]):
                 error = another
 
     def _give_up_or_count(self, error: BaseException) -> None:
-        message = f"the environment of lane {self._lane} broke: {_in_words(error)}"
+        message = f"the environment of lane {self._lane} failed: {_in_words(error)}"
         if self.guard.on_error == "stop":
             raise LaneError(
-                f"{message}; on_error=restart (of a run: on_env_error=restart) would make it anew"
+                f"{message}; set on_error=restart (in a run: on_env_error=restart) to restart it"
             ) from error
         recent = self._restarted_at
         if len(recent) == recent.maxlen and self._steps - recent[0] < _WINDOW:
@@ -165,9 +165,9 @@ class Guarded(Generic[E]):
 
 
 class GuardedEnv(gymnasium.Wrapper):
-    """A Gymnasium environment under a `Guard`. Where it was restarted, `info[BROKEN]` says why.
+    """A Gymnasium environment under a `Guard`. After a restart, `info[BROKEN]` says why.
 
-    **Arguments:** `leave_out`: entries of its observations that are not seen, nor checked.
+    **Arguments:** `leave_out`: entries of its observations that are neither seen nor checked.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class GuardedEnv(gymnasium.Wrapper):
 
 
 def check(space: gymnasium.Space, obs: Any, path: str = "", *, finite: bool = True) -> None:
-    """Raises `Unfit` where an observation is of another shape, or not `finite` as `float32`."""
+    """Raises `Unfit` if an observation has another shape, or is not `finite` as `float32`."""
     if isinstance(space, gymnasium.spaces.Dict):
         for name, part in space.items():
             check(part, obs[name], f"{path}.{name}" if path else name, finite=finite)
@@ -224,14 +224,14 @@ def check(space: gymnasium.Space, obs: Any, path: str = "", *, finite: bool = Tr
         x, where = np.asarray(obs), f" at '{path}'" if path else ""
         if x.shape != space.shape:
             raise Unfit(
-                f"an observation has shape {x.shape}{where}, but its space says {space.shape}"
+                f"an observation has shape {x.shape}{where}, but its space has shape {space.shape}"
             )
         if finite and not _is_finite(x):
             raise Unfit(f"an observation is not finite{where}")
 
 
 def check_reward(reward: Any) -> None:
-    """Raises `Unfit` where it is no finite number."""
+    """Raises `Unfit` if `reward` is not a finite number."""
     if not _is_finite(np.asarray(reward, float)):
         raise Unfit(f"the reward is {reward}")
 
@@ -244,12 +244,12 @@ def _is_finite(x: np.ndarray) -> bool:
 
 
 def report_restart(lane: int, reason: str) -> None:
-    """Tells the log that a lane was restarted."""
-    logger.warning("the environment of lane %s was made anew: %s", lane, reason)
+    """Logs that a lane was restarted."""
+    logger.warning("restarted the environment of lane %s: %s", lane, reason)
 
 
 def _in_words(error: BaseException) -> str:
-    """An error, and where in whose code it was raised, in one line."""
+    """An error, with file and line of the code that raised it, in one line."""
     if isinstance(error, (Unfit, _Late)):
         return str(error)
     what = " ".join(f"{type(error).__name__}: {error}".split())
@@ -260,7 +260,7 @@ def _in_words(error: BaseException) -> str:
 
 
 class _Thread:
-    """A thread that runs functions one at a time; whoever waits too long for one may leave it."""
+    """A thread that runs functions one at a time; a caller can give up on one that hangs."""
 
     def __init__(self):
         self._asked: queue.SimpleQueue = queue.SimpleQueue()
@@ -268,7 +268,7 @@ class _Thread:
         threading.Thread(target=self._work, daemon=True, name="lane").start()
 
     def run(self, function: Callable[[], Result], timeout: float | None) -> Result:
-        """What the function returns or raises. Raises `_Late` where it does neither in time."""
+        """Returns or raises what the function does. Raises `_Late` if that takes too long."""
         self._asked.put(function)
         try:
             result, error = self._answered.get(timeout=timeout)
@@ -279,7 +279,7 @@ class _Thread:
         return result
 
     def end(self) -> None:
-        """Lets the thread end, as soon as it is free."""
+        """Lets the thread end as soon as it is free."""
         self._asked.put(None)
 
     def _work(self) -> None:

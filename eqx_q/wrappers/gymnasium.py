@@ -28,9 +28,9 @@ VECTORIZATIONS = ("auto", "sync", "async")
 class GymnasiumHost(Host):
     """A Gymnasium vector environment.
 
-    Arrays of observations are `uint8` where they are so, else `int32` or `float32`. An
-    `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`), becomes
-    the action mask; where the very first reset gives none, none may come later.
+    Arrays of observations are `uint8` if they are so in the environment, else `int32` or `float32`.
+    An `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`),
+    becomes the action mask. If the first reset has none, later steps must not have one.
     """
 
     num_agents = None
@@ -84,7 +84,7 @@ class GymnasiumHost(Host):
         self.vector.close()
 
     def _told(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What the vector environment answers. Raises `LaneError` where a lane's process died."""
+        """Calls the vector environment. Raises `LaneError` if a lane's process died."""
         try:
             return function(*arguments, **options)
         except (EOFError, OSError) as error:
@@ -94,7 +94,7 @@ class GymnasiumHost(Host):
             dead = [str(lane) for lane, one in enumerate(processes) if not one.is_alive()]
             if not dead:
                 raise
-            for one in processes:  # the vector's own close would wait for the dead
+            for one in processes:  # the vector's own close would wait for dead processes
                 one.kill()
             self.vector.closed = True
             raise LaneError(f"the process of lane {', '.join(dead)} died") from error
@@ -119,7 +119,7 @@ class GymnasiumHost(Host):
         return report
 
     def _masks(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, "N A"]:
-        """Lanes that give no mask now may do anything."""
+        """Masks of all lanes; in lanes without a mask, every action is legal."""
         masks = np.ones((self.num_envs, sum(spaces.factors(self.action_space))), bool)
         given = info.get("_action_mask", np.full(self.num_envs, "action_mask" in info))
         for lane in range(self.num_envs):
@@ -136,7 +136,7 @@ def ids() -> list[str]:
 
 
 def accepts(source: Any) -> bool:
-    """Whether `source` is a Gymnasium environment, or a class of such."""
+    """Whether `source` is a Gymnasium environment, or a class of one."""
     kind = source if isinstance(source, type) else type(source)
     return issubclass(kind, gymnasium.Env)
 
@@ -159,11 +159,11 @@ def make(
         returns a `gymnasium.Env`.
     - `num_envs`: lanes.
     - `seed`: of the environments: lane `i` gets `seed + i`.
-    - `vectorization`: `"sync"` steps one environment after the other, `"async"` each in a process
-        of its own, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
+    - `vectorization`: `"sync"` steps one environment after the other, `"async"` each in its own
+        process, `"auto"` uses the environment's vectorised version if it has one, else `"sync"`.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
-    - `guard`: what to do where a lane breaks. One that restarts or times lanes rules out the
-        environment's vectorised version, whose lanes cannot be made anew one by one.
+    - `guard`: what to do when a lane fails. A guard that restarts or times lanes rules out the
+        environment's vectorised version, whose lanes cannot be restarted one by one.
     - `options`: of `gymnasium.make` and of the environment, or keyword arguments of the function.
     """
     own = {"vectorization": vectorization, "leave_out": tuple(leave_out), "guard": guard}
@@ -199,15 +199,15 @@ def _host(
         ]
         if vector is None and vectorization == "async":
             lanes = [functools.partial(_ignoring_interrupts, os.getpid(), lane) for lane in lanes]
-            # Not forked from here, where JAX has threads.
-            shares = not leave_out  # what is left out may be of a kind that cannot be shared
+            # A plain fork is unsafe, since JAX has threads.
+            shares = not leave_out  # entries left out may be of a kind that cannot be shared
             vector = AsyncVectorEnv(lanes, context="forkserver", shared_memory=shares)
         elif vector is None:
             vector = SyncVectorEnv(lanes)
             spec = vector.envs[0].spec
     except UsageError:
         raise
-    except Exception as error:  # whatever an environment's constructor trips over
+    except Exception as error:  # an environment's constructor may raise anything
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"Gymnasium cannot make {source!r}: {what}") from error
     limit = options.get("max_episode_steps", spec.max_episode_steps if spec else None)
@@ -235,17 +235,17 @@ def _one(create: Callable[..., gymnasium.Env], options: dict[str, Any]) -> gymna
 
 
 def _ignoring_interrupts(parent: int, create: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    """`create()`; a worker then leaves signals that every process may get to its parent."""
-    if os.getpid() != parent:  # which makes one too, to see its spaces
+    """`create()`; a worker process ignores signals, which its parent handles."""
+    if os.getpid() != parent:  # the parent also calls this, to get the spaces
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
     return create()
 
 
 def _vectorised(spec: EnvSpec, num_envs: int, options: dict[str, Any]) -> VectorEnv | None:
-    """The environment's own vectorised version, if it has one that serves.
+    """The environment's own vectorised version, if it has a usable one.
 
-    It must declare the boundary rule. Not if it runs on JAX: that cannot be called back from JAX.
+    It must declare the boundary rule, and must not run on JAX, which cannot call back into itself.
     """
     if spec.vector_entry_point is None:
         return None
@@ -254,7 +254,7 @@ def _vectorised(spec: EnvSpec, num_envs: int, options: dict[str, Any]) -> Vector
         vector = gymnasium.make_vec(
             spec, num_envs, vectorization_mode=VectorizeMode.VECTOR_ENTRY_POINT, **options
         )
-    except (TypeError, gymnasium.error.Error):  # it lacks an option that the single one may have
+    except (TypeError, gymnasium.error.Error):  # it may lack an option of the single environment
         return None
     if vector.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP and not vector.metadata.get(
         "jax", False

@@ -30,14 +30,14 @@ from .lanes import Lanes
 class Game:
     """A gymnax environment with its parameters.
 
-    Hashed by identity, and shared by equal calls of `make`: what is compiled for one serves all.
+    Hashed by identity, and shared by equal calls of `make`, so that they share compiled code.
     Parameters are constants of the compiled code.
 
     **Attributes:**
 
-    - `source`, `options`: what it was made from.
-    - `observation_space`: without bounds, since those that gymnax declares do not hold in several
-        of its environments, nor do some of its shapes and types.
+    - `source`, `options`: the arguments that it was made with.
+    - `observation_space`: derived from actual observations, without bounds, since the bounds,
+        shapes and types that gymnax declares are wrong in several environments.
     """
 
     source: Any
@@ -64,16 +64,16 @@ class Game:
     def step(
         self, state: PyTree, action: Shaped[Array, "*action"], key: PRNGKeyArray
     ) -> tuple[PyTree, Report]:
-        """Acts in one lane. Not gymnax's `step`, which resets at once and hides where it did."""
+        """Acts in one lane. Avoids gymnax's `step`, which resets in the same step."""
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         truncated = self.env.is_truncated(state, self.params)
         reward = jnp.asarray(reward, jnp.float32)
         return state, Report(_observe(self.env, self.params, obs), reward, terminated, truncated)
 
     def render(self, state: PyTree) -> UInt8[np.ndarray, "height width 3"] | None:
-        """One lane: classic control by Gymnasium's renderers, grids (MinAtar's and others) here.
+        """Draws one lane: classic control with Gymnasium's renderers, grids (MinAtar etc.) here.
 
-        Of bandits and chains there is nothing to be seen.
+        Returns `None` for bandits and chains, which have no picture.
         """
         name, state = self.env.name, jax.tree.map(np.asarray, state)
         if name in vis_gym.SUPPORTED_GYM_ENVS:
@@ -87,12 +87,12 @@ class Game:
         return None if plan is None else draw_grid(plan)
 
     def replace(self, options: dict[str, Any]) -> "Game":
-        """The same with other options."""
+        """The same game with some options replaced."""
         return _game(self.source, self.options | options)
 
 
 def _actions(env: Environment, params: Any) -> Leaf:
-    """The actions it takes, a `Box` with its bounds in every dimension."""
+    """Its action space; a `Box` has bounds for every dimension."""
     space = env.action_space(params)
     if isinstance(space, gymnax_spaces.Discrete):
         return spaces.of_actions(gymnasium.spaces.Discrete(int(space.n)))
@@ -106,7 +106,7 @@ def _actions(env: Environment, params: Any) -> Leaf:
 
 
 def _space(obs: Any) -> gymnasium.Space:
-    """Of observations, in dicts, tuples and arrays."""
+    """The space of observations that are dicts, tuples and arrays."""
     if isinstance(obs, dict):
         return gymnasium.spaces.Dict({name: _space(child) for name, child in obs.items()})
     if isinstance(obs, tuple):
@@ -119,7 +119,7 @@ def _shapes(obs: Any) -> Any:
 
 
 def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None:
-    """What stands in the way, the goal and the agent, of mazes that are seen from inside."""
+    """A map of obstacles, goal and agent, for mazes with first-person observations."""
     if hasattr(env, "occupied_map"):
         blocked, goal, place = env.occupied_map, state.goal, state.pos
     elif hasattr(env, "desc"):  # a frozen lake: its holes
@@ -134,7 +134,7 @@ def _plan(env: Any, state: PyTree) -> Float[np.ndarray, "height width 3"] | None
 
 
 def ids() -> list[str]:
-    """All of gymnax but MNISTBandit, which needs a download."""
+    """All gymnax environments except MNISTBandit, which needs a download."""
     return [name for name in registered_envs if name != "MNISTBandit-bsuite"]
 
 
@@ -152,9 +152,9 @@ def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
 
     - `source`: a name, a gymnax environment, or a pair of one and its parameters.
     - `num_envs`: lanes.
-    - `seed`: unused: all randomness is that of the keys.
+    - `seed`: unused: all randomness comes from the keys.
     - `options`: arguments of the environment's constructor, and fields of its parameters
-        (`max_steps_in_episode` is one of nearly all).
+        (nearly all have `max_steps_in_episode`).
     """
     del seed
     return Lanes(_game(source, options), num_envs)
@@ -167,9 +167,9 @@ def _game(source: Any, options: dict[str, Any]) -> Game:
         try:
             # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
             return _named_game(source, pickle.dumps(sorted(options.items())))
-        except OSError as error:  # `MNISTBandit` downloads its pictures
+        except OSError as error:  # `MNISTBandit` downloads its images
             raise UsageError(
-                f"'{source}' needs data that cannot be had ({error}): choose another environment"
+                f"'{source}' needs data that is not available ({error}): choose another environment"
             ) from error
     env, params = source if isinstance(source, tuple) else (source, source.default_params)
     return _configured(source, options, env, _replace(params, options))
@@ -186,7 +186,7 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
 
 
 def _configured(source: Any, options: dict[str, Any], env: Environment, params: Any) -> Game:
-    """With spaces that are true of what is seen and done."""
+    """Makes the game, with spaces that match its observations and actions."""
     actions = _actions(env, params)
 
     def seen(key: PRNGKeyArray, action: Array) -> tuple[PyTree, PyTree]:
@@ -197,15 +197,15 @@ def _configured(source: Any, options: dict[str, Any], env: Environment, params: 
     first, later = jax.eval_shape(seen, jax.random.key(0), spaces.shapes(actions))
     if first != later:
         raise UsageError(
-            f"{env.name} gives observations of shape {_shapes(first)} after reset, "
-            f"but {_shapes(later)} after step: they must be the same"
+            f"{env.name} returns observations of shape {_shapes(first)} after reset, "
+            f"but {_shapes(later)} after step: make them the same"
         )
     observations = spaces.of_observations(_space(first))
     return Game(source, options, env, params, observations, actions)
 
 
 def _observe(env: Environment, params: Any, obs: Any) -> PyTree[Float[Array, "..."]]:
-    """As `float32`; one-hot where gymnax gives an index."""
+    """Converts observations to `float32`, and an index to one-hot."""
     space = env.observation_space(params)
     if isinstance(space, gymnax_spaces.Discrete):
         return jax.nn.one_hot(obs, space.n, dtype=jnp.float32)
@@ -214,7 +214,7 @@ def _observe(env: Environment, params: Any, obs: Any) -> PyTree[Float[Array, "..
 
 @functools.partial(jax.jit, static_argnums=0)
 def _look(game: Game, state: PyTree) -> Array:
-    # The key decides nothing of what is drawn.
+    # The picture does not depend on the key.
     return game.env.observe(jax.random.key(0), state, None, game.params)
 
 
@@ -237,5 +237,5 @@ def _replace(params: Any, options: dict[str, Any], also_known: tuple[str, ...] =
         if name not in fields:
             raise UnknownNameError("option", name, [*fields, *also_known])
         if isinstance(fields[name], float) and isinstance(value, int):
-            options = options | {name: float(value)}  # types are part of what is compiled
+            options = options | {name: float(value)}  # another type would recompile
     return params.replace(**options)

@@ -1,4 +1,4 @@
-"""Environments that live in Python, called back from compiled code in order."""
+"""Environments that live in Python, which compiled code calls back in order."""
 
 import abc
 import contextlib
@@ -26,8 +26,8 @@ Reported: TypeAlias = dict[str, PyTree[np.ndarray]]  # fields of a `Report`, of 
 class Host(abc.ABC):
     """Python environments in lockstep.
 
-    Hashed by identity: compiled code is bound to the one it calls. `reset` and `step` are called
-    back from there, where JAX must not be used: all is NumPy. Both report the same fields, of the
+    Hashed by identity, since compiled code is bound to the one it calls. `reset` and `step` run in
+    callbacks, where JAX must not be used, so they use NumPy. Both report the same fields, with the
     shapes and types in `shapes`.
     """
 
@@ -41,19 +41,19 @@ class Host(abc.ABC):
     leave_out: tuple[str, ...] = ()
     agent_kinds: tuple[int, ...] | None = None
     state_size: int | None = None
-    failure: Exception | None = None  # what was last raised in a callback
+    failure: Exception | None = None  # the last exception in a callback
 
     @abc.abstractmethod
     def reset(self) -> Reported:
-        """Starts an episode in every lane. The first reset takes the seed, later ones go on."""
+        """Starts an episode in every lane. Only the first reset uses the seed."""
 
     @abc.abstractmethod
     def step(self, action: Shaped[AnyArray, "N *M_and_action"]) -> Reported:
-        """Acts in every lane; resets a lane instead where its episode ended in the step before."""
+        """Acts in every lane, but resets the lanes whose episode ended in the previous step."""
 
     @abc.abstractmethod
     def replicate(self, num_envs: int, seed: int, options: dict[str, Any]) -> "Host":
-        """Another of the same kind, that shares nothing with this one."""
+        """Makes another of the same kind, which shares nothing with this one."""
 
     @abc.abstractmethod
     def render(self, lane: int) -> Any:
@@ -66,12 +66,12 @@ class Host(abc.ABC):
     def check_open(self) -> None:
         """Raises `UsageError` after `close`."""
         if not self.is_open:
-            raise UsageError("this environment is closed: make it anew")
+            raise UsageError("this environment is closed: make it again")
 
     def call(self, function: Callable[..., Reported], *arguments: Any) -> Reported:
-        """What compiled code calls back: `function`, whose exception is remembered."""
+        """Runs `function` in a callback from compiled code, and keeps its exception."""
         try:
-            self.check_open()  # it may have been closed since that code was compiled
+            self.check_open()  # it may have been closed after compilation
             reported = function(*arguments)
             _check_finite(reported)
             return reported
@@ -81,19 +81,19 @@ class Host(abc.ABC):
 
 
 def _check_finite(reported: Reported) -> None:
-    """Raises `LaneError` where a number that is learnt from is not finite."""
+    """Raises `LaneError` if a reported number other than an observation is not finite."""
     for name, part in reported.items():
-        for x in jax.tree.leaves(part) if name != "obs" else ():  # some of which may be hidden
+        for x in jax.tree.leaves(part) if name != "obs" else ():  # parts of `obs` may be hidden
             if x.dtype.kind == "f" and not np.isfinite(x).all():
                 lanes = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))
                 raise LaneError(
-                    f"the environment of lane {', '.join(map(str, lanes))} broke: its {name} is "
+                    f"the environment of lane {', '.join(map(str, lanes))} failed: its {name} is "
                     "not finite"
                 )
 
 
 def shapes_of(reported: Reported) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-    """What compiled code must know of a report before it has one."""
+    """Shapes and types of a report, which compiled code needs in advance."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reported)
 
 
@@ -122,7 +122,7 @@ class HostEnv(Env):
 
     @property
     def recording(self) -> Recording:
-        """Without what is left out."""
+        """See `Env`; it notes `leave_out`."""
         left_out = list(self.host.leave_out)
         return Recording(preprocessing={"leave_out": left_out} if left_out else {})
 
@@ -150,14 +150,14 @@ class HostEnv(Env):
     def render(self, state: Running, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:
         if not self.host.is_open:
             return None
-        jax.effects_barrier()  # no step may be under way
+        jax.effects_barrier()  # no step may be running
         quiet_pygame()
         picture = self.host.render(lane)
         return None if picture is None else np.asarray(picture)
 
     def close(self) -> None:
         if self.host.is_open:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # a step that failed is over too
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # a failed step is over, too
                 jax.effects_barrier()
             self.host.close()
 
@@ -169,7 +169,7 @@ class HostEnv(Env):
 
 @contextlib.contextmanager
 def closing(env: Env) -> Iterator[Env]:
-    """`env`, closed in the end, with its errors as `own_errors` of it."""
+    """Closes `env` at the end of the block, and raises its errors like `own_errors`."""
     with own_errors(env):
         try:
             yield env
@@ -179,9 +179,9 @@ def closing(env: Env) -> Iterator[Env]:
 
 @contextlib.contextmanager
 def own_errors(env: Env) -> Iterator[None]:
-    """What is raised in a callback of the environment comes out as itself.
+    """Re-raises the original exception of a callback of the environment.
 
-    JAX would log it, and raise a `JaxRuntimeError` with its traceback for a message.
+    JAX would log it, and raise a `JaxRuntimeError` with its traceback as the message.
     """
     log = logging.getLogger("jax._src.callback")
     silence = logging.Filter("of no logger")
@@ -198,6 +198,6 @@ def own_errors(env: Env) -> Iterator[None]:
 
 
 def _hosts(env: Env) -> list[Host]:
-    """Those of the environment, and of those that it is made of."""
+    """The hosts of the environment and of its parts."""
     parts = jax.tree.leaves(env, is_leaf=lambda part: isinstance(part, HostEnv))
     return [part.host for part in parts if isinstance(part, HostEnv)]

@@ -1,4 +1,4 @@
-"""JaxMARL: SMAX, Overcooked, MPE and more teams in JAX (github.com/FLAIROx/JaxMARL)."""
+"""JaxMARL: teams in JAX, such as SMAX, Overcooked and MPE (github.com/FLAIROx/JaxMARL)."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from .options import TeamReward, TimeLimit, require_choice, require_count
 
 
 class Play(eqx.Module):
-    """The state of one lane. `steps` counts on over all its episodes, resets included."""
+    """The state of one lane. `steps` counts over all its episodes."""
 
     game: PyTree
     steps: Lasting
@@ -37,17 +37,17 @@ class Play(eqx.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Game:
-    """A JaxMARL environment and how it is brought under the contract.
+    """A JaxMARL environment, adapted to the environment contract.
 
-    Hashed by identity, and shared by equal calls of `make`: what is compiled for one serves all.
+    Hashed by identity, and shared by equal calls of `make`, so that they share compiled code.
 
     **Attributes:**
 
-    - `source`, `options`: what it was made from.
+    - `source`, `options`: the arguments that it was made with.
     - `team_reward`, `time_limit`, `pad`, `shaped_reward_horizon`, `shaped_reward_lanes`: as in
         `make`.
-    - `observation_space`: of one agent, without bounds, since JaxMARL's are often not true.
-    - `action_mask`: which actions each agent has, where they have different ones.
+    - `observation_space`: of one agent, without bounds, since JaxMARL's are often wrong.
+    - `action_mask`: mask of the actions that each agent has, if these differ.
     """
 
     source: Any
@@ -75,7 +75,7 @@ class Game:
         return Play(state, Lasting(jnp.int32(0))), self._report(obs, state, zeros, zeros, no, no)
 
     def step(self, state: Play, action: Int[Array, " M"], key: PRNGKeyArray) -> tuple[Play, Report]:
-        """Acts in one lane. Not JaxMARL's `step`, which resets at once and hides where it did."""
+        """Acts in one lane. Avoids JaxMARL's `step`, which resets in the same step."""
         before, steps = state.game, state.steps.value
         actions = {agent: action[i] for i, agent in enumerate(self.env.agents)}
         obs, after, rewards, done, info = self.env.step_env(key, before, actions)
@@ -93,16 +93,16 @@ class Game:
         return Play(after, Lasting(steps + 1)), report
 
     def render(self, state: Play) -> UInt8[np.ndarray, "height width 3"] | None:
-        """One lane, where there are rules to draw it by."""
+        """Draws one lane, if there is a rule for that."""
         return self.rules.draw(self.env, jax.tree.map(np.asarray, state.game))
 
     def replace(self, options: dict[str, Any]) -> "Game":
-        """The same with other options."""
+        """The same game with some options replaced."""
         return _game(self.source, self.options | options)
 
     def _report(self, obs, state, reward, shaped, terminated, truncated) -> Report:
         if self.team_reward == "shared":
-            game_reward, bonus = reward[0], shaped.sum()  # what is shaped, each has of its own
+            game_reward, bonus = reward[0], shaped.sum()  # shaped rewards are individual
         else:
             team = jnp.sum if self.team_reward == "sum" else jnp.mean
             game_reward, bonus = team(reward), team(shaped)
@@ -123,7 +123,7 @@ class Game:
         return jnp.stack([jnp.asarray(values[a], jnp.float32) for a in self.env.agents])
 
     def _observe(self, obs: Mapping[str, Array]) -> Float[Array, "M *obs"]:
-        """As `float32`: what JaxMARL gives as bytes are features, not pixels."""
+        """Converts observations to `float32`: JaxMARL's bytes are features, not pixels."""
         shape = self.observation_space.shape
         return jnp.stack([_fill(obs[a].astype(jnp.float32), shape) for a in self.env.agents])
 
@@ -136,7 +136,7 @@ class Game:
 
 
 def ids() -> list[str]:
-    """All of JaxMARL whose agents each observe one array and have discrete actions."""
+    """All JaxMARL environments whose agents observe one array each and have discrete actions."""
     return [name for name in _CLASSES if name not in _UNFIT]
 
 
@@ -148,32 +148,31 @@ def accepts(source: Any) -> bool:
 def make(source: Any, num_envs: int, *, seed: int = 0, **options: Any) -> Lanes:
     """Makes lanes of a JaxMARL environment.
 
-    Where a team acts against others whose rewards are no part of its own (most of MPE's games
-    with adversaries), the team's reward makes no sense, and only `agent_reward` does.
+    In games between adversaries (most of MPE's), the team's reward is meaningless; only
+    `agent_reward` is useful.
 
     **Arguments:**
 
-    - `source`: a name, or a JaxMARL environment. Of one that is not of JaxMARL's own kinds, `done`
-        is taken for termination, since only the task can be told from it.
+    - `source`: a name, or a JaxMARL environment. If its class is not JaxMARL's own, its `done`
+        counts as termination, since a time limit cannot be distinguished.
     - `num_envs`: lanes.
-    - `seed`: unused: all randomness is that of the keys.
-    - `options`: those of the environment's constructor, with a `map` of SMAX and a `layout` of
-        Overcooked by name, and
+    - `seed`: unused: all randomness comes from the keys.
+    - `options`: those of the environment's constructor, with SMAX's `map` and Overcooked's `layout`
+        given by name, and
 
         - `team_reward`: the team's reward is the `"sum"` of its agents' rewards, their `"mean"`, or
-            that of the first, which the environment gives to all (`"shared"`; refused where it
-            is known not to). By default
-            `"shared"` where that is so (SMAX against an enemy, Overcooked, Hanabi, the switch
-            riddle), else `"sum"`.
-        - `time_limit`: `"truncate"`, or `"terminate"` to report a time limit as an end by the task,
-            as JaxMARL does.
-        - `pad`: whether to fill up the observations of agents that see less (with zeros, at the
-            end of each axis) and the actions of those that can do less (with illegal ones).
-        - `shaped_reward_horizon`: of Overcooked: env steps (over all lanes) in which the weight of
-            the shaped reward goes down from 1 to 0, as in JaxMARL's baselines. 0: no shaped reward.
-            `episode.returns` never counts it.
-        - `shaped_reward_lanes`: the lanes that count there: those of one learner, where many learn
-            at once. By default `num_envs`; `replicate` keeps that.
+            the common reward that all agents get (`"shared"`; refused if known not to be common).
+            The default is `"shared"` where there is one (SMAX against an enemy, Overcooked, Hanabi,
+            the switch riddle), else `"sum"`.
+        - `time_limit`: `"truncate"`, or `"terminate"` to report a time limit as termination, as
+            JaxMARL does.
+        - `pad`: whether to pad the observations of agents that see less (with zeros, at the end of
+            each axis) and the actions of agents that have fewer (with illegal ones).
+        - `shaped_reward_horizon`: in Overcooked, env steps (over all lanes) in which the weight of
+            the shaped reward falls from 1 to 0, as in JaxMARL's baselines. 0: no shaped reward.
+            `episode.returns` never includes it.
+        - `shaped_reward_lanes`: the lanes to count for that: with several learners, those of one.
+            The default is `num_envs`; `replicate` keeps it.
     """
     del seed
     if options.get("shaped_reward_lanes") is None:
@@ -189,7 +188,7 @@ def _game(source: Any, options: dict[str, Any]) -> Game:
     if source not in _CLASSES:
         raise UsageError(
             f"{source} cannot be made by its name alone: make it with jaxmarl.make, "
-            "and give that environment instead of the name"
+            "and pass that environment instead of the name"
         )
     # Pickled, since options may be lists or arrays, which cannot be keys of a cache.
     return _named_game(source, pickle.dumps(sorted(options.items())))
@@ -209,13 +208,13 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
         require_count("max_steps", theirs["max_steps"])
     arguments = _DEFAULTS.get(name, {}) | _look_up(_CLASSES[name], theirs)
     try:
-        with warnings.catch_warnings():  # of Overcooked, that it has a successor, for example
+        with warnings.catch_warnings():  # for example, that Overcooked has a successor
             warnings.simplefilter("ignore")
             env = _CLASSES[name](**arguments)
         return _configured(name, options, env, ours)
     except UsageError:
         raise
-    except Exception as error:  # what it trips over in options that it does not check
+    except Exception as error:  # it does not check its options, so anything may be raised
         message = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"JaxMARL cannot make {name} with these options: {message}") from error
 
@@ -223,7 +222,7 @@ def _named_game(name: str, pickled_options: bytes) -> Game:
 def _configured(
     source: Any, options: dict[str, Any], env: MultiAgentEnv, ours: dict[str, Any]
 ) -> Game:
-    """**Arguments:** `options`: all that `make` was given; `ours`: those that JaxMARL has not."""
+    """**Arguments:** `options`: all options of `make`; `ours`: those that are not JaxMARL's."""
     known_rules = next((rules for kind, rules in RULES if isinstance(env, kind)), None)
     rules = known_rules or Rules()
     for option in ours:
@@ -234,14 +233,14 @@ def _configured(
     require_choice("time_limit", ours["time_limit"], get_args(TimeLimit))
     if known_rules and ours["team_reward"] == "shared" != rules.team_reward:
         raise UsageError(
-            f"the agents of {env.name} are not paid the same: team_reward must be sum or mean"
+            f"the agents of {env.name} get different rewards: set team_reward to sum or mean"
         )
     horizon = ours["shaped_reward_horizon"]
     if not isinstance(horizon, int | float) or isinstance(horizon, bool) or not horizon >= 0:
-        raise UsageError(f"shaped_reward_horizon is {horizon!r}: give 0 or more env steps")
+        raise UsageError(f"shaped_reward_horizon={horizon!r}: give 0 or more env steps")
     require_count("shaped_reward_lanes", ours["shaped_reward_lanes"])
     if horizon > 0 and not rules.shaped:
-        raise UsageError(f"{env.name} has no shaped reward: leave shaped_reward_horizon away")
+        raise UsageError(f"{env.name} has no shaped reward: leave out shaped_reward_horizon")
     return Game(source, options, env, rules, **ours, **_described(env, rules, ours["pad"]))
 
 
@@ -253,12 +252,12 @@ def _described(env: MultiAgentEnv, rules: Rules, pad: bool) -> dict[str, Any]:
         if len(set(values)) > 1 and not pad:
             raise UsageError(
                 f"the agents of {env.name} have different {what} "
-                f"({', '.join(map(str, sorted(set(values))))}): give pad=true to fill up"
+                f"({', '.join(map(str, sorted(set(values))))}): give pad=true to pad them"
             )
     if len({len(shape) for shape in shapes}) > 1:
         raise UsageError(
-            f"the agents of {env.name} observe {sorted(set(shapes))}: "
-            "only shapes of equally many axes can be padded"
+            f"the agents of {env.name} observe shapes {sorted(set(shapes))}, which cannot be "
+            "padded: give them the same number of axes"
         )
     mask = np.arange(max(counts)) < np.array(counts)[:, None]
     shape = tuple(int(size) for size in np.max(shapes, axis=0))
@@ -279,7 +278,8 @@ def _num_actions(env: MultiAgentEnv, agent: Any) -> int:
     space = env.action_space(agent)
     if not isinstance(space, spaces.Discrete):
         raise UsageError(
-            f"{env.name} has actions of {type(space).__name__}: Q-learning needs Discrete ones"
+            f"{env.name} has {type(space).__name__} actions: choose an environment with Discrete "
+            "actions"
         )
     return int(space.n)
 
@@ -295,13 +295,13 @@ def _observation_shapes(env: MultiAgentEnv) -> list[tuple[int, ...]]:
         if first[agent].shape != later[agent].shape:
             raise UsageError(
                 f"{agent} of {env.name} observes shape {first[agent].shape} after reset, "
-                f"but {later[agent].shape} after step: they must be the same"
+                f"but {later[agent].shape} after step: make them the same"
             )
     return [first[agent].shape for agent in actions]
 
 
 def _constructor_options(kind: type) -> set[str]:
-    """The names that a constructor takes, or hands on, or that we look up for it."""
+    """The options that a constructor takes or passes on, or that `_look_up` resolves for it."""
     names = set(inspect.signature(kind).parameters)
     if issubclass(kind, EnemySMAX):
         names |= set(inspect.signature(environments.SMAX).parameters)
@@ -311,7 +311,7 @@ def _constructor_options(kind: type) -> set[str]:
 
 
 def _look_up(kind: type, options: dict[str, Any]) -> dict[str, Any]:
-    """With maps and layouts in the place of their names."""
+    """Replaces the names of maps and layouts by these."""
     if "map" in options:
         scenario = _known("map", str(options["map"]), MAP_NAME_TO_SCENARIO)
         return {k: v for k, v in options.items() if k != "map"} | {"scenario": scenario}
@@ -359,15 +359,15 @@ _CLASSES = {
     "storm_2p": environments.InTheGrid_2p,
     "storm_np": environments.InTheMatrix,
 }
-# Continuous actions, or observations that are not one array for each agent.
+# Environments with continuous actions, or observations that are not one array per agent.
 _UNFIT = {name for name in _CLASSES if name.startswith(("MPE_simple_facmac", "storm"))}
-# Where JaxMARL's own default is continuous actions.
+# Options for environments whose actions are continuous by default.
 _DEFAULTS = {
     "MPE_simple_world_comm_v3": {"action_type": "Discrete"},
     "jaxnav": {"act_type": "Discrete"},
 }
-_MPE_PHYSICS = ("damping", "contact_force", "contact_margin")  # taken, but not in a signature
-_ATTACK_MODES = ("closest", "random")  # any other name is taken for the first, unchecked
+_MPE_PHYSICS = ("damping", "contact_force", "contact_margin")  # accepted, but not in a signature
+_ATTACK_MODES = ("closest", "random")  # JaxMARL silently treats any other name as the first
 _OURS = {
     "team_reward": "sum",
     "time_limit": "truncate",

@@ -1,4 +1,4 @@
-"""What JaxMARL's interface does not tell of its environments, by kind: `RULES`."""
+"""`RULES`: facts about JaxMARL's environments that its interface does not expose, by class."""
 
 import dataclasses
 import functools
@@ -18,21 +18,21 @@ from .options import TeamReward
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What JaxMARL's interface does not tell of an environment, but its state does.
+    """Facts about an environment that JaxMARL's interface does not expose, but its state does.
 
-    **Attributes**, all functions but the last two (`env`, then one lane's state):
+    **Attributes**, all but the last two functions of `env` and one lane's state:
 
     - `terminated`: of `env`, the state before, the actions, the state after, and JaxMARL's `done`:
-        whether the task itself ended the episode. Where `done` and not this, it was a time limit.
-    - `longest`: the steps of an episode that only the limit ends; `None` where there is no limit.
-    - `agent_mask`: which agents live.
-    - `action_masks`: by agent, the actions that are legal.
-    - `global_state`: what learning may see of all, and no agent does. JaxNav's is left out: it is
-        one for each agent, with what that agent sees.
-    - `metrics`: what else to say of an episode.
-    - `draw`: a picture. (Of Hanabi's cards and of the riddle there is none, of JaxNav not yet.)
-    - `team_reward`: how the agents' rewards make the team's, where the caller does not say.
-    - `shaped`: whether there are shaped rewards beside the game's own.
+        whether the task itself ended the episode. If only `done` is true, it was a time limit.
+    - `longest`: of `env` alone: the time limit in steps; `None` if there is none.
+    - `agent_mask`: mask of agents that are alive.
+    - `action_masks`: masks of legal actions, by agent.
+    - `global_state`: the state of the whole team, for learning only. JaxNav's is left out: it has
+        one per agent, with that agent's observation.
+    - `metrics`: further metrics of an episode.
+    - `draw`: a picture. (Hanabi and the riddle have none, JaxNav does not have one yet.)
+    - `team_reward`: the default for `make`'s option.
+    - `shaped`: whether there are shaped rewards in addition to the game's own.
     """
 
     terminated: Callable[..., Bool[Array, ""]] = lambda env, before, action, after, done: done
@@ -55,15 +55,15 @@ def _steps(env: Any) -> int:
 
 
 def _steps_and_one(env: Any) -> int:
-    return int(env.max_steps) + 1  # it looks at the clock before it sets it forward
+    return int(env.max_steps) + 1  # it checks the step counter before incrementing it
 
 
 def _units(state: Any) -> Any:
-    return getattr(state, "state", state)  # an enemy that plays by itself is wrapped around them
+    return getattr(state, "state", state)  # unwraps the environments with a scripted enemy
 
 
 def _sides(env: Any, state: Any) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether anybody lives of the allies, and of the enemies."""
+    """Whether any ally is alive, and whether any enemy is."""
     alive = _units(state).unit_alive
     return alive[: env.num_allies].any(), alive[env.num_allies :].any()
 
@@ -101,7 +101,7 @@ def _draw_particles(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]
 
 
 def _draw_kitchen(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"]:
-    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer  # it brings matplotlib
+    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer  # imports matplotlib
 
     border = env.agent_view_size - 1
     grid = np.asarray(state.maze_map)[border:-border, border:-border]
@@ -116,7 +116,7 @@ def _draw_kitchen_v2(env: Any, state: Any) -> UInt8[np.ndarray, "height width 3"
 
 @functools.cache
 def _kitchen_v2() -> Any:
-    """One for all: what it compiles is its own."""
+    """One visualizer for all, since each compiles its own code."""
     from jaxmarl.viz.overcooked_v2_visualizer import OvercookedV2Visualizer
 
     return OvercookedV2Visualizer()
@@ -173,8 +173,8 @@ RULES: list[tuple[type, Rules]] = [
         Rules(
             terminated=_all_arrived_or_crashed,
             longest=_steps,
-            # Not `done`, which the time limit sets too. `term` is what it was a step before: of
-            # those who evaporated then, nothing else is remembered.
+            # Not `done`, which the time limit also sets. `term` lags by one step, but nothing else
+            # records the agents that evaporated then.
             agent_mask=lambda env, state: ~(state.goal_reached | state.move_term | state.term),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Lanes of an environment that is written in JAX, under the contract."""
+"""Lanes of an environment that is written in JAX."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,16 +16,16 @@ from .env import Env
 
 @runtime_checkable
 class Game(Protocol):
-    """What a suite says of one lane: an environment with its parameters.
+    """A suite's environment with its parameters, for one lane.
 
-    Hashed by identity, and shared by equal calls of `make`: what is compiled for one serves all.
+    Hashed by identity, and shared by equal calls of `make`, so that they share compiled code.
 
     **Attributes:**
 
     - `observation_space`, `action_space`, `num_agents`, `max_episode_steps`, `state_size`,
         `agent_kinds`: as in [`eqx_q.wrappers.Env`][].
-    - `lanes_per_reset`: `None`: a reset is cheap, and computed in every lane and step. A number:
-        it is dear, and computed for one in so many lanes at once; see `autoreset.step`.
+    - `lanes_per_reset`: `None` for cheap resets, computed in every lane and step. A number for
+        expensive ones, computed in batches of `num_envs / lanes_per_reset`; see `autoreset.step`.
     """
 
     @property
@@ -58,7 +58,7 @@ class Game(Protocol):
         ...
 
     def replace(self, options: dict[str, Any]) -> "Game":
-        """The same with other options."""
+        """The same game with some options replaced."""
         ...
 
 
@@ -103,7 +103,7 @@ class Lanes(Env):
         )
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "Lanes":
-        del seed  # all randomness is that of the keys
+        del seed  # all randomness comes from the keys
         return Lanes(self.game.replace(options) if options else self.game, num_envs)
 
     def render(self, state: LaneState, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:

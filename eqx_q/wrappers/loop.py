@@ -14,7 +14,7 @@ from .env import Env
 
 
 class Loop:
-    """Keeps the state and the key of an environment, whose functions are compiled once."""
+    """Keeps the state and the key of an environment, and compiles its functions once."""
 
     def __init__(self, env: Env, render_mode: str | None):
         if render_mode not in (None, "rgb_array"):
@@ -30,17 +30,17 @@ class Loop:
 
         self.env = env
         self._kind = jax.dtypes.canonicalize_dtype(env.action_space.dtype)
-        self._reset = reset if env.on_host else jax.jit(reset)  # emulators reset outside
+        self._reset = reset if env.on_host else jax.jit(reset)  # emulators reset outside jit
         self._step = jax.jit(step)
         self._draws = render_mode is not None
         self._key: PRNGKeyArray | None = None
         self._state: Any = None
 
     def reset(self, seed: int | None) -> TimeStep:
-        """Starts an episode in every lane. Without a seed the key goes on."""
+        """Starts an episode in every lane. Without a seed, it continues with the current key."""
         if seed is not None and self.env.on_host:
             warnings.warn(
-                "this environment was seeded when it was made: reset(seed=...) changes nothing",
+                "this environment was seeded when it was made: reset(seed=...) has no effect",
                 stacklevel=3,
             )
         key = self._key
@@ -60,10 +60,10 @@ class Loop:
         return _on_host(timestep)
 
     def render(self, lane: int) -> UInt8[np.ndarray, "height width 3"] | None:
-        """A picture of a lane, if pictures are asked for."""
+        """A picture of a lane, if `render_mode` asks for one."""
         return self.env.render(self._state, lane) if self._draws else None
 
 
 def _on_host(timestep: TimeStep) -> TimeStep:
-    """As NumPy arrays of the caller's own, which may be written to."""
+    """Copies to NumPy arrays that the caller may write to."""
     return jax.tree.map(np.array, timestep)

@@ -1,4 +1,4 @@
-"""Hiding a part of what is observed, of any environment."""
+"""Hides parts of the observations of any environment."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -19,16 +19,16 @@ from .env import Env, Recording
 
 
 class Observe(Env):
-    """An environment of whose observations only a part is seen.
+    """An environment that shows only parts of its observations.
 
-    `Observe(cartpole, [0, 2])` hides the velocities; of images such a list keeps channels.
+    `Observe(cartpole, [0, 2])` hides the velocities; for images, such a list selects channels.
 
     **Arguments:**
 
-    - `observe`: a list of entries of the last axis, or such lists by the path of an array.
-    - `leave_out`: the paths of what is not seen at all.
+    - `observe`: a list of entries of the last axis, or such lists by path of an array.
+    - `leave_out`: paths of entries that are hidden entirely.
 
-    **Raises:** `UsageError` where there is no such entry, or a list has no whole numbers.
+    **Raises:** `UsageError` if an entry does not exist, or a list is not of whole numbers.
     """
 
     env: Env
@@ -60,7 +60,7 @@ class Observe(Env):
 
     @property
     def recording(self) -> Recording:
-        """That of the environment; it hides nothing of the axis along which frames are stacked."""
+        """That of the environment; the axis of stacked frames is never hidden."""
         inner, hidden = self.env.recording, {}
         if self.observe:
             hidden["observe"] = _as_given(self.observe)
@@ -124,7 +124,7 @@ def _checked(observe: Any, space: Space) -> tuple[tuple[str, tuple[int, ...]], .
         if "" not in leaves:
             paths = list(leaves)
             raise UsageError(
-                f"observe is {observe!r}, but observations are several arrays: give lists by "
+                f"observe={observe!r}, but observations have several arrays: give lists by "
                 f"path, such as {{{paths[0]!r}: [0]}}; paths are {', '.join(paths)}"
             )
         observe = {"": observe}
@@ -143,7 +143,7 @@ def _entries(observe: Any, leaf: Leaf) -> tuple[int, ...]:
         entries = ()
     if not entries or not all(0 <= entry < size for entry in entries):
         raise UsageError(
-            f"observe is {observe!r}: the observation has shape {shape}, so give a list of "
+            f"observe={observe!r}: the observation has shape {shape}, so give a list of "
             f"whole numbers from 0 to {size - 1}"
         )
     return entries

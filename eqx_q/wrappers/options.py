@@ -1,4 +1,4 @@
-"""What several suites take as options, and how options are checked."""
+"""Options that several suites share, and checks of options."""
 
 import numbers
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ TimeLimit = Literal["truncate", "terminate"]
 
 
 def require_choice(option: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuses what is not one of `choices`."""
+    """Raises `UnknownNameError` unless `value` is one of `choices`."""
     if value not in tuple(choices):
         raise UnknownNameError(option, value, choices)
 
 
 def require_count(option: str, value: Any) -> None:
-    """Refuses what is not a whole number of at least 1."""
+    """Raises `UsageError` unless `value` is a whole number of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{option} is {value!r}: give a whole number, 1 or more")
+        raise UsageError(f"{option}={value!r}: give a whole number, 1 or more")

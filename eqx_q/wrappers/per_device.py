@@ -1,4 +1,4 @@
-"""Environments outside JAX for many devices: one for each of them."""
+"""Environments outside JAX for several devices: one for each device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ from .env import Env, Recording
 def make_for(
     place: Placement, make: Callable[[int, int], Env], num_envs: int, *, seed: int = 0
 ) -> Env:
-    """An environment of `num_envs` lanes that the devices of a run share.
+    """Makes an environment of `num_envs` lanes that the devices of a run share.
 
-    What is written in JAX they can share as it is; of what lives outside, each has its own. Lane
-    `i` of an emulator is seeded with `seed + i` either way.
+    An environment in JAX is shared as it is; of one outside JAX, each device has its own. Lane `i`
+    of an emulator is seeded with `seed + i` either way.
 
-    **Arguments:** `make`: makes one of so many lanes, from a seed.
+    **Arguments:** `make`: makes an environment from a number of lanes and a seed.
 
-    **Raises:** `UsageError` where the lanes do not divide over the devices.
+    **Raises:** `UsageError` if the lanes do not divide over the devices.
     """
     if not isinstance(place, ManyDevices):
         return make(num_envs, seed)
@@ -42,12 +42,12 @@ def make_for(
 
 
 class PerDevice(Env):
-    """Environments that live outside JAX, one for each device, as one.
+    """Environments outside JAX, one for each device, as one environment.
 
-    A compiled program over many devices steps each on its own device. `reset` must be called
+    A program compiled for several devices steps each on its own device. `reset` must be called
     outside `jit`.
 
-    **Arguments:** `envs`: for the devices of this process, in their order; all alike.
+    **Arguments:** `envs`: equal environments for the devices of this process, in their order.
     """
 
     envs: tuple[Env, ...]
@@ -72,12 +72,12 @@ class PerDevice(Env):
 
     @property
     def recording(self) -> Recording:
-        """That of each."""
+        """See `Env`; the same for all."""
         return self.envs[0].recording
 
     @property
     def num_devices(self) -> int:
-        """One for each."""
+        """See `Env`."""
         return self.place.num_devices
 
     @property
@@ -91,7 +91,7 @@ class PerDevice(Env):
     def reset(self, key: PRNGKeyArray) -> tuple[PyTree, TimeStep]:
         started = [env.reset(key) for env in self.envs]
         started = jax.tree.map(lambda *x: jnp.concatenate(x), *started)
-        if jax.process_count() > 1:  # to every process the lanes of all
+        if jax.process_count() > 1:  # every process gets the lanes of all
             started = multihost_utils.process_allgather(started, tiled=True)
         return started
 
@@ -112,7 +112,7 @@ class PerDevice(Env):
         )(state, action, key)
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
-        """One for a single device."""
+        """See `Env`; the new environment is for a single device."""
         return self.envs[0].replicate(num_envs, seed=seed, **options)
 
     def render(self, state: PyTree, lane: int = 0) -> UInt8[np.ndarray, "height width 3"] | None:

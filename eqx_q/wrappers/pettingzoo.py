@@ -28,11 +28,11 @@ from .host import Host, HostEnv, Reported, shapes_of
 from .options import TeamReward, require_choice
 
 _VERSION = re.compile(r"[-_]v(\d+)$")
-_PACKAGES = ("mpe2",)  # whose modules are environments; PettingZoo's own are in its registry
+_PACKAGES = ("mpe2",)  # packages whose modules are environments, besides PettingZoo's registry
 
 
 class _Player:
-    """One agent: how what it sees is read, and what it does is said."""
+    """Converts one agent's observations and actions."""
 
     def __init__(self, agent: Any, index: int, env: ParallelEnv, leave_out: tuple[str, ...]):
         self.agent, self.index = agent, index
@@ -50,13 +50,13 @@ class _Player:
             raise UsageError(f"agent '{self.agent}': {error}") from None
 
     def legal(self, obs: Any, info: dict[str, Any]) -> Bool[np.ndarray, " own_choices"]:
-        """What its mask allows; all where there is no mask."""
+        """Its legal actions; all of them without a mask."""
         says_nothing = obs is None and self.senses.tells_mask
         mask = None if says_nothing else self.senses.mask(obs, info)
         return np.ones(self.num_choices, bool) if mask is None else mask
 
     def do(self, action: Shaped[np.ndarray, "*action"], actions: Leaf) -> Any:
-        """The action, one of the team's `actions`, as the environment takes it."""
+        """Converts an action of the team's space `actions` to the environment's form."""
         if isinstance(actions, Box) and actions != self.actions:
             action = self._takes.low + action * (self._takes.high - self._takes.low)
         if not isinstance(actions, Discrete):
@@ -65,26 +65,26 @@ class _Player:
         if index >= choices:
             raise UsageError(
                 f"agent '{self.agent}' has {choices} actions, action {action} is padding: "
-                "choose by the action mask"
+                "choose with the action mask"
             )
         return index + int(self._takes.start)
 
 
 class PettingZooHost(Host):
-    """PettingZoo environments, one a lane, one stepped after the other.
+    """PettingZoo environments, one per lane, stepped one after the other.
 
-    PettingZoo resets nothing by itself: a lane whose episode ended is reset here, a step later.
-    The episode ends when all agents are done. It is `truncated` if any agent was truncated, and
-    not terminated as well, in that last step; otherwise `terminated`. (How agents ended that were
-    done before does not count: there is nothing left of them to bootstrap.)
+    PettingZoo does not reset by itself: a lane whose episode ended is reset here, a step later. The
+    episode ends when all agents are done. It is `truncated` if, in that last step, an agent was
+    truncated and not terminated as well; otherwise `terminated`. (How agents ended that were done
+    earlier does not matter: they have nothing to bootstrap.)
 
     In `agent_mask` an agent is alive until the step in which it terminates, or is truncated while
-    others go on; where the whole episode is truncated, those truncated are still alive. It sees its
-    last observation in the step in which it is done, zeros and a reward of 0 from the next on.
+    others continue; if the whole episode is truncated, the truncated agents are still alive. An
+    agent gets its last observation in the step in which it is done, then zeros and a reward of 0.
 
-    Arrays of observations are `uint8` where they are so, else `int32` or `float32`. Masks are those
-    of `info["action_mask"]`, or such an entry of the observations (see `conversion.Senses`); where
-    the very first reset gives none, none may come later.
+    Arrays of observations are `uint8` if they are so in the environment, else `int32` or `float32`.
+    Masks come from `info["action_mask"]`, or such an entry of the observations (see
+    `conversion.Senses`). If the first reset has none, later steps must not have one.
     """
 
     max_episode_steps = None
@@ -108,7 +108,7 @@ class PettingZooHost(Host):
         one = lanes[0].env
         agents = list(getattr(one, "possible_agents", ()))
         if not agents:
-            raise UsageError("the environment names no possible_agents: a team needs a size")
+            raise UsageError("the environment has no possible_agents: define them")
         self.num_agents = len(agents)
         self._players = {x: _Player(x, m, one, leave_out) for m, x in enumerate(agents)}
         players = self._players.values()
@@ -202,18 +202,18 @@ class PettingZooHost(Host):
 
     def _act(self, env: ParallelEnv, actions: dict[Any, Any]) -> tuple[Any, ...]:
         obs, reward, terminated, truncated, info = env.step(actions)
-        self._check(obs, {*actions, *env.agents})  # what is said of the dead does not count
+        self._check(obs, {*actions, *env.agents})  # dead agents are not checked
         for agent in actions.keys() & reward.keys():
             check_reward(reward[agent])
         return obs, reward, terminated, truncated, info, self._state(env)
 
     def _state(self, env: ParallelEnv) -> Float[np.ndarray, " state"] | None:
-        """What the environment reports as its state, if it does."""
+        """The environment's `state()`, if it is reported."""
         if self.state_size is None:
             return None
         state = np.asarray(env.state(), np.float32).ravel()
         if state.size != self.state_size:
-            raise Unfit(f"its state() has {state.size} numbers, and had {self.state_size}")
+            raise Unfit(f"its state() has {state.size} numbers, but had {self.state_size}")
         if self._finite and not np.isfinite(state).all():
             raise Unfit("its state() is not finite")
         return state
@@ -238,7 +238,7 @@ class PettingZooHost(Host):
         terminated: bool = False,
         truncated: bool = False,
     ) -> Reported:
-        """What one lane reports."""
+        """The report of one lane."""
         reward, agents = reward or {}, list(self._players)
         report = {
             "obs": jax.tree.map(np.copy, self._unseen),
@@ -273,7 +273,7 @@ class PettingZooHost(Host):
         paid = np.array([*reward.values()])
         if self._team_reward == "shared" and len(paid) and not np.allclose(paid, paid[0]):
             raise UsageError(
-                f"team_reward=shared, but agents were paid {_listed(paid)}: use sum or mean"
+                f"team_reward=shared, but agents got rewards {_listed(paid)}: use sum or mean"
             )
         shares = {"sum": 1, "mean": len(self._players), "shared": max(1, len(paid))}
         return np.asarray(paid.sum() / shares[self._team_reward], np.float32)
@@ -288,22 +288,22 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _common_actions(of_agents: list[Leaf], pad: bool) -> Leaf:
-    """A space for what any agent does."""
+    """A common space for the actions of all agents."""
     first = of_agents[0]
     if all(one == first for one in of_agents):
         return first
     if all(isinstance(one, Box) and one.shape == first.shape for one in of_agents):
-        return Box(gymnasium.spaces.Box(0, 1, first.shape))  # shares of each agent's own range
+        return Box(gymnasium.spaces.Box(0, 1, first.shape))  # fractions of each agent's own range
     if not all(isinstance(one, Discrete) for one in of_agents):
         raise UsageError(
-            f"agents act in {_listed(of_agents)}: they must act alike, be Boxes of one shape, or "
-            "be Discrete with pad=true"
+            f"agents have the action spaces {_listed(of_agents)}: make them equal, or Boxes of one "
+            "shape, or Discrete with pad=true"
         )
     sizes = [sum(spaces.factors(one)) for one in of_agents]
     if len(set(sizes)) > 1 and not pad:
         raise UsageError(
-            f"agents have {_listed(sizes)} actions: pad=true gives all of them the most, "
-            "and masks what an agent lacks"
+            f"agents have {_listed(sizes)} actions: set pad=true to give all the largest number, "
+            "and mask the actions that an agent lacks"
         )
     starts = {int(one.start) for one in of_agents if isinstance(one, Discrete)}
     start = starts.pop() if len(starts) == 1 else 0
@@ -311,7 +311,7 @@ def _common_actions(of_agents: list[Leaf], pad: bool) -> Leaf:
 
 
 def _common_observations(of_agents: list[Space], pad: bool) -> Space:
-    """A space for what any agent sees, its arrays padded at the ends of their axes."""
+    """A common space for the observations of all agents, padded at the ends of their axes."""
     first = of_agents[0]
     if all(one == first for one in of_agents):
         return first
@@ -324,12 +324,12 @@ def _common_observations(of_agents: list[Space], pad: bool) -> Space:
     shapes = [box.shape for box in boxes]
     if len(boxes) < len(of_agents) or len({len(shape) for shape in shapes}) > 1:
         raise UsageError(
-            f"agents observe {_listed(of_agents)}, which nothing pads to one: wrap the environment "
-            "so that all observe alike"
+            f"agents observe {_listed(of_agents)}, which cannot be padded to one space: wrap the "
+            "environment so that all observe alike"
         )
     if len(set(shapes)) > 1 and not pad:
         raise UsageError(
-            f"agents observe arrays of shapes {_listed(shapes)}: pad=true fills them up with zeros"
+            f"agents observe arrays of shapes {_listed(shapes)}: set pad=true to pad with zeros"
         )
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
     dtype = np.result_type(*(box.dtype for box in boxes))
@@ -342,7 +342,7 @@ def _common_observations(of_agents: list[Space], pad: bool) -> Space:
 
 
 def _with_zeros(path: str, leaf: Leaf) -> Leaf:
-    """A space that holds zeros too, which those see who are dead."""
+    """Extends a space to include zeros, which dead agents observe."""
     if not isinstance(leaf, Box):
         return leaf
     low, high = np.minimum(leaf.low, 0), np.maximum(leaf.high, 0)
@@ -350,7 +350,7 @@ def _with_zeros(path: str, leaf: Leaf) -> Leaf:
 
 
 def _unseen(space: Space, num_agents: int) -> PyTree[np.ndarray]:
-    """What agents see that are dead: zeros, or the first of what is counted from elsewhere."""
+    """The observation of dead agents: zeros, or the start of spaces that do not start at 0."""
     shapes, structure = jax.tree.flatten(spaces.shapes(space, num_agents))
     starts = [getattr(leaf, "start", 0) for _, leaf in spaces.leaves(space)]
     fills = [np.full(x.shape, one, x.dtype) for x, one in zip(shapes, starts, strict=True)]
@@ -358,24 +358,24 @@ def _unseen(space: Space, num_agents: int) -> PyTree[np.ndarray]:
 
 
 def _state_size(env: ParallelEnv, wanted: bool | None) -> int | None:
-    """How many numbers of the environment's `state()` are reported, if it is."""
+    """The size of the environment's `state()`; `None` if it is not reported."""
     if wanted is False:
         return None
     state = None
-    if callable(getattr(env.unwrapped, "state", None)):  # some have an attribute of that name
-        # That is how PettingZoo's own `state` says that there is none; its wrappers pass it on, so
-        # that whether a class has a `state` of its own tells nothing.
+    if callable(getattr(env.unwrapped, "state", None)):  # some have a plain attribute `state`
+        # PettingZoo's base class raises this if there is no state. Its wrappers pass the call on,
+        # so looking for the method is not enough.
         with contextlib.suppress(NotImplementedError):
             state = np.asarray(env.state())
     if state is None:
         if wanted:
             raise UsageError("the environment has no state(): leave out global_state")
         return None
-    return state.size if wanted or state.ndim == 1 else None  # a picture only for those who ask
+    return state.size if wanted or state.ndim == 1 else None  # an image only if it is requested
 
 
 def ids() -> list[str]:
-    """The environments of PettingZoo and of mpe2 where all act at once; more can be imported."""
+    """The parallel environments of PettingZoo and mpe2; others can be imported by name."""
     found = set(_registered(pettingzoo.parallel_registry))
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -385,7 +385,7 @@ def ids() -> list[str]:
 
 
 def accepts(source: Any) -> bool:
-    """Whether `source` is a PettingZoo environment, or a class of such."""
+    """Whether `source` is a PettingZoo environment, or a class of one."""
     kind = source if isinstance(source, type) else type(source)
     return issubclass(kind, (ParallelEnv, AECEnv))
 
@@ -402,26 +402,26 @@ def make(
     guard: Guard = Guard(),  # noqa: B008
     **options: Any,
 ) -> HostEnv:
-    """Makes teams of PettingZoo's.
+    """Makes lanes of a PettingZoo environment.
 
     **Arguments:**
 
-    - `source`: `"family.name"` of PettingZoo's own (`"classic.rps_v2"`); the name of a
+    - `source`: `"family.name"` of one of PettingZoo's own (`"classic.rps_v2"`); the name of a
         module with a function `parallel_env` or `env` (`"mpe2.simple_spread_v3"`); or a function
         that returns a `ParallelEnv`, or an `AECEnv` that PettingZoo can convert.
     - `num_envs`: lanes.
     - `seed`: of the environments: lane `i` gets `seed + i`.
-    - `pad`: for agents that differ: observations, one array each, are filled up with zeros at the
-        ends of their axes, and `Discrete` actions up to the most that an agent has; the mask
-        forbids those. Agents that are alike may have spaces of any kind. Nothing is to be filled
-        up where only ranges differ, of `Discrete` or `Box` observations, or of `Box` actions:
-        these are then from 0 to 1, shares of each agent's own range.
+    - `pad`: for agents with different spaces: pad observations of one array each with zeros at the
+        ends of their axes, and `Discrete` actions up to the largest number; the mask forbids these.
+        Not needed for equal spaces of any kind, nor if only ranges differ, of `Discrete` or `Box`
+        observations or of `Box` actions: these then range from 0 to 1, as fractions of each agent's
+        own range.
     - `team_reward`: `"sum"` of the agents' rewards; `"mean"`, that sum over `num_agents`;
-        `"shared"` where all are paid alike: what each of them is.
+        `"shared"`, the common reward that all agents get.
     - `global_state`: whether the environment's `state()` becomes the timestep's `global_state`;
-        `None`: where it has one that is no picture.
+        `None`: if it has one that is not an image.
     - `leave_out`: entries of `Dict` observations, by path, that the agents do not see.
-    - `guard`: what to do where a lane breaks.
+    - `guard`: what to do when a lane fails.
     - `options`: of the environment, or keyword arguments of the function.
     """
     own: dict[str, Any] = {"pad": pad, "team_reward": team_reward, "global_state": global_state}
@@ -453,7 +453,7 @@ def _host(
         ]
     except UsageError:
         raise
-    except Exception as error:  # whatever an environment's constructor trips over
+    except Exception as error:  # an environment's constructor may raise anything
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"PettingZoo cannot make {source!r}: {what}") from error
     own = {name: value for name, value in own.items() if name != "guard"}
@@ -461,12 +461,12 @@ def _host(
 
 
 def _parallel(env: Any) -> ParallelEnv:
-    """`env` where all agents act at once."""
+    """`env` as an environment in which all agents act at once."""
     if isinstance(env, AECEnv):
         if not env.metadata.get("is_parallelizable", False):
             raise UsageError(
-                f"the agents of {env} take turns, which no team does: PettingZoo can convert only "
-                "environments with metadata['is_parallelizable']"
+                f"the agents of {env} take turns, which teams do not support: choose an "
+                "environment with metadata['is_parallelizable'], which PettingZoo can convert"
             )
         return aec_to_parallel(env)
     if not isinstance(env, ParallelEnv):
@@ -475,7 +475,7 @@ def _parallel(env: Any) -> ParallelEnv:
 
 
 def _registered(registry: dict[str, EnvSpec]) -> dict[str, EnvSpec]:
-    """By the names they have here: `classic/rps-v2` is `classic.rps_v2`."""
+    """Specifications by eqx_q's names: `classic/rps-v2` becomes `classic.rps_v2`."""
     return {_VERSION.sub(r"_v\1", one).replace("/", "."): spec for one, spec in registry.items()}
 
 
@@ -497,5 +497,5 @@ def _creator(name: str) -> Callable[..., Any]:
         raise UnknownNameError("PettingZoo environment", name, ids()) from None
     create = getattr(module, "parallel_env", None) or getattr(module, "env", None)
     if create is None:
-        raise UsageError(f"the module '{name}' has no function 'parallel_env' or 'env'")
+        raise UsageError(f"the module '{name}' has no function 'parallel_env' or 'env': add one")
     return create

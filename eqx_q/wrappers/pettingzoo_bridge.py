@@ -1,4 +1,4 @@
-"""An environment of ours as one of PettingZoo's: see `bridges.to_pettingzoo`."""
+"""A bridge to PettingZoo's API: see `bridges.to_pettingzoo`."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ class PettingZooBridge(ParallelEnv):
             self.state_space = gymnasium.spaces.Box(-np.inf, np.inf, (env.state_size,), np.float32)
         self.agents: list[str] = []
         self.possible_agents = [f"agent_{m}" for m in range(env.num_agents or 1)]
-        # One's own for each agent: samples of one do not move those of another.
+        # A copy for each agent: sampling from one does not affect the others.
         self.observation_spaces = {
             agent: copy.deepcopy(env.observation_space) for agent in self.possible_agents
         }
@@ -75,7 +75,7 @@ class PettingZooBridge(ParallelEnv):
         self._loop.env.close()
 
     def _chosen(self, agent: str, actions: dict[str, Any]) -> AnyArray:
-        """Its action; of the dead, too, something legal."""
+        """The agent's action; for dead agents, a legal one."""
         space, mask = self._loop.env.action_space, self._timestep.action_mask
         if agent in self.agents and agent in actions:
             return np.asarray(actions[agent], space.dtype)
@@ -83,11 +83,11 @@ class PettingZooBridge(ParallelEnv):
         return legal_action(space, own)
 
     def _of_all(self, values: AnyArray) -> AnyArray:
-        """What the arrays of one lane hold for each agent: alone it is the lane."""
+        """Values per agent; for a single agent, the lane axis serves as the axis of agents."""
         return values[0] if self._is_team else values
 
     def _of_agents(self, values: PyTree[AnyArray]) -> dict[str, Any]:
-        """The values of the agents that act."""
+        """The values of the acting agents."""
         of_all, numbers = jax.tree.map(self._of_all, values), enumerate(self.possible_agents)
         by_agent = {agent: jax.tree.map(lambda x: x[m], of_all) for m, agent in numbers}  # noqa: B023
         return {agent: by_agent[agent] for agent in self.agents}

@@ -18,20 +18,20 @@ from .observe import Observe
 
 
 class Suite(NamedTuple):
-    """Where a suite lives, the package it needs, and the extra that installs it.
+    """A suite's module, the package it needs, and the extra that installs it.
 
     The module has
 
     - `ids() -> list[str]`: the names it knows;
-    - `accepts(source) -> bool`: whether it can wrap this object of the caller's own (or what a
-        function of theirs has made);
+    - `accepts(source) -> bool`: whether it can wrap this object of the caller (or the result of
+        the caller's function);
     - `make(source, num_envs, *, seed, **options) -> Env`: from a name or such an object.
 
     **Attributes:**
 
     - `leaves_out`: whether `make` takes `leave_out` itself.
-    - `guards`: whether lanes are Python environments, one each, and `make` takes a `guard`.
-    - `own_options`: of a suite that takes functions, those options of `make` that are not theirs.
+    - `guards`: whether each lane is a Python environment, and `make` takes a `guard`.
+    - `own_options`: if the suite takes functions, options of `make` that are not for the function.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Suite(NamedTuple):
 
 _TEAM = ("pad", "team_reward", "global_state")
 
-# To add a suite: one file, and one line here.
+# To add a suite: write one file, and add one line here.
 SUITES = {
     "gymnax": Suite(".gymnax", "gymnax", "jax-envs"),
     "craftax": Suite(".craftax", "craftax", "jax-envs"),
@@ -71,48 +71,48 @@ def make(
 
     **Arguments:**
 
-    - `source`: `"suite/name"`, or one's own: a gymnax environment, a pair of it and its
+    - `source`: `"suite/name"`, or a custom environment: a gymnax environment, a pair of one and its
         parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
     - `num_envs`: lanes.
-    - `seed`: of emulators and Python environments. JAX-native ones take theirs from `reset(key)`.
-    - `leave_out`: entries of `Dict` observations that the agent does not see, by their paths:
-        `["mission", "arm.velocity"]`. They may be of kinds that nothing can be learnt from.
-    - `observe`: a list of those entries of the observation's last axis that are not hidden:
-        `[0, 2]` leaves CartPole without velocities. Where observations are several arrays,
-        such lists by path: `{"image": [0]}`. `None`: all.
-    - `on_error`, `timeout`, `max_restarts`: what to do where a lane's Python environment breaks;
-        see `eqx_q.wrappers.guard.Guard`.
+    - `seed`: of emulators and Python environments. JAX-native ones use the key of `reset`.
+    - `leave_out`: entries of `Dict` observations that the agent does not see, by path:
+        `["mission", "arm.velocity"]`. They may be of unsupported kinds.
+    - `observe`: the entries of the observation's last axis that the agent sees: `[0, 2]` hides
+        CartPole's velocities. If observations have several arrays, such lists by path:
+        `{"image": [0]}`. `None`: all.
+    - `on_error`, `timeout`, `max_restarts`: what to do when a lane's Python environment fails; see
+        `eqx_q.wrappers.guard.Guard`.
     - `options`: of the suite.
 
-    **Raises:** `UsageError` for what is unknown or cannot be done, with what would have been right.
+    **Raises:** `UsageError` for unknown or invalid input; the message says what is valid.
     """
     if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-        raise UsageError(f"num_envs is {num_envs!r}: give a whole number of lanes, 1 or more")
+        raise UsageError(f"num_envs={num_envs!r}: give a whole number of lanes, 1 or more")
     if isinstance(leave_out, str) or not all(isinstance(path, str) for path in leave_out):
-        raise UsageError(f"leave_out is {leave_out!r}: give a list of paths, such as ['mission']")
+        raise UsageError(f"leave_out={leave_out!r}: give a list of paths, such as ['mission']")
     name, source = _suite_of(source, options)
     suite, leave_out = _load(name), tuple(leave_out)
     if leave_out and SUITES[name].leaves_out:
         options, leave_out = options | {"leave_out": leave_out}, ()
     guard = Guard(on_error, timeout, max_restarts)
-    if SUITES[name].guards:  # what is hidden may be anything
+    if SUITES[name].guards:  # hidden entries need not be finite
         options["guard"] = dataclasses.replace(guard, finite=observe is None)
     elif guard != Guard():
         raise UsageError(
-            f"lanes of {name} are not Python environments of their own, which alone can be made "
-            "anew or timed: leave out on_error, timeout and max_restarts"
+            f"lanes of {name} are not separate Python environments, so they cannot be restarted or "
+            "timed: leave out on_error, timeout and max_restarts"
         )
     env = suite.make(source, num_envs, seed=seed, **options)
     return Observe(env, observe, leave_out) if leave_out or observe is not None else env
 
 
 def _suite_of(source: Any, options: dict[str, Any]) -> tuple[str, Any]:
-    """The suite that can make an environment of `source`, and what it takes for `source`."""
+    """The suite that can make an environment from `source`, and the source to pass to it."""
     if isinstance(source, str):
         suite, slash, name = source.partition("/")
         if not slash:
             raise UsageError(
-                f"'{source}' names no suite: write 'suite/name', for example 'gymnax/CartPole-v1'"
+                f"'{source}' has no suite: write 'suite/name', for example 'gymnax/CartPole-v1'"
             )
         if suite not in SUITES:
             raise UnknownNameError("suite", suite, SUITES)
@@ -138,7 +138,7 @@ def _suite_of(source: Any, options: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _accepting(source: Any, suites: Mapping[str, Suite]) -> str | None:
-    """The suite that can wrap it: whoever holds an object of a package has imported it."""
+    """The suite that can wrap `source`: the package of an existing object is already imported."""
     for name, suite in suites.items():
         if suite.package in sys.modules and _load(name).accepts(source):
             return name
@@ -146,7 +146,7 @@ def _accepting(source: Any, suites: Mapping[str, Suite]) -> str | None:
 
 
 class _Called:
-    """A function that has been called to see what it makes, which is the first that it returns."""
+    """A function that was called once to check its result, which the first call then returns."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
         own = {option for suite in SUITES.values() for option in suite.own_options or ()}
@@ -158,10 +158,10 @@ class _Called:
             raise
         except Exception as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"{function!r} makes no environment: {what}") from error
+            raise UsageError(f"{function!r} cannot make an environment: {what}") from error
 
     def __call__(self, **options: Any) -> Any:
-        """What it makes."""
+        """Calls the function, or returns the first result."""
         first, self.first = self.first, None
         if first is not None and options == self._options:
             return first
@@ -169,7 +169,7 @@ class _Called:
 
 
 def env_ids(suite: str) -> list[str]:
-    """The names that a suite knows, each as `make` takes it."""
+    """The names of a suite's environments, in the form for `make`."""
     if suite not in SUITES:
         raise UnknownNameError("suite", suite, SUITES)
     return [f"{suite}/{name}" for name in _load(suite).ids()]
@@ -179,8 +179,8 @@ def _load(name: str) -> ModuleType:
     suite = SUITES[name]
     if suite.extra is not None and importlib.util.find_spec(suite.package) is None:
         raise MissingExtraError(suite.package, suite.extra)
-    # JaxMARL's import tells which of its parts are not installed, and puts Python's own streams in
-    # the place of whatever catches the output.
+    # JaxMARL's import prints which of its parts are not installed, and replaces a redirected
+    # output stream by Python's own.
     unseen = io.StringIO()
     silently = mock.patch.multiple(sys, stdout=unseen, __stdout__=unseen)
     with silently, contextlib.redirect_stderr(sys.stderr):

@@ -1,4 +1,4 @@
-"""Choices of factors against brute force over every joint action."""
+"""Choices of factored actions against brute force over every joint action."""
 
 import itertools
 
@@ -259,9 +259,9 @@ def test_actions_of_an_agent_lie_in_the_space_that_it_was_given():
         (box(), 2.5, r"bins=2.5: give a whole number"),
         (box(), "abc", r"bins=abc: give a whole number"),
         (box(), None, r"bins=None: give a whole number"),
-        (box(), [3, 3], r"bins=\[3, 3\] are 2 numbers, and actions have 3 dimensions"),
+        (box(), [3, 3], r"bins=\[3, 3\] are 2 numbers, but actions have 3 dimensions"),
         (spaces.Box(0, np.inf, (2,), np.float32), 2, "has no bounds"),
-        (spaces.Box(0, 1, (0,)), 2, "nothing to choose in actions of Box"),
+        (spaces.Box(0, 1, (0,)), 2, "actions of Box.* are empty"),
         (spaces.Dict(a=spaces.Discrete(2)), 2, "MultiBinary or a bounded Box, got Dict"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Explorations: how often each choice comes against its probability, and memory step by step."""
+"""Explorations: frequencies of choices against probabilities, and memory step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -202,9 +202,9 @@ def test_a_name_a_mapping_or_an_object():
         ("epsilon_gredy", "unknown exploration 'epsilon_gredy': the nearest are epsilon_greedy"),
         ({"name": "ez_greedy", "my": 2.0}, "unknown option of exploration 'ez_greedy': 'my'"),
         ({"name": "epsilon_greedy", "alpha": 1.0}, "known are none"),
-        ({"mu": 2.0}, r"names nothing: give one of .*epsilon_greedy.*, or a mapping"),
-        ({"name": "ez_greedy", "mu": -1.0}, "exploration.mu=-1.0 makes no sense: choose it from 0"),
-        ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan makes no sense"),
+        ({"mu": 2.0}, r"is not a name: give one of .*epsilon_greedy.*, or a mapping"),
+        ({"name": "ez_greedy", "mu": -1.0}, "exploration.mu=-1.0 is out of range: give"),
+        ({"name": "lane_epsilons", "alpha": float("nan")}, "alpha=nan is out of range"),
         ({"name": "ez_greedy", "max_duration": 0}, "max_duration must be a whole number of at"),
         ({"name": "ez_greedy", "mu": "a"}, "'ez_greedy' cannot have mu=a: "),
     ],
@@ -215,5 +215,5 @@ def test_what_cannot_be_says_what_can(given, message):
 
 
 def test_memory_of_other_rows_is_refused():
-    with pytest.raises(UsageError, match=r"remembers \(5, 1\) rows and factors, not \(5, 2\)"):
+    with pytest.raises(UsageError, match=r"memory has \(5, 1\) rows and factors, not \(5, 2\)"):
         draw(EpsilonZGreedy(), rows(VALUES, 5), 0.1, memory=EpsilonZGreedy().initial_memory(5))

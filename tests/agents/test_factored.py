@@ -1,4 +1,4 @@
-"""Actions of several factors, other values, sequences: updates against slow ones in NumPy."""
+"""Factored actions, other values, sequences: updates against plain NumPy."""
 
 import dataclasses
 import itertools

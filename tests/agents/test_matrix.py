@@ -1,4 +1,4 @@
-"""Every part of an agent with every other: a few cells of the matrix that have every pair."""
+"""Combinations of an agent's parts: a few cells of the matrix that cover every pair."""
 
 import itertools
 from collections import Counter
@@ -21,7 +21,7 @@ def test_it_acts_learns_and_is_saved(cell):
 def test_quantiles_are_not_mixed(mixer, learning):
     cell = cells()[0] | {"value": "quantile", "team": mixer, "learning": learning}
     assert is_refused(cell)
-    with pytest.raises(UsageError, match="learnt: choose value=scalar, rescaled or hl_gauss"):
+    with pytest.raises(UsageError, match="quantiles: choose value=scalar, rescaled or hl_gauss"):
         create(cell)
 
 

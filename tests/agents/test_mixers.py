@@ -1,4 +1,4 @@
-"""Mixers against sums by hand, and what QMIX must hold: it is monotone, and more than a sum."""
+"""Mixers against sums by hand, and QMIX's properties: monotone, and more than a sum."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Optimisers by name are optax's, bit for bit; what optax cannot do is refused when it is named."""
+"""Optimisers by name equal optax's, bit for bit; invalid options are refused at creation."""
 
 import functools
 import inspect
@@ -159,12 +159,16 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         ("rprop", UnknownNameError, "'rprop'"),  # takes its rate at the start
         ({"name": "adam", "epsilon": 1e-3}, UnknownNameError, "'epsilon': the nearest are eps"),
         ({"name": "adam", "learning_rate": 1e-3}, UnknownNameError, "'learning_rate'"),
-        ({"b1": 0.5}, UsageError, "names nothing: give one of adabelief"),
-        ({"name": "adam", "b1": 1.0}, UsageError, "optimizer.b1=1.0 makes no sense"),
-        ({"name": "adam", "mu_dtype": "float33"}, UsageError, "'adam' with mu_dtype=float33 makes"),
+        ({"b1": 0.5}, UsageError, "is not a name: give one of adabelief"),
+        ({"name": "adam", "b1": 1.0}, UsageError, "optimizer.b1=1.0 is out of range"),
+        (
+            {"name": "adam", "mu_dtype": "float33"},
+            UsageError,
+            "'adam' with mu_dtype=float33 cannot",
+        ),
         ({"name": "adam", "nesterov": 3}, UsageError, "optimizer.nesterov=3: give true or false"),
-        (functools.partial(optax.lbfgs), UsageError, "makes no step"),
-        (int, UsageError, "makes no step"),
+        (functools.partial(optax.lbfgs), UsageError, "cannot make a step"),
+        (int, UsageError, "cannot make a step"),
     ],
 )
 def test_what_cannot_be_made(given, error, message):

@@ -1,4 +1,4 @@
-"""A population learns what its members learn alone."""
+"""A population learns the same as its members alone."""
 
 import equinox as eqx
 import gymnasium

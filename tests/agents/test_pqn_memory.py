@@ -234,10 +234,10 @@ def test_what_cannot_work_is_refused():
         agent.update(Rollout(rollout.timesteps, rollout.actions), key=jax.random.key(0))
     with pytest.raises(UsageError, match="num_minibatches=3 does not divide the 4 lanes"):
         make_agent(num_minibatches=3).update(rollout, key=jax.random.key(0))
-    with pytest.raises(UsageError, match="burn_in=2 warms up memory, and this network has none"):
+    with pytest.raises(UsageError, match="burn_in=2 warms up memory, but this network has none"):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), burn_in=2)
     for burn_in, message in (
-        (6, "burn_in=6 must not be above rollout_length=5"),
+        (6, "burn_in=6 exceeds rollout_length=5"),
         (-1, "at least 0"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -267,7 +267,7 @@ class Wrong(Elman):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda o: (o.values, o.memory), "a network gives a NetworkOutput, not tuple"),
+        (lambda o: (o.values, o.memory), "a network must return a NetworkOutput, not tuple"),
         (lambda o: NetworkOutput(o.values), "memory must keep its shapes and types"),
         (lambda o: NetworkOutput(o.values, o.memory, 1.0), "statistics must keep its shapes"),
         (lambda o: NetworkOutput(o.values[..., :1, :], o.memory), "there are 2 choices of action"),

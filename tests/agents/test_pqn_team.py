@@ -195,14 +195,14 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="unknown mixer 'vnd': the nearest are vdn"):
         make_agent("vnd")
     for sizes in ((M + 1, 3 * M), (M, 3 * M + 1)):
-        with pytest.raises(UsageError, match=f"QMIX does not mix the values of {M} agents by a "):
+        with pytest.raises(UsageError, match=f"QMIX does not mix the values of {M} agents with a "):
             make_agent(QMIX(*sizes, key=jax.random.key(0)), state_size=3 * M)
-    with pytest.raises(UsageError, match=r"does not mix by a global state of 4 .*state_size=4"):
+    with pytest.raises(UsageError, match=r"does not fit a global state of 4 .*state_size=4"):
         make_agent("qmix", state_size=9).update(alone, key=jax.random.key(0))
     one_each = type("OneEach", (VDN,), {"mix": Independent.mix})()
-    with pytest.raises(UsageError, match=rf"OneEach .* into \({M},\): .* must have shape \(1,\)"):
+    with pytest.raises(UsageError, match=rf"OneEach .* into shape \({M},\): return shape \(1,\)"):
         make_agent(one_each)
-    with pytest.raises(UsageError, match="num_agents is no option of the network"):
+    with pytest.raises(UsageError, match="num_agents is not an option of the network"):
         eqx_q.PQN.create(OBS, ACT, key=jax.random.key(0), network_options={"num_agents": 3})
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of conversion: files in the original formats hold the games that were played."""
+"""The benchmark of conversion: files in the original formats hold the played games."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the comparisons of learning from data say is what the runs said."""
+"""Comparisons of offline learning report what their runs logged."""
 
 import json
 

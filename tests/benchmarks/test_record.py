@@ -1,4 +1,4 @@
-"""Results are written compactly, and nothing that counts is rounded."""
+"""Results are written compactly, and summary values are not rounded."""
 
 import json
 

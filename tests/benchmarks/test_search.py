@@ -1,4 +1,4 @@
-"""The benchmark of search: what is timed and compared, and that it goes on where it stopped."""
+"""The benchmark of search: what it times and compares, and its continuation."""
 
 import json
 import sys
@@ -74,7 +74,7 @@ def test_the_same_trials_are_timed_alone(scripts, tmp_path, monkeypatch):
 
 def test_what_was_stopped_goes_on_and_its_seconds_add_up(scripts, tmp_path):
     directory = tmp_path / "search"
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="stopped: run the same command to continue"):
         search.run("tune", directory, "stop")
     assert search.run("tune", directory, "stop")[0] == 4.0
     assert scripts[1][1:] == [f"resume={directory}", "tracker=jsonl"]

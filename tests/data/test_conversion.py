@@ -1,4 +1,4 @@
-"""Converting as such: what works at the same time."""
+"""Conversion reads, decodes and writes at the same time."""
 
 import threading
 

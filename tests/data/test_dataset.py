@@ -1,4 +1,4 @@
-"""Data sets on disk: what is written is what is read, and what is damaged is refused."""
+"""Data sets on disk: reading returns what was written, and damage is refused."""
 
 import json
 import os
@@ -157,10 +157,10 @@ def test_every_part_is_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (PLAY._replace(agent_mask=None), "rows come with agent_reward, but the description has"),
+        (PLAY._replace(agent_mask=None), "rows have agent_reward, but the description has"),
         (PLAY._replace(obs=PLAY.obs["image"]), r"lacks \['a/b', 'image'\]"),
         (PLAY._replace(obs=PLAY.obs | {"image": np.zeros((4, 2, 2))}), r"obs.image is float64"),
-        (PLAY._replace(action=PLAY.action[..., 0]), r"action is int32\[4, 2\], not int32\[4, 2,"),
+        (PLAY._replace(action=PLAY.action[..., 0]), r"action is int32\[4, 2\]: give int32\[4, 2,"),
         (PLAY._replace(action=PLAY.action + np.float32(0.5)), "action is float64"),
         (PLAY._replace(action=PLAY.action + 1), "row 0 has no legal action"),
         (PLAY._replace(agent_reward=PLAY.agent_reward + 1), "row 3 is a final observation with"),
@@ -178,7 +178,7 @@ def test_rows_of_other_parts_are_refused(tmp_path, rows, message):
 def test_parts_that_would_share_a_file_are_refused(tmp_path):
     nested = gymnasium.spaces.Dict({"b": VECTOR})
     space = gymnasium.spaces.Dict({"a": nested, "a.b": VECTOR})
-    with pytest.raises(UsageError, match=r"two parts of observations are called 'a\.b'"):
+    with pytest.raises(UsageError, match=r"two parts of observations have the path 'a\.b'"):
         Writer(tmp_path / "data", describe(space))
 
 
@@ -310,11 +310,11 @@ def changed(**columns):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\], not "),
+        (ROWS._replace(obs=ROWS.obs[:, :2]), r"observations are float32\[4, 2\]: give "),
         (ROWS._replace(obs=ROWS.obs[:3]), r"observations are float32\[3, 3\]"),
         (ROWS._replace(obs=ROWS.obs.astype(complex)), "observations are complex128"),
-        (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\], not float32\[4\]"),
-        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\], not bool\[4\]"),
+        (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\]: give float32\[4\]"),
+        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\]: give bool\[4\]"),
         (changed(truncated={2: True}), "row 2 is both terminated and truncated"),
         (changed(action={1: 4}), "row 1 has no legal action"),
         (changed(action={1: -2}), "row 1 has no legal action"),
@@ -323,12 +323,12 @@ def changed(**columns):
         (changed(reward={3: 1.0}), "row 3 is a final observation with a reward or end"),
         (changed(terminated={3: True}), "row 3 is a final observation with a reward or end"),
         (changed(truncated={3: True}), "row 3 is a final observation with a reward or end"),
-        (changed(action={1: -1}, reward={1: 0.0}), "row 1 must be a final observation just where"),
-        (changed(action={3: 0}), "row 3 must be a final observation just where"),
-        (changed(terminated={2: False}), "row 3 must be a final observation just where"),
-        (changed(terminated={1: True}), "row 2 must be a final observation just where"),
-        (changed(first={0: False}), "row 0 must be a first one just after"),
-        (changed(first={2: True}), "row 2 must be a first one just after"),
+        (changed(action={1: -1}, reward={1: 0.0}), "row 1 must be a final observation exactly if"),
+        (changed(action={3: 0}), "row 3 must be a final observation exactly if"),
+        (changed(terminated={2: False}), "row 3 must be a final observation exactly if"),
+        (changed(terminated={1: True}), "row 2 must be a final observation exactly if"),
+        (changed(first={0: False}), "row 0 must be marked first exactly after"),
+        (changed(first={2: True}), "row 2 must be marked first exactly after"),
     ],
 )  # fmt: skip
 def test_rows_that_make_no_episodes_are_refused(tmp_path, rows, message):
@@ -370,7 +370,7 @@ def test_observations_that_do_not_fit_their_type_are_refused(tmp_path, stored, g
             np.testing.assert_array_equal(writer.finish().rows.obs, obs.astype(stored))
         else:
             with pytest.raises(
-                UsageError, match=f"row 2 has an observation that {stored.__name__}"
+                UsageError, match=f"row 2 has an observation that does not fit {stored.__name__}"
             ):
                 writer.append(ROWS._replace(obs=obs))
 
@@ -379,7 +379,7 @@ def test_rewards_that_become_infinite_are_refused(tmp_path):
     reward = np.array([0, 1e39, 0, 0])
     with (
         Writer(tmp_path / "data", describe()) as writer,
-        pytest.raises(UsageError, match="row 1 has a reward that float32 does not hold"),
+        pytest.raises(UsageError, match="row 1 has a reward that does not fit float32"),
     ):
         writer.append(ROWS._replace(reward=reward))
 
@@ -387,12 +387,12 @@ def test_rewards_that_become_infinite_are_refused(tmp_path):
 def test_what_follows_from_one_call_to_the_next(tmp_path):
     with Writer(tmp_path / "data", describe()) as writer:
         writer.append(ROWS.part(0, 0))
-        with pytest.raises(UsageError, match="row 0 must be a first one"):
+        with pytest.raises(UsageError, match="row 0 must be marked first"):
             writer.append(ROWS.part(1, 4))
         writer.append(ROWS.part(0, 2))
         with pytest.raises(UsageError, match="'here' has no final observation"):
             writer.commit("here")
-        with pytest.raises(UsageError, match="row 2 must be a first one"):
+        with pytest.raises(UsageError, match="row 2 must be marked first"):
             writer.append(ROWS.part(0, 2))
         writer.append(ROWS.part(2, 3))
         with pytest.raises(UsageError, match="has no final observation"):
@@ -579,10 +579,10 @@ def path(made, tmp_path):
 
 def test_what_is_no_data_set(tmp_path, path):
     for wrong in (tmp_path / "missing", tmp_path, path / "obs.npy"):
-        with pytest.raises(UsageError, match="is no data set: there is no header"):
+        with pytest.raises(UsageError, match="is not a data set, since it has no header"):
             Dataset(wrong)
     (path / "header.json").unlink()
-    with pytest.raises(UsageError, match="is no data set: there is no header"):
+    with pytest.raises(UsageError, match="is not a data set, since it has no header"):
         Dataset(path)
 
 
@@ -611,18 +611,18 @@ def rewrite(path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda h: h.update(format=4), "formats 2 and 3"),
-        (lambda h: h.pop("format") and None, "formats 2 and 3"),
-        (lambda h: [h], "formats 2 and 3"),
-        (lambda h: h.pop("env") and None, "makes no sense"),
-        (lambda h: h.pop("shards") and None, "makes no sense"),
-        (lambda h: h.update(stack=4), "makes no sense"),
-        (lambda h: h.update(arrays=[]), "makes no sense"),
-        (lambda h: h.update(num_actions=None), "makes no sense"),
-        (lambda h: h["arrays"].pop("first") and None, "makes no sense"),
-        (lambda h: h["arrays"].update(more=h["arrays"]["first"]), "makes no sense"),
-        (lambda h: h["observation_space"].update(dtype="nonsense"), "makes no sense"),
-        (lambda h: h["observation_space"].update(shape=[2]), "makes no sense"),
+        (lambda h: h.update(format=4), "not a data set in a format"),
+        (lambda h: h.pop("format") and None, "not a data set in a format"),
+        (lambda h: [h], "not a data set in a format"),
+        (lambda h: h.pop("env") and None, "has an invalid header"),
+        (lambda h: h.pop("shards") and None, "has an invalid header"),
+        (lambda h: h.update(stack=4), "has an invalid header"),
+        (lambda h: h.update(arrays=[]), "has an invalid header"),
+        (lambda h: h.update(num_actions=None), "has an invalid header"),
+        (lambda h: h["arrays"].pop("first") and None, "has an invalid header"),
+        (lambda h: h["arrays"].update(more=h["arrays"]["first"]), "has an invalid header"),
+        (lambda h: h["observation_space"].update(dtype="nonsense"), "has an invalid header"),
+        (lambda h: h["observation_space"].update(shape=[2]), "has an invalid header"),
         (lambda h: h["arrays"]["obs"].update(dtype="<f8"), "but the header says"),
         (lambda h: h["arrays"]["obs"]["shape"].__setitem__(0, 3), "but the header says"),
         (lambda h: h["arrays"]["action"].update(crc32=0), "checksum is wrong"),
@@ -650,7 +650,7 @@ def test_a_changed_character_of_the_header_is_found(path):
         other = "7" if character != "7" else "3"
         damaged = text[:position] + other + text[position + 1 :]
         (path / "header.json").write_text(damaged)
-        with pytest.raises(CorruptFileError, match=r"is damaged: .*; make|formats 2"):
+        with pytest.raises(CorruptFileError, match=r"is damaged \(.*: make|in a format"):
             Dataset(path)
 
 
@@ -670,7 +670,7 @@ def test_arrays_that_are_cut_or_gone(path, name):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_flipped_byte_is_found_on_opening(path, name):
     flip(path / f"{name}.npy", -1)
-    with pytest.raises(CorruptFileError, match=rf"{name}\.npy' is damaged: its checksum"):
+    with pytest.raises(CorruptFileError, match=rf"{name}\.npy' is damaged, its checksum"):
         Dataset(path)
 
 
@@ -691,7 +691,7 @@ def test_a_flipped_bit_of_a_header_is_found_or_harmless(path):
 def test_a_flipped_byte_of_what_is_large_is_found_by_verify(path):
     flip(path / "obs.npy", -1)
     dataset = Dataset(path)
-    with pytest.raises(CorruptFileError, match=r"obs\.npy' is damaged: its checksum"):
+    with pytest.raises(CorruptFileError, match=r"obs\.npy' is damaged, its checksum"):
         dataset.verify()
 
 

@@ -1,4 +1,4 @@
-"""Dopamine's replay files, against the raw episodes that a ring buffer was filled with."""
+"""Dopamine's replay files against the raw episodes that filled the ring buffer."""
 
 import gzip
 
@@ -242,7 +242,7 @@ def cut(path):
             lambda pong: file(pong, "reward").write_bytes(
                 gzip.compress(gzip.decompress(file(pong, "reward").read_bytes()) + b"more")
             ),
-            r"reward_ckpt.1.gz' is damaged \(its length is not what it says\)",
+            r"reward_ckpt.1.gz' is damaged \(its length differs from its header\)",
         ),
         (lambda pong: file(pong, "action").write_bytes(b"x"), "action_ckpt.1.gz' is damaged"),
         (
@@ -251,7 +251,7 @@ def cut(path):
         ),
         (
             lambda pong: save_gz(file(pong, "observation"), np.zeros((24, 9, 6), np.uint8)),
-            r"frames of \[9, 6\], but those before are of \[8, 6\]: data with different prepro",
+            r"frames of \[9, 6\], but earlier ones are of \[8, 6\]: convert data with different",
         ),
         (
             lambda pong: save_gz(file(pong, "observation", 0), np.zeros((24, 8, 6), np.float32)),
@@ -259,11 +259,11 @@ def cut(path):
         ),
         (
             lambda pong: save_gz(file(pong, "action"), np.full(24, 9)),
-            "action_ckpt.1.gz' has action 9, but Pong has 6 actions: is that the right name",
+            "action_ckpt.1.gz' has action 9, but Pong has 6 actions: check the name",
         ),
         (
             lambda pong: pong.rename(pong.with_name("Pnog")) and pong.mkdir(),
-            r"no file '.*replay_logs.*' in '.*Pong'$",
+            r"Pong' has no files '.*replay_logs.*': give a game's folder$",
         ),
     ],
 )
@@ -276,11 +276,11 @@ def test_what_is_not_as_it_should_be(pong, tmp_path, harm, message):
 
 def test_folders_runs_and_games_that_are_not_there(pong, tmp_path):
     record(pong, [9], 24, run=2)
-    with pytest.raises(UsageError, match="has no run 1: there is 2"):
+    with pytest.raises(UsageError, match="has no run 1: choose from 2"):
         from_dqn_replay(pong, run=1)
-    with pytest.raises(UsageError, match=r"run 2 in '.*' has no shard 4: there is 0"):
+    with pytest.raises(UsageError, match=r"run 2 in '.*' has no shard 4: choose from 0"):
         from_dqn_replay(pong, shards=[4])
-    with pytest.raises(UsageError, match=f"a game's folder is '{pong}'"):
+    with pytest.raises(UsageError, match=f"give a game's folder, such as '{pong}'"):
         from_dqn_replay(tmp_path)
     with pytest.raises(UsageError, match="holds Pong, but env is envpool/Qbert-v5"):
         from_dqn_replay(pong, env="envpool/Qbert-v5")

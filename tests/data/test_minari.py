@@ -1,4 +1,4 @@
-"""Minari's data sets and ours, in both directions."""
+"""Conversion from and to Minari's data sets."""
 
 import functools
 import warnings
@@ -364,7 +364,7 @@ def test_masks_go_along_and_come_back(tmp_path):
 
 def test_what_minari_has_no_place_for(tmp_path):
     team = write_masked(tmp_path / "team", num_agents=2, extras={"action_mask": (2, 3)})
-    with pytest.raises(UsageError, match="is of a team of 2, and Minari's data sets are of one"):
+    with pytest.raises(UsageError, match="is of a team of 2, but Minari's data sets are of one"):
         to_minari(team, "x-v0")
 
 
@@ -372,7 +372,7 @@ def test_spaces_that_nothing_is_learnt_from(tmp_path):
     (one,) = vectors([2])
     endless = one._replace(action=np.zeros((2, 3), np.float32))
     write_theirs("endless-v0", [endless], VECTOR, VECTOR)
-    with pytest.raises(UsageError, match="actions of a Box are cut into bins"):
+    with pytest.raises(UsageError, match="a Box of actions is divided into bins"):
         from_minari("endless-v0")
     said = [{"place": one.frames[t], "mission": "go"} for t in range(3)]
     buffer = EpisodeBuffer(
@@ -383,7 +383,7 @@ def test_spaces_that_nothing_is_learnt_from(tmp_path):
         truncations=[False] * 2,
     )
     create("told-v0", [buffer], Dict(place=VECTOR, mission=Text(5)), Discrete(6))
-    with pytest.raises(UsageError, match=r"'mission', .*leave_out=\['mission'\]"):
+    with pytest.raises(UsageError, match=r"\('mission'\) .*leave_out=\['mission'\]"):
         from_minari("told-v0")
     dataset = convert(from_minari("told-v0", leave_out=["mission"]), tmp_path / "out")
     np.testing.assert_array_equal(dataset.rows.obs["place"], one.frames)
@@ -394,7 +394,7 @@ def test_episodes_that_make_no_sense(tmp_path):
     ends = {"terminations": [False, True, False], "truncations": [False] * 3}
     buffer = EpisodeBuffer(observations=one.frames, actions=one.action, rewards=one.reward, **ends)
     create("middle-v0", [buffer], VECTOR, Discrete(6))
-    with pytest.raises(UsageError, match="episode 0 goes on after step 1, which ends it: split"):
+    with pytest.raises(UsageError, match="episode 0 continues after step 1, which ends it: split"):
         convert(from_minari("middle-v0"), tmp_path / "out")
     write_theirs("short-v0", [one._replace(frames=one.frames[1:])], VECTOR)
     with pytest.raises(CorruptFileError, match="episode 0 has 3 observations for 3 actions"):
@@ -407,9 +407,9 @@ def test_episodes_that_make_no_sense(tmp_path):
 def test_names(tmp_path):
     dataset = write_ours(tmp_path / "ours", vectors([2]), VECTOR)
     to_minari(dataset, "atari/pong-v0")
-    with pytest.raises(UsageError, match="there is a Minari data set 'atari/pong-v0' already"):
+    with pytest.raises(UsageError, match="the Minari data set 'atari/pong-v0' exists already"):
         to_minari(dataset, "atari/pong-v0")
-    with pytest.raises(UsageError, match="'pong' is no name of a Minari data set: write it like"):
+    with pytest.raises(UsageError, match="'pong' is not a valid Minari name: write it like"):
         to_minari(dataset, "pong")
     with pytest.raises(UsageError, match="unknown Minari data set 'atari/pnog-v0': the nearest"):
         from_minari("atari/pnog-v0")

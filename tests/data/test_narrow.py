@@ -1,4 +1,4 @@
-"""Whole numbers are stored in a byte each, until there is one that is none."""
+"""Whole numbers are stored in a byte each, until the first other number."""
 
 import gymnasium
 import numpy as np

@@ -1,4 +1,4 @@
-"""Drawing transitions against a loop over raw episodes, and priorities against a dense sum."""
+"""Drawing transitions against a loop over raw episodes; priorities against a dense sum."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""RL Unplugged's files, against the raw episodes that they were written from."""
+"""RL Unplugged's files against the raw episodes that they hold."""
 
 import gzip
 
@@ -191,16 +191,16 @@ def test_damaged_files_are_named(pong, tmp_path, harm, why):
         ({"actions": [0, 1]}, "columns of different lengths"),
         (
             {"actions": [0, 6, 1, 99]},
-            "has action 6, but Pong has 6 actions: is that the right name",
+            "has action 6, but Pong has 6 actions: check the name",
         ),
-        ({"observations": [b"abc"] * 4}, "a frame that is no PNG"),
+        ({"observations": [b"abc"] * 4}, "a frame that is not a PNG"),
         ({"observations": [png(np.zeros((8, 6, 3), np.uint8))] * 4}, "not all of one uint8"),
         (
             {"observations": [png(np.zeros((9, 6), np.uint8))] * 4},
-            r"frames of \[9, 6\], but those before are of \[8, 6\]: data with different prepro",
+            r"frames of \[9, 6\], but earlier ones are of \[8, 6\]: convert data with different",
         ),
         ({"observations": [png(np.zeros((8, i), np.uint8)) for i in (6, 6, 6, 5)]}, "not all of"),
-        (None, "there is no episode in"),
+        (None, "has no episodes: fetch it again"),
     ],
 )
 def test_what_is_not_as_it_should_be(pong, tmp_path, change, message):
@@ -222,25 +222,25 @@ def test_a_file_of_something_else(pong):
     with pytest.raises(CorruptFileError, match="has no unclipped_rewards, discounts"):
         from_rlu(pong)
     (pong / "run_1-00001-of-00050").write_bytes(gzip.compress(b""))
-    with pytest.raises(UsageError, match="there is no episode in"):
+    with pytest.raises(UsageError, match="has no episodes: fetch it again"):
         from_rlu(pong)
 
 
 def test_folders_runs_and_shards_that_are_not_there(pong, tmp_path):
     for run, shard in [(1, 0), (1, 1), (1, 2), (1, 7), (4, 0)]:
         write_rlu(pong, run, shard, raw_episodes([1]))
-    with pytest.raises(UsageError, match=f"no folder '{tmp_path}/Pnog': is it '{pong}'"):
+    with pytest.raises(UsageError, match=f"Pnog' is not a folder: did you mean '{pong}'"):
         from_rlu(tmp_path / "Pnog")
-    with pytest.raises(UsageError, match=f"no file 'run_.*; a game's folder is '{pong}'"):
+    with pytest.raises(UsageError, match=f"files 'run_.*: give a game's folder, such as '{pong}'"):
         from_rlu(tmp_path)
     (tmp_path / "Qbert").mkdir()
-    with pytest.raises(UsageError, match=r"there is no file 'run_\*-of-\*' in '.*Qbert'$"):
+    with pytest.raises(UsageError, match=r"has no files 'run_\*-of-\*': give a game's folder$"):
         from_rlu(tmp_path / "Qbert")
-    with pytest.raises(UsageError, match="has no run 3: there is 1, 4"):
+    with pytest.raises(UsageError, match="has no run 3: choose from 1, 4"):
         from_rlu(pong, run=[1, 3])
-    with pytest.raises(UsageError, match="has no shard 3: there is 0 to 2, 7"):
+    with pytest.raises(UsageError, match="has no shard 3: choose from 0 to 2, 7"):
         from_rlu(pong, run=1, shards=[0, 3])
-    with pytest.raises(UsageError, match="no run and shard of"):
+    with pytest.raises(UsageError, match="no run or no shard of"):
         from_rlu(pong, run=1, shards=[])
 
 

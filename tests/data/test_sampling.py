@@ -1,4 +1,4 @@
-"""What of a data set is learnt from, and in which blocks it comes."""
+"""Sampling of a data set: which transitions are used, and in which blocks they come."""
 
 import jax
 import jax.numpy as jnp
@@ -224,9 +224,9 @@ def from_configuration(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0.0}, "fraction=0.0: give a share"),
-        ({"fraction": 1.5}, "fraction=1.5: give a share"),
-        ({"fraction": float("nan")}, "fraction=nan: give a share"),
+        ({"fraction": 0.0}, "fraction=0.0: give a number"),
+        ({"fraction": 1.5}, "fraction=1.5: give a number"),
+        ({"fraction": float("nan")}, "fraction=nan: give a number"),
         ({"by": "frame"}, "unknown by 'frame': .*episode, shard"),
         ({"shards_per_block": 0}, "shards_per_block must be .*, got 0"),
         ({"shards_per_block": 1.5}, r"shards_per_block must be .*, got 1\.5"),

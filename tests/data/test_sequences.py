@@ -1,4 +1,4 @@
-"""Sequences that are drawn from what was recorded, against what the environment itself said."""
+"""Sequences drawn from recordings against the environment's own steps."""
 
 import equinox as eqx
 import jax

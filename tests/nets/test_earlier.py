@@ -1,4 +1,4 @@
-"""Networks of earlier versions: their fields, as files hold them, are today's network."""
+"""Networks saved by earlier versions load as today's networks."""
 
 import equinox as eqx
 import gymnasium

@@ -1,4 +1,4 @@
-"""Networks: of parts, or people's own."""
+"""Networks: built from parts, and users' own."""
 
 import equinox as eqx
 import gymnasium

@@ -1,4 +1,4 @@
-"""Observations of parts: each leaf is read by its own encoder, and what they give is joined."""
+"""Nested observations: each leaf has its own encoder, and the results are concatenated."""
 
 import equinox as eqx
 import gymnasium

@@ -1,4 +1,4 @@
-"""Recurrences against loops written from their equations, and the network that is made of them."""
+"""Recurrences against loops written from their equations, and the networks built from them."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -386,9 +386,9 @@ def test_inputs_can_be_left_out():
 
 def test_inputs_that_are_missing_are_named():
     obs = normal(T, B, INPUTS)
-    with pytest.raises(UsageError, match=r"sees last_action.*last_action=False"):
+    with pytest.raises(UsageError, match=r"needs last_action.*last_action=False"):
         call(make_recurrent(), obs, last_action=None)
-    with pytest.raises(UsageError, match=r"sees last_reward.*last_reward=False"):
+    with pytest.raises(UsageError, match=r"needs last_reward.*last_reward=False"):
         call(make_recurrent(last_reward=True), obs, last_reward=None)
 
 

@@ -1,4 +1,4 @@
-"""Networks by name: the choice, the options and what is said of wrong ones."""
+"""Networks by name: choices, options and error messages."""
 
 import inspect
 import re
@@ -164,10 +164,10 @@ def test_wrong_names_are_told():
         make("mlp", VECTOR, 3, key=KEY, hidden_size=(8,))
     with pytest.raises(UsageError, match=r"unknown head 'duelling'.*dueling"):
         make("mlp", VECTOR, 3, key=KEY, head="duelling")
-    with pytest.raises(UsageError, match=r"nothing to see in observations of Box"):
+    with pytest.raises(UsageError, match=r"observations of Box.* are empty"):
         make("mlp", gymnasium.spaces.Box(0, 1, (0,)), 3, key=KEY)
     nothing = gymnasium.spaces.Dict(a=VECTOR, b=gymnasium.spaces.Box(0, 1, (2, 0)))
-    with pytest.raises(UsageError, match=r"nothing to see in 'b' of an .*leave_out=\['b'\]"):
+    with pytest.raises(UsageError, match=r"'b' of an observation is empty: .*leave_out=\['b'\]"):
         make("auto", nothing, 3, key=KEY)
     counted = gymnasium.spaces.Discrete(4)
     for name, space in (("grid_cnn", GRID), ("auto", counted)):

@@ -1,4 +1,4 @@
-"""Networks of teams against single networks, applied agent by agent."""
+"""Team networks against single networks applied agent by agent."""
 
 import equinox as eqx
 import gymnasium
@@ -168,6 +168,6 @@ def test_a_team_is_whole(share_parameters):
     team = make("mlp", VECTOR, ACTIONS, key=KEY, **options)
     inputs = Inputs(jnp.zeros((1, 4, 6)), last_action=jnp.zeros((1, 4, 1), int))
     kept = team.initial_statistics(), team.initial_memory(M)
-    with pytest.raises(UsageError, match="4 lanes are not those of whole teams of 3 agents"):
+    with pytest.raises(UsageError, match="4 lanes are not whole teams of 3 agents"):
         team(inputs, *kept)
     assert eqx.tree_equal(decode(*encode(team), "test"), team)

@@ -1,4 +1,4 @@
-"""The boundary rule, on an environment small enough to write down what must come."""
+"""The boundary rule, on an environment small enough to list the expected steps."""
 
 import jax
 import jax.numpy as jnp

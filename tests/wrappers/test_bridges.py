@@ -1,4 +1,4 @@
-"""Ways out, against the environments they lead out of, and by the checks of where they lead."""
+"""Bridges to other libraries, against the wrapped environments and by those libraries' checks."""
 
 import warnings
 
@@ -353,9 +353,11 @@ def test_pictures_are_drawn_where_they_are_asked_for():
 
 
 def test_what_cannot_be_is_told_how_to_be_mended(monkeypatch):
-    with pytest.raises(UsageError, match=r"Gymnasium knows no teams: use eqx_q.*to_pettingzoo"):
+    with pytest.raises(
+        UsageError, match=r"Gymnasium does not support teams: use eqx_q.*to_pettingzoo"
+    ):
         to_gymnasium(Relay(1))
-    with pytest.raises(UsageError, match="this has 2: make num_envs=1"):
+    with pytest.raises(UsageError, match="env has 2: make it with num_envs=1"):
         to_pettingzoo(Relay(2))
     with pytest.raises(UsageError, match="render_mode 'rgb_aray': the nearest are rgb_array"):
         to_gymnasium(Clock(1), render_mode="rgb_aray")

@@ -1,4 +1,4 @@
-"""What holds for every suite. A new suite adds its cases here, and nothing else."""
+"""The contract of every suite. A new suite only adds its cases here."""
 
 import functools
 from typing import ClassVar
@@ -92,14 +92,6 @@ CASES = {
 }
 CHUNKS, LANES = 4, 3
 STEPS = CHUNKS * CHUNK
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Much is compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def all_equal(a, b):

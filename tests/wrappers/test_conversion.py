@@ -45,7 +45,9 @@ def test_types():
     kinds = {"f64": np.float32, "i64": np.int32, "u8": np.uint8, "i8": np.int32}
     assert {name: x.dtype.type for name, x in seen[1].items()} == kinds
     assert seen[0].dtype == np.int32 and seen[0].tolist() == [4] * 5
-    with pytest.raises(UsageError, match=r"shape \(3,\) at '1.f64', but its space says \(2,\)"):
+    with pytest.raises(
+        UsageError, match=r"shape \(3,\) at '1.f64', but its space has shape \(2,\)"
+    ):
         arrays(space, (np.full(5, 4), values | {"f64": np.ones((5, 3))}), 5)
 
 
@@ -90,7 +92,7 @@ def test_masks_read_and_written(actions, sizes):
             starts = np.cumsum([0, *sizes[:-1]])
             assert completed[starts + index].all() and actions.contains(action)
     assert actions.contains(legal_action(actions, None))
-    with pytest.raises(UsageError, match=f"has 9 entries, for {sum(sizes)} choices"):
+    with pytest.raises(UsageError, match=f"has 9 entries, but there are {sum(sizes)} choices"):
         read_mask(actions, np.ones(9))
 
 

@@ -219,7 +219,7 @@ def test_a_closed_pool_is_refused_even_by_what_is_compiled():
         lambda: env.reset(jax.random.key(0)),
         lambda: env.render(state),
     ):
-        with pytest.raises(UsageError, match="closed: make 'envpool/Pong-v5' anew"):
+        with pytest.raises(UsageError, match="closed: make 'envpool/Pong-v5' again"):
             use()
 
 

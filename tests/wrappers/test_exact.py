@@ -1,4 +1,4 @@
-"""Environments outside JAX that are brought back: they go on as if nothing had been."""
+"""Host environments that are restored continue as if never interrupted."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_what_does_not_do_the_same_again_is_told():
     env, state = begun(lambda: wrappers.make(lambda: Drift(luck), 2))
     env.close()
     env = Exact(wrappers.make(lambda: Drift(luck), 2), 2 * CHUNK)
-    with pytest.raises(UsageError, match=r"2 of 2 lanes \(the first is 0\) did not do the same"):
+    with pytest.raises(UsageError, match=r"2 of 2 lanes \(the first is 0\) behaved differently"):
         env.resume(state)
     env.close()
 
@@ -103,14 +103,16 @@ def test_what_cannot_be_replayed_is_refused():
     env = Exact(wrappers.make(Drift, 2), 9)
     state, _ = env.reset(KEYS[0])
     state = dataclasses.replace(state, steps=state.steps + 10)
-    with pytest.raises(UsageError, match=r"2 lanes that made 10 steps .* in 2 that keep 9: go on"):
+    with pytest.raises(
+        UsageError, match=r"10 steps of 2 lanes .* in 2 lanes with room for 9 steps: resume"
+    ):
         env.resume(state)
     env.close()
     env = Exact(wrappers.make(Drift, 3), 99)
-    with pytest.raises(UsageError, match="2 lanes that made 10 steps cannot be replayed in 3"):
+    with pytest.raises(UsageError, match="10 steps of 2 lanes cannot be replayed in 3"):
         env.resume(state)
     env.close()
-    with pytest.raises(UsageError, match="in JAX is resumed exactly as it is"):
+    with pytest.raises(UsageError, match="in JAX resumes exactly by itself"):
         Exact(wrappers.make("gymnax/CartPole-v1", 2), 9)
 
 

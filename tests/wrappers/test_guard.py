@@ -1,4 +1,4 @@
-"""Environments that break: raise, hang, return what is no number or of another shape."""
+"""Environments that fail: raise, hang, return NaN or another shape."""
 
 import os
 import threading
@@ -67,7 +67,7 @@ MESSAGES = {
     "hangs": "no answer within 0.5 s",
     "nan": "an observation is not finite",
     "reward": "the reward is inf",
-    "shape": r"an observation has shape \(1,\), but its space says \(2,\)",
+    "shape": r"an observation has shape \(1,\), but its space has shape \(2,\)",
 }
 
 
@@ -105,7 +105,7 @@ def make_agent(env, **options):
 @pytest.mark.parametrize("how", MESSAGES)
 def test_by_default_the_lane_and_what_it_did_are_told(how):
     env = wrappers.make(lambda: Fragile(how), 2, **options(how))
-    message = f"the environment of lane 1 broke: {MESSAGES[how]}; on_error=restart"
+    message = f"the environment of lane 1 failed: {MESSAGES[how]}; set on_error=restart"
     with pytest.raises(LaneError, match=message), closing(env):
         play(env, 3)
 
@@ -123,8 +123,8 @@ def test_a_restarted_lane_starts_an_episode_and_the_others_go_on(how, caplog):
     np.testing.assert_array_equal(seen.reward[:, 1], [0, 1, 1, 0, 1, 1, 1, 1, 1])
     np.testing.assert_array_equal(seen.episode.returns[:, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5])
     assert not seen.ended[:, 1].any()
-    (line,) = [x.getMessage() for x in caplog.records if "made anew" in x.getMessage()]
-    assert line.startswith("the environment of lane 1 was made anew: ")
+    (line,) = [x.getMessage() for x in caplog.records if "restarted" in x.getMessage()]
+    assert line.startswith("restarted the environment of lane 1: ")
 
 
 def test_a_process_that_raises_or_hangs_is_restarted_and_one_that_dies_is_told():
@@ -270,7 +270,7 @@ def test_a_reset_that_breaks_is_told(caplog):
     with closing(wrappers.make(BreaksInReset, 1, on_error="restart")) as env:
         seen = play(env, 2)
     assert seen.first[:, 0].tolist() == [True, False, True]
-    (line,) = [x.getMessage() for x in caplog.records if "made anew" in x.getMessage()]
+    (line,) = [x.getMessage() for x in caplog.records if "restarted" in x.getMessage()]
     assert "RuntimeError: no third one" in line
 
 
@@ -327,7 +327,7 @@ def test_a_team_is_restarted():
     np.testing.assert_array_equal(seen.obs[:, :, 1, 0], [[0, 0], [1, 1], [2, 2], [0, 3], [1, 4]])
     np.testing.assert_array_equal(np.argwhere(seen.first), [[0, 0], [0, 1], [3, 0]])
     _made.clear()
-    message = "the environment of lane 0 broke: an observation is not finite at 'b'"
+    message = "the environment of lane 0 failed: an observation is not finite at 'b'"
     with pytest.raises(LaneError, match=message), closing(wrappers.make(Pair, 2)) as env:
         play(env, 3)
 
@@ -351,7 +351,7 @@ def test_a_team_whose_state_breaks_is_restarted():
     np.testing.assert_array_equal(np.argwhere(seen.first), [[0, 0], [0, 1], [3, 1]])
     np.testing.assert_array_equal(seen.global_state[:, 1, 0], [0, 1, 2, 0, 1])
     _made.clear()
-    message = "the environment of lane 1 broke: RuntimeError: nobody knows"
+    message = "the environment of lane 1 failed: RuntimeError: nobody knows"
     with pytest.raises(LaneError, match=message), closing(wrappers.make(Stateful, 2)) as env:
         play(env, 3)
 
@@ -360,14 +360,14 @@ def test_a_team_whose_state_breaks_is_restarted():
     ("given", "message"),
     [
         ({"on_error": "ignore"}, "unknown on_error 'ignore': .* restart, stop"),
-        ({"timeout": 0}, "timeout is 0: give a number of seconds above 0"),
-        ({"max_restarts": 0}, "max_restarts is 0: give a whole number, 1 or more"),
+        ({"timeout": 0}, "timeout=0: give a number of seconds above 0"),
+        ({"max_restarts": 0}, "max_restarts=0: give a whole number, 1 or more"),
     ],
 )
 def test_bad_options_are_told(given, message):
     with pytest.raises(UsageError, match=message):
         wrappers.make(lambda: Fragile(), 1, **given)
-    with pytest.raises(UsageError, match="not Python environments of their own"):
+    with pytest.raises(UsageError, match="not separate Python environments"):
         wrappers.make("gymnax/CartPole-v1", 1, on_error="restart")
 
 
@@ -418,7 +418,7 @@ class Keep:
 def test_the_last_good_state_is_kept_where_a_lane_breaks():
     env, keep = wrappers.make(lambda: Late(), 1), Keep()
     agent, how = make_agent(env, rollout_length=4), {"key": jax.random.key(2), "log_every": 1}
-    with pytest.raises(LaneError, match="lane 0 broke: ValueError: too late"), closing(env):
+    with pytest.raises(LaneError, match="lane 0 failed: ValueError: too late"), closing(env):
         eqx_q.train(agent, env, total_steps=100, callbacks=[keep], **how)
     assert keep.kept == [(4, 16)]
 
@@ -442,7 +442,7 @@ def test_it_is_told_whether_an_evaluation_broke():
     env, other = wrappers.make(Calm, 1), wrappers.make(lambda: Late(), 1)
     evaluation = Evaluation(other, every=32, num_episodes=1)
     how = {"key": jax.random.key(2), "callbacks": [evaluation]}
-    message = "^in an evaluation, the environment of lane 0 broke: ValueError: too late"
+    message = "^in an evaluation, the environment of lane 0 failed: ValueError: too late"
     with pytest.raises(LaneError, match=message), closing(other), closing(env):
         eqx_q.train(make_agent(env), env, total_steps=32, **how)
 

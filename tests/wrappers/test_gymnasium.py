@@ -287,7 +287,7 @@ class Late(gymnasium.Env):
 def test_a_mask_that_comes_too_late_is_told():
     env = wrappers.make(lambda: Late(Discrete(3)), 2)
     env.host.reset()
-    with pytest.raises(UsageError, match="give it in the info of every reset, too"):
+    with pytest.raises(UsageError, match="include it in the info of every reset, too"):
         env.host.step(np.zeros(2, int))
     env.close()
     unmasked = wrappers.make(lambda: Late(Box(0, 1, (3,))), 2)  # which no mask is for

@@ -1,4 +1,4 @@
-"""gymnax as it is, under the contract. Every environment, against itself stepped by hand."""
+"""gymnax under the contract. Every environment, against itself stepped by hand."""
 
 import gymnasium
 import gymnax
@@ -24,20 +24,12 @@ UNTRUE = {
 LIMIT = {"max_steps_in_episode": 12}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Many environments are compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_ids_are_all_but_the_download():
     assert set(gymnax.registered_envs) - set(IDS) == {"MNISTBandit-bsuite"}
 
 
 def test_a_download_that_fails_is_told():
-    with pytest.raises(UsageError, match="'MNISTBandit-bsuite' needs data that cannot be had"):
+    with pytest.raises(UsageError, match="'MNISTBandit-bsuite' needs data that is not available"):
         wrappers.make("gymnax/MNISTBandit-bsuite", 2)
 
 

@@ -1,4 +1,4 @@
-"""JaxMARL as it is, under the contract. Every environment, against itself stepped by hand."""
+"""JaxMARL under the contract. Every environment, against itself stepped by hand."""
 
 import functools
 import re
@@ -61,14 +61,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:scatter inputs have incompatible types:FutureWarning",
     "ignore:max_dist_to_goal",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Sixteen environments are compiled here, to be run for a few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make(name, num_envs=LANES, **options):
@@ -406,7 +398,7 @@ def test_maps_by_name(name):
 
 WRONG = {
     "Overcooked": ({}, "unknown JaxMARL environment 'Overcooked': the nearest are overcooked,"),
-    "MPE_simple_facmac_v1": ({}, "actions of Box"),
+    "MPE_simple_facmac_v1": ({}, "has Box actions"),
     "MPE_simple_tag_v3": ({}, "observations of shapes ((14,), (16,)): give pad=true"),
     "MPE_simple_speaker_listener_v4": ({}, "give pad=true"),
     "SMAX": ({"map": "5m_vs_6m"}, "numbers of actions (10, 11): give pad=true"),
@@ -417,7 +409,7 @@ WRONG = {
     ),
     "overcooked_v2": ({"layout": "two_room"}, "the nearest are two_rooms"),
     "storm": ({}, "one array for each of its agents"),
-    "ant_4x2": ({}, "give that environment instead of the name"),
+    "ant_4x2": ({}, "pass that environment instead of the name"),
     "hanabi": ({"num_agents": 7}, "JaxMARL cannot make hanabi with these options: Number of"),
     "switch_riddle": (
         {"team_reward": "means"},
@@ -450,12 +442,12 @@ def refused(name, options, message):
         ("HeuristicEnemySMAX", {"map": 8}, "unknown map '8': the nearest are 8m"),
         ("HeuristicEnemySMAX", {"attack_mode": "randm"}, "'randm': the nearest are random"),
         ("overcooked", {"layout": 8}, "JaxMARL cannot make overcooked with these options: "),
-        ("overcooked", {"shaped_reward_horizon": "x"}, "is 'x': give 0 or more env steps"),
-        ("overcooked", {"shaped_reward_horizon": float("nan")}, "is nan: give 0 or more"),
-        ("overcooked", {"shaped_reward_lanes": -1}, "is -1: give a whole number, 1 or more"),
-        ("overcooked", {"shaped_reward_lanes": 1.5}, "is 1.5: give a whole number, 1 or more"),
+        ("overcooked", {"shaped_reward_horizon": "x"}, "='x': give 0 or more env steps"),
+        ("overcooked", {"shaped_reward_horizon": float("nan")}, "=nan: give 0 or more"),
+        ("overcooked", {"shaped_reward_lanes": -1}, "=-1: give a whole number, 1 or more"),
+        ("overcooked", {"shaped_reward_lanes": 1.5}, "=1.5: give a whole number, 1 or more"),
         ("MPE_simple_spread_v3", {"action_type": "Foo"}, "Action type: Foo is not supported"),
-        ("MPE_simple_spread_v3", {"max_steps": "x"}, "max_steps is 'x': give a whole number"),
+        ("MPE_simple_spread_v3", {"max_steps": "x"}, "max_steps='x': give a whole number"),
         ("MPE_simple_spread_v3", {"damping": "x"}, "cannot make MPE_simple_spread_v3 with these"),
     ],
 )
@@ -466,7 +458,7 @@ def test_options_that_jaxmarl_does_not_check(name, options, message):
 @pytest.mark.parametrize("name", ["MPE_simple_spread_v3", "SMAX", "coin_game", "jaxnav"])
 def test_what_agents_are_paid_differently_is_not_shared(name):
     """While of a kind that is not known, anything is believed; see above."""
-    refused(name, {"team_reward": "shared", "pad": True}, "team_reward must be sum or mean")
+    refused(name, {"team_reward": "shared", "pad": True}, "set team_reward to sum or mean")
 
 
 def test_pictures_show_what_is_there():

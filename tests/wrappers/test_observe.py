@@ -1,4 +1,4 @@
-"""Hidden entries of the observation, against the same environment seen whole."""
+"""Hidden entries of the observation, against the fully observed environment."""
 
 import functools
 
@@ -113,7 +113,7 @@ def test_it_is_an_option_of_a_configuration():
 
 @pytest.mark.parametrize("observe", [[], [4], [-1], [0.5], 2, "ab"])
 def test_entries_that_are_not_there(observe):
-    message = r"^observe is .*shape \(4,\), so give a list of whole numbers from 0 to 3$"
+    message = r"^observe=.*shape \(4,\), so give a list of whole numbers from 0 to 3$"
     with pytest.raises(UsageError, match=message):
         wrappers.make("gymnax/CartPole-v1", 2, observe=observe)
 
@@ -121,12 +121,12 @@ def test_entries_that_are_not_there(observe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "a space of kind Text: leave it out by its name (leave_out=['word'])"),
+        ({}, "('word') is not supported: leave it out by its name (leave_out=['word'])"),
         ({"leave_out": "word"}, "give a list of paths"),
         ({"leave_out": ["wrod"]}, "entry of observations 'wrod': the nearest are word"),
         ({"leave_out": ["word"], "observe": [0]}, "give lists by path, such as {'image': [0]}"),
         ({"leave_out": ["word"], "observe": {"imag": [0]}}, "the nearest are image"),
-        ({"leave_out": ["word"], "observe": {"last": [0]}}, "observe is [0]: the observation"),
+        ({"leave_out": ["word"], "observe": {"last": [0]}}, "observe=[0]: the observation"),
     ],
 )
 def test_parts_that_are_not_there(options, message):

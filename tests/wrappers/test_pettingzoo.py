@@ -1,4 +1,4 @@
-"""Teams of PettingZoo's, against themselves stepped by hand."""
+"""PettingZoo's teams, against themselves stepped by hand."""
 
 import inspect
 import re
@@ -297,7 +297,7 @@ def test_masks(masks):
 def test_masks_that_come_too_late_are_told():
     env = wrappers.make(lambda: Fates({"a": (2, "task"), "b": (4, "limit")}, "late"), 1)
     env.host.reset()
-    with pytest.raises(UsageError, match="give it in the info of every reset, too"):
+    with pytest.raises(UsageError, match="include it in the info of every reset, too"):
         env.host.step(np.full((1, 2), 4))
     env.close()
 
@@ -328,7 +328,7 @@ def test_a_shared_reward_is_taken_once_and_must_be_shared(caplog):
         lambda: Fates({"a": (2, "task"), "b": (2, "task")}), 1, team_reward="shared"
     )
     state, _ = unlike.reset(jax.random.key(0))
-    with pytest.raises(Exception, match=r"agents were paid 1\.0, 2\.0: use sum or mean"):
+    with pytest.raises(Exception, match=r"agents got rewards 1\.0, 2\.0: use sum or mean"):
         jax.block_until_ready(unlike.step(state, jnp.full((1, 2), 4), jax.random.key(0)))
     unlike.close()
 
@@ -452,18 +452,22 @@ def make_pair(**options):
         ("pettingzoo/mpe2.simple_spread_v3", {"cycles": 3}, "unexpected keyword argument 'cycles'"),
         ("pettingzoo/mpe2.simple_spread_v3", {"team_reward": "men"}, "the nearest are mean"),
         ("pettingzoo/classic.rps_v2", {"global_state": True}, "has no state()"),
-        ("pettingzoo/mpe2.simple_speaker_listener_v4", {"continuous_actions": True}, "act alike"),
+        (
+            "pettingzoo/mpe2.simple_speaker_listener_v4",
+            {"continuous_actions": True},
+            "make them equal, or Boxes of one shape",
+        ),
         (lambda: Mixed(Dict({"x": Discrete(2)})), {"pad": True}, "so that all observe alike"),
-        (KindsTeam, {}, "of kind Text: leave it out by its name (leave_out=['word'])"),
-        ("pettingzoo/mpe2.simple_speaker_listener_v4", {}, "have 3, 5 actions: pad=true"),
-        ("pettingzoo/mpe2.simple_adversary_v3", {}, "shapes (8,), (10,): pad=true"),
+        (KindsTeam, {}, "('word') is not supported: leave it out by its name (leave_out=['word'])"),
+        ("pettingzoo/mpe2.simple_speaker_listener_v4", {}, "have 3, 5 actions: set pad=true"),
+        ("pettingzoo/mpe2.simple_adversary_v3", {}, "shapes (8,), (10,): set pad=true"),
         ("pettingzoo/classic.connect_four_v3", {}, "take turns"),
         (make_pair(), {}, "give a function that makes it"),
         (make_pair, {"colour": 3}, "unexpected keyword argument 'colour'"),
         (
             make_pair,
             {"shape": (4,)},
-            "an observation has shape (4,) at 'a', but its space says (3,)",
+            "an observation has shape (4,) at 'a', but its space has shape (3,)",
         ),
     ],
 )
