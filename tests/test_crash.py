@@ -25,7 +25,7 @@ def test_what_is_killed_goes_on(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "told.json").read_text())
-    assert [told[name]["calls"] for name in ("save", "record", "log")] == [28, 102, 10]
+    assert [told[name]["calls"] for name in ("save", "record", "log")] == [33, 109, 11]
     for name in ("save", "record", "log"):
         for mode in crash.MODES:
             assert told[name][mode]["failed"] == [], (name, mode)

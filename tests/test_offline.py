@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_the_priorities_that_it_is_told_to(dataset):
     train(make_agent(), dataset, 30, run_state=states[-1], sampling=prioritised, callbacks=[keep])
     assert states[-1].priorities is not None
     other = Sampling(priority_exponent=0.6, fraction=0.5)
-    with pytest.raises(UsageError, match=r"other data.*same sampling"):
+    with pytest.raises(UsageError, match=r"data differ.*same sampling"):
         train(make_agent(), dataset, 20, run_state=state, sampling=other)
 
 

@@ -91,8 +91,8 @@ def test_the_report_replaces_itself_between_the_markers(tmp_path):
         f"| Pong | whole games, sticky actions 0.25 | **11.0** [10.0, 12.0] | **{normalised:.2f}**"
         in text
     )
-    assert "![learning_s](learning_s.png)" in text
-    assert (tmp_path / "learning_s.png").stat().st_size > 1000
+    assert "![learning_s](results/learning_s.png)" in text
+    assert (tmp_path / "results" / "learning_s.png").stat().st_size > 1000
 
     page = tmp_path / "README.md"
     page.write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
@@ -132,3 +132,15 @@ def test_memory_is_told_with_where_it_came_from(tmp_path):
     text = report.report(tmp_path, tmp_path / "README.md")
     assert "At most 5 MB over 10 steps, and 8 MB over 1,000 steps;" in text
     assert "8 MB half way and 6 MB at its end. `python benchmarks/learning.py s`" in text
+
+
+def test_the_overview_has_a_row_for_each_task_of_the_readme(tmp_path):
+    read, references = report.read_all(report.RESULTS)
+    table = report.overview_table(read, references)
+    assert table in (report.ROOT / "README.md").read_text()
+    speed = read["speed_minatar"]
+    ours = f"{speed['contestants']['eqx_q']['steps_per_second']:,.0f}"
+    row = next(line for line in table.splitlines() if "Breakout" in line)
+    assert ours in row and f"**{speed['ratio']['median']:.1f}×**" in row
+    report.draw_overview(read, references, tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 10_000

@@ -119,4 +119,7 @@ def test_tables_and_the_picture(tmp_path):
     assert "| **+11.0** [+10.0, +12.0] | 10 min | 20 min (from 8) | **2.0×** |" in text
     assert "| X | population-based | 3 × 2 M | 8.0 | 3.0 | 9.0 | 4.0 |" in text
     assert "| X | random search | 3 × 2 M | 2.0 | 1.0 | 9.0 | 4.0 |" in text
-    assert "![pbt_x](pbt_x.png)" in text and (tmp_path / "pbt_x.png").stat().st_size > 1000
+    assert (
+        "![pbt_x](results/pbt_x.png)" in text
+        and (tmp_path / "results/pbt_x.png").stat().st_size > 1000
+    )

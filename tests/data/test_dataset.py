@@ -314,7 +314,7 @@ def changed(**columns):
         (ROWS._replace(obs=ROWS.obs[:3]), r"observations are float32\[3, 3\]"),
         (ROWS._replace(obs=ROWS.obs.astype(complex)), "observations are complex128"),
         (ROWS._replace(reward=ROWS.reward[:1]), r"reward is float32\[1\]: give float32\[4\]"),
-        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\]: give bool\[4\]"),
+        (ROWS._replace(first=np.tile(ROWS.first, (2, 1))), r"first is bool\[2, 4\]: give bool"),
         (changed(truncated={2: True}), "row 2 is both terminated and truncated"),
         (changed(action={1: 4}), "row 1 has no legal action"),
         (changed(action={1: -2}), "row 1 has no legal action"),
