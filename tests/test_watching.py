@@ -73,7 +73,7 @@ def test_without_pygame_a_window_of_matplotlib(monkeypatch):
     with _window("a", 50) as show:
         assert show is None  # Agg has none
     monkeypatch.setattr(backend_registry, "list_builtin", lambda kind: ["agg"])
-    pauses = []
+    pauses, others = [], plt.get_fignums()
     monkeypatch.setattr(plt, "pause", pauses.append)
     with _window("a", 50) as show:
         for value in (0, 200):
@@ -82,7 +82,7 @@ def test_without_pygame_a_window_of_matplotlib(monkeypatch):
         assert (axes.images[0].get_array() == 200).all() and pauses == [0.02, 0.02]
         plt.close()
         assert not show(np.zeros((4, 6, 3), np.uint8))
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == others
 
 
 def test_small_pictures_are_enlarged(pictures):
