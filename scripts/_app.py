@@ -305,7 +305,7 @@ def resumed(config: DictConfig) -> DictConfig:
             changed[name] = override
         elif group in _FIXED and key not in _FREE:
             raise UsageError(f"resume continues a run as it was made: leave out '{override}'")
-        OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+        adopt(override, config, stored)
     OmegaConf.update(stored, "distributed", config.distributed, force_add=True)
     OmegaConf.update(stored, "resume", None)
     prepare_jax(stored)
@@ -316,6 +316,12 @@ def resumed(config: DictConfig) -> DictConfig:
             f"change {', '.join(sorted(free))})"
         )
     return stored
+
+
+def adopt(override: str, config: DictConfig, stored: DictConfig) -> None:
+    """Puts what an override made of `config` into a stored one, where a choice replaces another."""
+    value, merge = OmegaConf.select(config, _key(override)), not _is_choice(override)
+    OmegaConf.update(stored, _key(override), value, merge=merge, force_add=True)
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -507,7 +513,8 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
 
 def _choices(overrides: Iterable[str]) -> list[str]:
     """The overrides that choose a file of a group (none of them from a sweep)."""
-    return [override for override in overrides if _is_choice(override) and "," not in override]
+    lists = re.compile(r"\[.*?\]")
+    return [o for o in overrides if _is_choice(o) and "," not in lists.sub("", o)]
 
 
 def _is_choice(override: str) -> bool:
