@@ -118,11 +118,8 @@ def _make_views(store: Path) -> None:
             description, query, grouping = _VIEWS[name]
             select = {"options": [], "query": "", "advancedMode": True, "advancedQuery": query}
             state = json.dumps({"select": select, "grouping": grouping})
-            now, view, app = (
-                time.strftime("%F %T", time.gmtime()),
-                str(uuid.uuid1()),
-                str(uuid.uuid1()),
-            )
+            now = time.strftime("%F %T", time.gmtime())
+            view, app = str(uuid.uuid1()), str(uuid.uuid1())
             db.execute(
                 "INSERT INTO dashboards (uuid, name, description, created_at, updated_at, "
                 "is_archived) VALUES (?, ?, ?, ?, ?, 0)",
