@@ -135,8 +135,7 @@ def named_class(target: Any, base: type) -> type:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"_target_={target} is not there ({error})") from error
-    made = found.func if isinstance(found, functools.partial) else found
-    if not (isinstance(made, type) and issubclass(made, base)):
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise UsageError(f"_target_={target} is no class of {base.__name__}s: choose one")
     return found
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,15 +18,12 @@ def make_trackers(
 ) -> list[Tracker]:
     """What the key `tracker` asks for: beside `repo`, options by the names of trackers.
 
-    Options with a `_target_` are those of a class of one's own, and of earlier versions, which had
-    one tracker.
+    Options with a `_target_` are those of a class of one's own.
 
     **Arguments:** `directory`: of the run, or `None`. `command`: what the command line chose.
     `members`: see `RemoteTracker`.
     """
-    chosen = dict(config["tracker"])
-    if "_target_" in chosen:
-        chosen = {"own": chosen} if chosen["_target_"] else {}
+    chosen = _of_today(config["tracker"])
     repo = chosen.pop("repo", ".")
     agent = (config.get("chosen") or {}).get("agent") or config["agent"]["_target_"]
     about = {
@@ -45,17 +41,24 @@ def make_trackers(
             made.append(create(directory, **members, **options))
         else:
             backend = _default() if name == "auto" else name
-            made.append(RemoteTracker(backend, directory, **members, **about, **options))
+            made.append(RemoteTracker(backend, directory, **{**members, **about, **options}))
     return made
+
+
+def _of_today(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of any version: earlier ones had one tracker, Aim or of one's own."""
+    options = dict(options)
+    if "_target_" not in options:
+        return options
+    if options["_target_"] == "eqx_q.tracking.AimTracker":
+        return {"aim": {name: x for name, x in options.items() if name != "_target_"}}
+    return {"own": options} if options["_target_"] else {}
 
 
 def _default() -> str:
     """Aim where it runs, else TensorBoard; the log says which."""
-    if sys.version_info >= (3, 12):
-        choice, reason = "tensorboard", "Aim needs a Python before 3.12"
-    elif not installed("aim"):
-        choice, reason = "tensorboard", "Aim is not installed"
-    else:
-        choice, reason = "aim", "it is installed"
-    logger.info("tracker=auto: %s, since %s", choice, reason)
-    return choice
+    if installed("aim"):
+        logger.info("tracker: aim, which is installed")
+        return "aim"
+    logger.info("tracker: tensorboard, since aim is not installed for this Python")
+    return "tensorboard"

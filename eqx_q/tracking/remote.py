@@ -141,7 +141,7 @@ class RemoteTracker(Tracker):
         self._process: subprocess.Popen[str] | None = None
 
         if not installed(backend):
-            self._give_up("it is not installed", self._install())
+            self._give_up("it is not installed for this Python", self._install())
             return
         try:
             self._process = subprocess.Popen(
@@ -321,9 +321,10 @@ class RemoteTracker(Tracker):
 
 
 def installed(backend: str) -> bool:
-    """Whether this Python has what a tracker needs."""
+    """Whether this Python has what a tracker needs, and may use it."""
     spec = importlib.util.find_spec(BACKENDS[backend].package)
-    return spec is not None and spec.origin is not None  # else it is a directory of that name
+    there = spec is not None and spec.origin is not None  # else it is a directory of that name
+    return there and sys.version_info < BACKENDS[backend].below
 
 
 def _records(

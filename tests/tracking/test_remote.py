@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -18,37 +18,8 @@ from eqx_q.tracking import AimTracker, RemoteTracker, Trackers, remote
 
 EVERY = pytest.mark.parametrize("name", remote.BACKENDS)
 
-# A tracker that writes down what it is told.
-FAKE = """
-    import json, os, pathlib, signal, sys, time
-    class Run:
-        def __init__(self, asked, **options):
-            self.id = asked.known or f"id {asked.member}"
-            self.said = open(pathlib.Path(asked.repo) / f"received {asked.member}", "a")
-            self.write("open", {**vars(asked), **options})
-        def write(self, *said):
-            print(json.dumps(said), file=self.said, flush=True)
-        def metrics(self, values, step): self.write("metrics", values, step)
-        def histogram(self, name, counts, ends, step): self.write(name, sum(counts), ends, step)
-        def params(self, nested, flat): self.write("params", nested, flat)
-        def gif(self, path, name, step): self.write("gif", path, name, step)
-        def close(self): self.write("close")
-"""
-METRICS = "def metrics(self, values, step): "
-
-
-@pytest.fixture
-def in_place(tmp_path, monkeypatch):
-    """Puts a program in the place of a tracker, whether that is installed or not."""
-
-    def put(code=FAKE, name="aim"):
-        (tmp_path / "programs").mkdir(exist_ok=True)
-        (tmp_path / "programs" / f"{name}.py").write_text(textwrap.dedent(code))
-        monkeypatch.setattr(remote, "_PROGRAMS", tmp_path / "programs")
-        there = remote.BACKENDS[name]._replace(package="json")
-        monkeypatch.setitem(remote.BACKENDS, name, there)
-
-    return put
+FAKE = (Path(__file__).parent / "fake.py").read_text()
+METRICS = "def metrics(self, values, step):\n        "
 
 
 def log_many(tracker, messages=5):
@@ -59,9 +30,12 @@ def log_many(tracker, messages=5):
         assert time.perf_counter() - started < 0.5
 
 
-def received(directory, member=0):
-    lines = (directory / f"received {member}").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def comes(what, seconds=20.0):
+    """Whether something becomes true."""
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return what()
 
 
 def messages(caplog):
@@ -79,7 +53,7 @@ def the_one_warning(caplog, name="aim"):
 # ---- what it is told
 
 
-def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place, caplog):
+def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place, received, caplog):
     in_place()
     options = {"repo": tmp_path, "experiment": "pqn", "num_members": 2}
     options |= {"description": "words", "tags": ["a"], "own": 3}
@@ -130,7 +104,7 @@ def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place,
     assert ["gif", str(tmp_path / "a.gif"), "eval/episode", 20] in first
 
 
-def test_named_members_are_never_summed_up(tmp_path, in_place):
+def test_named_members_are_never_summed_up(tmp_path, in_place, received):
     in_place()
     tracker = AimTracker(repo=tmp_path, num_members=40, names=[f"trial {i}" for i in range(40)])
     tracker.log({"eval/return": np.arange(40.0)}, 5)
@@ -138,7 +112,7 @@ def test_named_members_are_never_summed_up(tmp_path, in_place):
     assert ["metrics", {"eval/return": 39.0}, 5] in received(tmp_path, 39)
 
 
-def test_large_populations_are_summed_up(tmp_path, in_place):
+def test_large_populations_are_summed_up(tmp_path, in_place, received):
     in_place()
     tracker = AimTracker(tmp_path / "run", repo=tmp_path, num_members=40)
     loss = np.arange(40.0)
@@ -154,7 +128,7 @@ def test_large_populations_are_summed_up(tmp_path, in_place):
     assert histogram[:2] == ["train/q_values", 120]
 
 
-def test_another_repository_means_other_runs(tmp_path, in_place):
+def test_another_repository_means_other_runs(tmp_path, in_place, received):
     in_place()
     for repo, known in (("a", None), ("a", "id 0"), ("b", None)):
         (tmp_path / repo).mkdir(exist_ok=True)
@@ -169,6 +143,14 @@ def test_another_repository_means_other_runs(tmp_path, in_place):
 def test_an_unknown_tracker_is_named(tmp_path):
     with pytest.raises(UnknownNameError, match="the nearest are wandb"):
         RemoteTracker("wndb")
+
+
+def test_the_programs_need_nothing_to_be_loaded():
+    """Not eqx_q either: they start in a moment, and say themselves what they lack."""
+    script = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]"
+    programs = [remote._WORKER, *remote._PROGRAMS.glob("*.py")]
+    assert {path.stem for path in programs} == {"worker", "__init__", *remote.BACKENDS}
+    subprocess.run([sys.executable, "-I", "-S", "-c", script, *programs], check=True)
 
 
 # ---- what goes wrong
@@ -186,7 +168,7 @@ def test_it_is_not_installed(tmp_path, caplog, monkeypatch, name):
     (message,) = messages(caplog)
     extra = "train" if name == "aim" else "trackers"
     mend = f"pip install 'eqx_q[{extra}]'"
-    if name == "aim" and sys.version_info >= (3, 12):
+    if sys.version_info >= remote.BACKENDS[name].below:
         mend = "tracker=tensorboard"
     assert "not installed" in message and mend in message
     assert os.listdir(tmp_path) == []
@@ -235,7 +217,7 @@ def test_it_takes_ten_seconds_for_everything(tmp_path, in_place, caplog, name):
     assert tracker._process.wait(5.0) == -signal.SIGKILL
 
 
-def test_one_that_fails_takes_no_other_with_it(tmp_path, in_place, caplog):
+def test_one_that_fails_takes_no_other_with_it(tmp_path, in_place, received, caplog):
     names = ["aim", "wandb", "mlflow"]
     for name in names:
         in_place("raise SystemExit(1)" if name == "wandb" else FAKE, name)
@@ -249,8 +231,8 @@ def test_one_that_fails_takes_no_other_with_it(tmp_path, in_place, caplog):
         assert received(tmp_path / name)[2] == ["metrics", {"loss/loss": 1.0}, 5]
 
 
-def test_a_lock_that_another_process_lets_go_of(tmp_path, in_place, caplog):
-    locked = 'if os.path.exists("{}"): raise OSError("database is locked")\n            self.id ='
+def test_a_lock_that_another_process_lets_go_of(tmp_path, in_place, received, caplog):
+    locked = 'if os.path.exists("{}"): raise OSError("database is locked")\n        self.id ='
     in_place(FAKE.replace("self.id =", locked.format(tmp_path / "lock")))
     with caplog.at_level(logging.WARNING):
         (tmp_path / "lock").touch()
@@ -263,7 +245,7 @@ def test_a_lock_that_another_process_lets_go_of(tmp_path, in_place, caplog):
     assert received(tmp_path)[-1] == ["close"]
 
 
-def test_a_slow_one_gets_what_was_queued(tmp_path, in_place, monkeypatch, caplog):
+def test_a_slow_one_gets_what_was_queued(tmp_path, in_place, received, monkeypatch, caplog):
     monkeypatch.setattr(remote, "_WAITING", 4)
     in_place(FAKE.replace("self.id =", "time.sleep(1); self.id ="))
     with caplog.at_level(logging.WARNING):
@@ -290,10 +272,7 @@ def test_a_hang_is_told_from_a_run_that_waits(tmp_path, in_place, caplog, when):
         assert time.perf_counter() - started < 4.0
     word = "did not open" if when == "opening" else "did not finish"
     assert word in the_one_warning(caplog)
-    deadline = time.monotonic() + 5.0
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before  # and nothing is left of it
+    assert comes(lambda: threading.active_count() == before)  # and nothing is left of it
     assert tracker._process.poll() == -signal.SIGKILL
 
 
@@ -316,13 +295,11 @@ def test_a_hang_in_a_long_run(tmp_path, in_place, caplog, monkeypatch):
 
 
 def test_what_it_has_started_ends_with_it(tmp_path, in_place):
-    started = (
-        "import subprocess; self.id = str(subprocess.Popen(['sleep', '1000']).pid)\n            "
-    )
-    in_place(FAKE.replace("self.said", started + "self.said", 1))
+    child = "__import__('subprocess').Popen(['sleep', '1000'])"
+    in_place(FAKE.replace("asked.known or", f"str({child}.pid) or"))
     tracker = AimTracker(tmp_path / "run", repo=tmp_path, close_timeout=0.1)
-    while not (note := tmp_path / "run" / "aim.json").exists():
-        time.sleep(0.02)
+    note = tmp_path / "run" / "aim.json"
+    assert comes(note.exists)
     (pid,) = json.loads(note.read_text())["runs"]
     tracker._give_up("a test")
 
@@ -332,7 +309,4 @@ def test_what_it_has_started_ends_with_it(tmp_path, in_place):
         except FileNotFoundError:
             return False
 
-    deadline = time.monotonic() + 5.0
-    while runs() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not runs()
+    assert comes(lambda: not runs())
