@@ -1,12 +1,13 @@
 """The trackers that a configuration names."""
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UsageError
-from ..tracking import RemoteTracker, Tracker, installed
+from ..errors import UnknownNameError, UsageError
+from ..tracking import BACKENDS, RemoteTracker, Tracker, installed
 from .making import named_class
 from .settings import Config, env_name, given
 
@@ -31,28 +32,32 @@ def make_trackers(
         "description": f"{agent} in {env_name(config)}" + (command and f": {command}"),
         "tags": [agent, env_name(config)],
     }
-    made: list[Tracker] = []
+    makers: list[Any] = []  # all of them, before the first one starts
     for name, options in chosen.items():
         if not isinstance(options, Mapping):
             raise UsageError(f"tracker.{name}={options}: give what is in it, or tracker=NAME")
         options = given(options)
         if "_target_" in options:
             create: Any = named_class(options.pop("_target_"), Tracker)
-            made.append(create(directory, **members, **options))
-        else:
+        elif name in BACKENDS or name == "auto":
             backend = _default() if name == "auto" else name
-            made.append(RemoteTracker(backend, directory, **{**members, **about, **options}))
-    return made
+            create, options = functools.partial(RemoteTracker, backend), {**about, **options}
+        else:
+            raise UnknownNameError("tracker", name, [*BACKENDS, "auto"])
+        makers.append(functools.partial(create, directory, **{**members, **options}))
+    return [make() for make in makers]
 
 
 def _of_today(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of any version: earlier ones had one tracker, Aim or of one's own."""
-    options = dict(options)
-    if "_target_" not in options:
-        return options
-    if options["_target_"] == "eqx_q.tracking.AimTracker":
-        return {"aim": {name: x for name, x in options.items() if name != "_target_"}}
-    return {"own": options} if options["_target_"] else {}
+    """Options of any version: in earlier ones those of one tracker stood there by themselves."""
+    rest = dict(options)
+    target = rest.pop("_target_", None)
+    if target is None:
+        return rest
+    if target == "eqx_q.tracking.AimTracker":
+        return {"aim": rest}
+    rest.pop("repo", None)
+    return {"own": {"_target_": target, **rest}}
 
 
 def _default() -> str:

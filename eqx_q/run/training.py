@@ -477,8 +477,8 @@ def _tracker(settings: Settings, directory: Path, command: str, begin: int) -> T
     """`metrics.jsonl` always, and on top what the key `tracker` says."""
     config = settings.config
     members = None if settings.num_seeds == 1 else settings.num_seeds
-    lines = JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
     others = make_trackers(config, directory, command=command, num_members=members)
+    lines = JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
     tracker = Trackers(lines, *others)
     tracker.log_params({**config, **provenance()})
     return tracker

@@ -2,6 +2,7 @@
 
 from .jsonl import JsonlTracker as JsonlTracker, read_metrics as read_metrics
 from .remote import (
+    BACKENDS as BACKENDS,
     AimTracker as AimTracker,
     MlflowTracker as MlflowTracker,
     RemoteTracker as RemoteTracker,

@@ -56,8 +56,9 @@ def test_those_of_earlier_versions_and_of_ones_own(tmp_path, in_place, received,
     assert len(made(tmp_path, **aim)) == 1
     assert received(tmp_path)[0][1]["experiment"] == "x"
     assert made(tmp_path, _target_=None) == made(tmp_path, repo=".") == []
-    (own,) = made(tmp_path, repo=".", own={"_target_": "own_tracker.Own", "word": "hi"})
-    assert own.made == (tmp_path, None, "hi")
+    options = {"_target_": "own_tracker.Own", "word": "hi"}
+    for (own,) in (made(tmp_path, repo=".", mine=options), made(tmp_path, repo=".", **options)):
+        assert own.made == (tmp_path, None, "hi")
 
 
 def test_what_is_no_tracker_is_said(tmp_path):
