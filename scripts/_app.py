@@ -51,7 +51,7 @@ AUTO = "auto"  # of `resume`
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
 # These may be others each time it is started.
-_OF_NO_RUN = {"distributed", "resume"}
+_OF_NO_RUN = {"distributed", "resume", "tracker"}
 
 _INTERRUPTED = (
     "interrupted; what was saved is kept: a run goes on with resume=DIR, a sweep by the same "

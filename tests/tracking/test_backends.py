@@ -174,7 +174,8 @@ def test_tensorboard(told):
                     kind = value.WhichOneof("value")
                     what = getattr(value, kind) if kind else value.metadata.plugin_data.content
                     if kind == "histo":
-                        what = [what.num, what.min, what.max, list(what.bucket)]
+                        last = what.bucket_limit[-1]
+                        what = [what.num, what.min, what.max, last, list(what.bucket)]
                     elif kind == "image":
                         what = [what.width, what.height, what.encoded_image_string[:6].decode()]
                     elif kind == "tensor":
@@ -190,7 +191,7 @@ def test_tensorboard(told):
         assert numbers({name: run[name] for name in expected}) == expected
         assert "how it was made" in run["description/text_summary"][0][1]
     num, *ends, counts = dict(second["train/q_values"])[20]
-    assert (num, ends, counts[0], counts[-1]) == (2, [5.0, 7.0], 1, 1)
+    assert (num, ends, counts[0], counts[-1]) == (2, [5.0, 7.0, 7.0], 1, 1)
     assert first["eval/episode"] == [[20, [8, 8, "GIF89a"]]] and "eval/episode" not in second
     params = second["_hparams_/session_start_info"][0][1]
     assert all(name in params for name in ("agent.learning_rate", "own", "total_steps", "member"))

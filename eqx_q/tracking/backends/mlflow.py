@@ -1,6 +1,9 @@
 """Writes to MLflow: to a SQLite file, which `mlflow ui` shows, or to a server."""
 
+import contextlib
 import importlib
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,10 @@ class Run:
     def __init__(self, asked: Any, uri: str | None = None):
         mlflow: Any = importlib.import_module("mlflow")
         self._entities = mlflow.entities
-        self._client = mlflow.MlflowClient(uri or f"sqlite:///{asked.repo}/mlflow.db")
+        database = Path(asked.repo) / "mlflow.db"
+        if not (uri or database.exists()):
+            _make(database, mlflow)
+        self._client = mlflow.MlflowClient(uri or f"sqlite:///{database}")
         try:
             run = self._client.get_run(asked.known or "none")
         except mlflow.exceptions.MlflowException:
@@ -57,3 +63,13 @@ class Run:
         found = found or self._client.create_experiment(name, place)
         tags = dict.fromkeys(asked.tags, "") | {"mlflow.note.content": asked.description}
         return self._client.create_run(found, run_name=asked.name, tags=tags)
+
+
+def _make(database: Path, mlflow: Any) -> None:
+    """Elsewhere first: two processes at it, or one that is killed, would leave it of no use."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=database.parent) as scratch:
+        made = Path(scratch) / database.name
+        mlflow.MlflowClient(f"sqlite:///{made}").search_experiments()
+        with contextlib.suppress(FileExistsError):
+            os.link(made, database)
