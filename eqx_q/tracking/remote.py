@@ -89,7 +89,8 @@ class RemoteTracker(Tracker):
 
     Logging never blocks. Where the tracker is missing, locked, broken, or slower than the training,
     one warning says what to do about it, and the run goes on without. `close` takes at most
-    `close_timeout`. The tracker's process ends with the run's, however that ends.
+    `close_timeout`; of several trackers each does so in turn. The tracker's process ends with the
+    run's, at most a minute after one that was killed.
 
     **Arguments:**
 

@@ -44,15 +44,16 @@ class Run:
         psutil: Any = importlib.import_module("psutil")
         sampling.Process = functools.partial(psutil.Process, asked.process)
         repository = _repository(asked.repo, asked.patience)
+        known = asked.known if asked.known and repository.run_exists(asked.known) else None
         self._run = self._aim.Run(
-            asked.known if asked.known and repository.run_exists(asked.known) else None,
+            known,
             repo=repository,
             experiment=asked.experiment,
             capture_terminal_logs=False,
             system_tracking_interval=None if asked.member else 10,  # one of them is enough
         )
         self.id, self._run.name = self._run.hash, asked.name
-        if not asked.known:
+        if not known:
             self._run.description = asked.description
             for tag in asked.tags:
                 self._run.add_tag(tag)

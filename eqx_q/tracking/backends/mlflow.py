@@ -25,9 +25,12 @@ class Run:
             _make(database, mlflow)
         self._client = mlflow.MlflowClient(uri or f"sqlite:///{database}")
         try:
-            run = self._client.get_run(asked.known or "none")
-        except mlflow.exceptions.MlflowException:
-            run = self._create(asked, None if uri else asked.repo)
+            run = asked.known and self._client.get_run(asked.known)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # it was deleted since
+                raise
+            run = None
+        run = run or self._create(asked, None if uri else asked.repo)
         self.id, self._params = run.info.run_id, dict(run.data.params)
         self._client.update_run(self.id, "RUNNING")
 

@@ -25,11 +25,12 @@ class Run:
         self._project = re.sub(r"[^\w.-]", "-", asked.experiment or "eqx_q")
         self._name = asked.name.replace("/", "-")  # it is a directory of pictures, too
         self._step, self._changed = 0, True
-        self._config = storage.get_run_config(self._project, run_id=self.id) or {
+        self._config = {
             "_Created": datetime.now(UTC).isoformat(),
             "_Group": self._name.partition(" #")[0],
             "description": asked.description,
             "tags": asked.tags,
+            **(storage.get_run_config(self._project, run_id=self.id) or {}),
         }
 
     def metrics(self, values: dict[str, Any], step: int) -> None:

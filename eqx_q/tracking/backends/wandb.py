@@ -28,7 +28,7 @@ class Run:
             project=re.sub(r"[^\w.-]", "-", asked.experiment or "eqx_q"),
             name=asked.name,
             group=asked.name.partition(" #")[0],
-            notes=asked.description,
+            notes=None if asked.known else asked.description,
             tags=asked.tags,
             id=asked.known,
             resume="allow",
