@@ -51,7 +51,7 @@ AUTO = "auto"  # value of `resume`
 _FIXED = {"agent", "env", "tuned", "sampling", "num_envs", "seed", "num_seeds", "pbt"}
 _FREE = {"sampling.memory_gb"}
 # These may differ each time a run is started.
-_OF_NO_RUN = {"distributed", "resume"}
+_OF_NO_RUN = {"distributed", "resume", "tracker"}
 
 _INTERRUPTED = (
     "interrupted; saved data are kept: continue a run with resume=DIR, a sweep with the same "
@@ -302,7 +302,7 @@ def resumed(config: DictConfig) -> DictConfig:
             changed[name] = override
         elif group in _FIXED and key not in _FREE:
             raise UsageError(f"resume continues a run with its own options: leave out '{override}'")
-        OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+        adopt(override, config, stored)
     OmegaConf.update(stored, "distributed", config.distributed, force_add=True)
     OmegaConf.update(stored, "resume", None)
     prepare_jax(stored)
@@ -313,6 +313,12 @@ def resumed(config: DictConfig) -> DictConfig:
             f"options that may change are {', '.join(sorted(free))})"
         )
     return stored
+
+
+def adopt(override: str, config: DictConfig, stored: DictConfig) -> None:
+    """Puts what an override made of `config` into a stored one, where a choice replaces another."""
+    value, merge = OmegaConf.select(config, _key(override)), not _is_choice(override)
+    OmegaConf.update(stored, _key(override), value, merge=merge, force_add=True)
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -504,7 +510,8 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
 
 def _choices(overrides: Iterable[str]) -> list[str]:
     """The overrides that choose a file of a group, without those of a sweep."""
-    return [override for override in overrides if _is_choice(override) and "," not in override]
+    lists = re.compile(r"\[.*?\]")
+    return [o for o in overrides if _is_choice(o) and "," not in lists.sub("", o)]
 
 
 def _is_choice(override: str) -> bool:

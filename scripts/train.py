@@ -11,6 +11,7 @@ from _app import (
     goes_on,
     hydra,
     launch,
+    overridden,
     prepare_jax,
     resumed,
     run_directory,
@@ -56,6 +57,7 @@ def main(config: DictConfig) -> float | None:
         settings(config),
         directory,
         resume=resume,
+        command=" ".join(overridden()),
         on_start=lambda: store_config(config, directory),
     )
     if summary is None:  # another process has the results

@@ -8,6 +8,7 @@ import yaml
 from _app import (
     AUTO,
     CONF,
+    adopt,
     begin,
     end_preempted,
     goes_on,
@@ -21,7 +22,7 @@ from _app import (
     stored_config,
     task,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from eqx_q.errors import UsageError
 from eqx_q.run import search_run
@@ -56,6 +57,7 @@ def main(config: DictConfig) -> float | None:
         settings(config),
         directory,
         defaults=settings(hydra.compose("tune", [*groups, "tuned=none"])),
+        command=" ".join(overridden()),
         on_start=lambda: store_config(config, directory),
     )
     best = summary["best"]
@@ -93,7 +95,7 @@ def _resumed(config: DictConfig) -> DictConfig:
         key = override.split("=")[0].lstrip("+~")
         if key.split(".")[0] not in _CHANGEABLE:
             raise UsageError(f"resume continues a search with its own options: leave out {key}")
-        OmegaConf.update(stored, key, OmegaConf.select(config, key), force_add=True)
+        adopt(override, config, stored)
     return stored
 
 

@@ -1,5 +1,6 @@
 """Tests check every annotated shape and type, and run without a display."""
 
+import json
 import logging
 import os
 import runpy
@@ -67,3 +68,31 @@ def script(tmp_path, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def in_place(tmp_path, monkeypatch):
+    """Puts a program in the place of a tracker, by default one that writes down what it is told."""
+
+    def put(code=None, name="aim"):
+        code = code or (ROOT / "tests" / "tracking" / "fake.py").read_text()
+        from eqx_q.tracking import remote  # once its types are checked
+
+        (tmp_path / "programs").mkdir(exist_ok=True)
+        (tmp_path / "programs" / f"{name}.py").write_text(code)
+        monkeypatch.setattr(remote, "_PROGRAMS", tmp_path / "programs")
+        there = remote.BACKENDS[name]._replace(package="json")
+        monkeypatch.setitem(remote.BACKENDS, name, there)
+
+    return put
+
+
+@pytest.fixture
+def received():
+    """What such a program was told of a member, in a directory."""
+
+    def read(directory, member=0):
+        lines = (Path(directory) / f"received {member}").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return read

@@ -67,6 +67,7 @@ def run_alone(site: Path, script: str, *arguments: object) -> str:
 def test_extras_are_out_of_sight(site):
     script = "import importlib.util as u; print([u.find_spec(n) for n in sys.argv[1:]])"
     extras = ["gymnax", "envpool", "craftax", "jaxmarl", "pettingzoo", "hydra", "aim", "tqdm"]
+    extras += ["tensorboardX", "wandb", "trackio", "mlflow"]
     extras += ["PIL", "matplotlib", "flax", "chex", "optuna", "yaml", "huggingface_hub"]
     assert run_alone(site, script, *extras).strip() == str([None] * len(extras))
 
@@ -102,7 +103,6 @@ print(json.dumps(missing))
     needs = {f"eqx_q.wrappers{suite.module}": suite.package for suite in SUITES.values()}
     needs["eqx_q.wrappers.jaxmarl_rules"] = "jaxmarl"  # a part of that suite
     needs["eqx_q.wrappers.pettingzoo_bridge"] = "pettingzoo"  # its face loads it when it is used
-    needs["eqx_q.tracking.aim_worker"] = "aim"  # a program of its own
     for module, package in missing.items():
         assert package in (None, needs.get(module)), f"{module} imports {package}"
 

@@ -28,7 +28,7 @@ from ..loops.training import train
 from ..progress import Display
 from ..saving.files import write_whole
 from ..sharding import OneDevice, place_on
-from ..tracking import Tracker, Trackers
+from ..tracking import Trackers
 from ..wrappers import Env
 from ..wrappers.host import closing
 from .making import (
@@ -38,12 +38,12 @@ from .making import (
     make_agent,
     make_env,
     make_sampling,
-    named_class,
 )
-from .settings import Config, Settings, env_name, given, read_settings, whole
+from .settings import Config, Settings, env_name, read_settings, whole
 from .space import VARIED, Space, check_space, import_optuna, read_space
 from .study import SharedStudy
 from .summary import provenance, write_json
+from .trackers import make_trackers
 from .training import check_data, check_kind, make_evaluation
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def search_run(
     directory: Path,
     *,
     defaults: Config | None = None,
+    command: str = "",
     on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Searches as `config` describes, and writes the results to `directory`.
@@ -70,13 +71,14 @@ def search_run(
 
     - `config`: the keys of `conf/tune.yaml`.
     - `defaults`: the same without tuned values; `best.yaml` lists the differences from it.
+    - `command`: the overrides of the command line, for trackers to show.
     - `on_start`: called once `config` has been checked.
 
     **Returns:** the summary, which is also in `summary.json`.
     **Raises:** `UsageError` for an invalid configuration.
     """
     started = time.perf_counter()
-    asked = _read(config)
+    asked = _read(config, command)
     with contextlib.ExitStack() as stack:
         search = _Search(asked, stack)
         on_start()
@@ -118,7 +120,7 @@ class _Asked:
     """The checked values of a search's configuration.
 
     **Attributes:** those with names of keys in `conf/tune.yaml` have the same meaning. `rungs`: the
-    steps at which trials are pruned, then the total.
+    steps at which trials are pruned, then the total. `command`: see `search_run`.
     """
 
     settings: Settings
@@ -128,9 +130,10 @@ class _Asked:
     maximize: bool
     rungs: list[int]
     eta: int
+    command: str
 
 
-def _read(config: Config) -> _Asked:
+def _read(config: Config, command: str) -> _Asked:
     settings = read_settings(config)
     if settings.pbt is not None:
         raise UsageError("a search cannot use population-based training: leave out pbt")
@@ -151,6 +154,7 @@ def _read(config: Config) -> _Asked:
         maximize=config["direction"] == "maximize",
         rungs=[math.ceil(total / eta**rung) for rung in range(rungs, -1, -1)],
         eta=eta,
+        command=command,
     )
 
 
@@ -189,7 +193,7 @@ class _Search:
         It does not report interrupted trials.
         """
         began = time.perf_counter()
-        tracker = _tracker(self._config, batch, self.space)
+        tracker = _tracker(self._config, batch, self.space, self._asked.command)
         try:
             self._climb(batch, study, callbacks, tracker, began)
         except (_Fatal, LaneError):
@@ -207,8 +211,7 @@ class _Search:
                 f"{self._asked.settings.kind.sizes}"
             ) from error
         finally:
-            if tracker is not None:
-                tracker.close()
+            tracker.close()
 
     def _climb(self, batch, study, callbacks, tracker, began) -> None:
         """Trains from rung to rung, each with the trials that are good enough for it."""
@@ -233,8 +236,7 @@ class _Search:
             (done,) = learnt(agent).values()
             per_seed = _recent(history, self._asked.metric).reshape(len(alive), self.seeds)
             scores = per_seed.mean(1)
-            if tracker is not None:
-                tracker.log(_per_trial(history[-1], alive, len(batch), self.seeds), done)
+            tracker.log(_per_trial(history[-1], alive, len(batch), self.seeds), done)
             order = np.argsort(np.where(np.isfinite(scores), scores * self._sign, -np.inf))[::-1]
             is_last = until == rungs[-1]
             num_kept = len(alive) if is_last else self._num_kept(len(alive))
@@ -386,14 +388,11 @@ def _per_trial(
     return told
 
 
-def _tracker(config: Config, batch: list[Any], space: Space) -> Tracker | None:
+def _tracker(config: Config, batch: list[Any], space: Space, command: str) -> Trackers:
     """A tracker with a run for each trial and its parameters."""
-    options = given(config["tracker"])
-    if "_target_" not in options:
-        return None
-    create: Any = named_class(options.pop("_target_"), Tracker)
     names = [f"trial {trial.number}" for trial in batch]
-    tracker = Trackers(create(None, num_members=len(batch), names=names, **options))
+    made = make_trackers(config, None, command=command, num_members=len(batch), names=names)
+    tracker = Trackers(*made)
     more = provenance()
     tracker.log_params(
         [{**space.apply(config, t.params), "trial": t.number, **more} for t in batch]

@@ -51,11 +51,11 @@ from .making import (
     make_agent,
     make_env,
     make_sampling,
-    named_class,
 )
 from .replaying import keep_diverged
 from .settings import ONLINE, Config, Kind, PBTSettings, Settings, env_name, given, read_settings
 from .summary import episode_means, provenance, read_json, write_json
+from .trackers import make_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,13 @@ def train_run(
     directory: Path,
     *,
     resume: bool = False,
+    command: str = "",
     on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Trains as `config` describes, and writes the results to `directory`.
 
-    **Arguments:** `on_start`: called once everything in `config` has been made.
+    **Arguments:** `command`: the overrides of the command line, for trackers to show. `on_start`:
+    called once everything in `config` has been made.
 
     **Returns:** the summary, which is also in `summary.json`. With several processes (see
     `eqx_q.processes`), the first one writes all files, and the others return `None`.
@@ -124,7 +126,7 @@ def train_run(
                 if not has_learnt:
                     learn(callbacks=[interrupt])
             return None
-        crew = _crew(settings, directory, env, run_state, evolution, place, stack)
+        crew = _crew(settings, directory, command, env, run_state, evolution, place, stack)
         on_start()
         if has_learnt:
             _end_again(settings, crew, run_state)
@@ -326,6 +328,7 @@ class _Crew(NamedTuple):
 def _crew(
     settings: Settings,
     directory: Path,
+    command: str,
     env: Env,
     run_state: Any,
     evolution: PopulationBasedTraining | None,
@@ -336,7 +339,7 @@ def _crew(
     limit = settings.eval.time_fraction
     budget = TimeBudget(np.inf if limit is None else limit)
     begin = 0 if run_state is None else _done(run_state)
-    tracker = close_later(stack, _tracker(settings, directory, begin))
+    tracker = close_later(stack, _tracker(settings, directory, command, begin))
     evaluation = make_evaluation(settings, env, budget, stack)
     recorder = _Recorder(begin)
     for row in read_metrics(directory / "metrics.jsonl", begin):  # from before a resume
@@ -470,19 +473,14 @@ def _video(settings: Settings, env, directory, tracker, budget, stack) -> Video 
     )
 
 
-def _tracker(settings: Settings, directory: Path, begin: int) -> Tracker:
-    """Makes the tracker of `metrics.jsonl`, and the one of the key `tracker`."""
+def _tracker(settings: Settings, directory: Path, command: str, begin: int) -> Tracker:
+    """Makes the tracker of `metrics.jsonl`, and those of the key `tracker`."""
+    config = settings.config
     members = None if settings.num_seeds == 1 else settings.num_seeds
-    options = given(settings.config["tracker"])
-    target = options.pop("_target_", None)
-    create: Any = None if target is None else named_class(target, Tracker)
-    trackers: list[Tracker] = [
-        JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
-    ]
-    if create is not None:
-        trackers.append(create(directory, num_members=members, **options))
-    tracker = Trackers(*trackers)
-    tracker.log_params({**settings.config, **provenance()})
+    others = make_trackers(config, directory, command=command, num_members=members)
+    lines = JsonlTracker(directory / "metrics.jsonl", num_members=members, resume_step=begin)
+    tracker = Trackers(lines, *others)
+    tracker.log_params({**config, **provenance()})
     return tracker
 
 
