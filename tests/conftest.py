@@ -71,25 +71,25 @@ def script(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def in_place(tmp_path, monkeypatch):
-    """Puts a program in the place of a tracker, by default one that writes down what it is told."""
+def replace_backend(tmp_path, monkeypatch):
+    """Replaces a tracker's backend, by default with one that records its calls."""
 
-    def put(code=None, name="aim"):
+    def replace(code=None, name="aim"):
         code = code or (ROOT / "tests" / "tracking" / "fake.py").read_text()
-        from eqx_q.tracking import remote  # once its types are checked
+        from eqx_q.tracking import remote  # after the import hook is installed
 
-        (tmp_path / "programs").mkdir(exist_ok=True)
-        (tmp_path / "programs" / f"{name}.py").write_text(code)
-        monkeypatch.setattr(remote, "_PROGRAMS", tmp_path / "programs")
-        there = remote.BACKENDS[name]._replace(package="json")
-        monkeypatch.setitem(remote.BACKENDS, name, there)
+        (tmp_path / "backends").mkdir(exist_ok=True)
+        (tmp_path / "backends" / f"{name}.py").write_text(code)
+        monkeypatch.setattr(remote, "_BACKENDS_DIR", tmp_path / "backends")
+        backend = remote.BACKENDS[name]._replace(package="json")  # always installed
+        monkeypatch.setitem(remote.BACKENDS, name, backend)
 
-    return put
+    return replace
 
 
 @pytest.fixture
 def received():
-    """What such a program was told of a member, in a directory."""
+    """The calls that the recording backend received for a member."""
 
     def read(directory, member=0):
         lines = (Path(directory) / f"received {member}").read_text().splitlines()

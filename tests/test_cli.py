@@ -36,23 +36,25 @@ SMALL = [
 QUIET = ["eval.every=0", "video.every=0"]
 
 
-def test_a_run_leaves_its_directory_and_can_be_evaluated(script, tmp_path, in_place, received):
-    in_place()
+def test_a_run_leaves_its_directory_and_can_be_evaluated(
+    script, tmp_path, replace_backend, received
+):
+    replace_backend()
     options = ["total_steps=2e3", "num_seeds=2", "eval.num_envs=4", "video.max_steps=20"]
     options += ["+tracker.aim.experiment=e", f"tracker.repo={tmp_path}"]
     status, out, _ = script("train", *SMALL, *options, "hydra.run.dir=run")
     assert status == 0
-    (_, asked), *told, _ = received(tmp_path)
-    assert asked["description"].startswith("pqn in gymnax/CartPole-v1: tracker=jsonl num_envs=4")
-    assert asked["tags"] == ["pqn", "gymnax/CartPole-v1"] and asked["experiment"] == "e"
+    (_, opened), *calls, _ = received(tmp_path)
+    assert opened["description"].startswith("pqn in gymnax/CartPole-v1: tracker=jsonl num_envs=4")
+    assert opened["tags"] == ["pqn", "gymnax/CartPole-v1"] and opened["experiment"] == "e"
     params = {
-        name: x for kind, nested, *_ in told if kind == "params" for name, x in nested.items()
+        name: x for kind, nested, *_ in calls if kind == "params" for name, x in nested.items()
     }
     assert params["agent"]["rollout_length"] == 16 and params["total_steps"] == 2048
     assert params["env_steps"] == 2048 and params["done"] and params["compile_seconds"] > 0
-    names = {name for kind, x, *_ in told if kind == "metrics" for name in x}
+    names = {name for kind, x, *_ in calls if kind == "metrics" for name in x}
     assert names >= {"train/return", "eval/return", "loss/td_error", "time/steps_per_second"}
-    assert any(kind == "gif" for kind, *_ in told)
+    assert any(kind == "gif" for kind, *_ in calls)
     assert "tuned values: conf/tuned/pqn_cartpole.yaml" in out
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {

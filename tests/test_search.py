@@ -331,13 +331,23 @@ def test_members_are_evaluated_at_rungs_only(asked, found):
     assert (told["eval"]["every"], told["agent"]["schedule_steps"]) == (found, 80)
 
 
-def test_a_population_learns_what_was_proposed_in_one_program(script, tmp_path, monkeypatch):
+def test_a_population_learns_what_was_proposed_in_one_program(
+    script, tmp_path, monkeypatch, replace_backend, received
+):
+    replace_backend()
     traces = []
     update = source._update
     monkeypatch.setattr(source, "_update", lambda *args: traces.append(None) or update(*args))
-    status, out, err = script("tune", *TINY)
+    options = ["+tracker.aim.experiment=e", f"tracker.repo={tmp_path}"]
+    status, out, err = script("tune", *TINY, *options)
     assert status == 0, err
     assert len(traces) == 1
+    for number in range(4):  # a tracker has a run for each trial
+        (_, opened), *calls = received(tmp_path, number)
+        params = {
+            name: x for kind, nested, *_ in calls if kind == "params" for name, x in nested.items()
+        }
+        assert (opened["name"], params["trial"]) == (f"trial {number}", number)
     search = tmp_path / "search"
     assert {"best.yaml", "trials.csv", "summary.json", "history.png", "importances.png"} <= {
         path.name for path in search.iterdir()

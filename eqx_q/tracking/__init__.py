@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run go: `metrics.jsonl`, Aim, or a tracker of your own."""
+"""Logs metrics and pictures of a run: to `metrics.jsonl`, Aim, TensorBoard, W&B and others."""
 
 from .jsonl import JsonlTracker as JsonlTracker, read_metrics as read_metrics
 from .remote import (

@@ -17,19 +17,20 @@ _logger = logging.getLogger(__name__)
 
 
 class JsonlTracker(Tracker):
-    """Appends one JSON object per call of `log` to a file, which is complete at any moment.
+    """Appends one JSON object to a file for each call of `log`. The file is valid at any moment.
 
-    What is not finite becomes `null`; samples become a few statistics; `crc32` is a checksum of the
-    line. What is half written or damaged is dropped when a run is taken up, and a warning says so.
-    Where the disk is full, lines are lost, and the run goes on.
+    Values that are not finite become `null`. Samples of a distribution become a few statistics.
+    `crc32` is a checksum of the line. Damaged or incomplete lines of an existing file are dropped,
+    with a warning. If the disk is full, lines are lost and the run goes on.
 
     **Arguments:**
 
-    - `path`: of the file; its directory is made.
-    - `num_members`: of a population.
-    - `resume_step`: where the run is taken up: later lines are dropped. By default all are kept.
+    - `path`: the file. Its directory is created.
+    - `num_members`: the size of a population; `None` for a single agent.
+    - `resume_step`: the step from which a run is resumed; later lines are dropped. By default all
+        lines are kept.
 
-    **Raises:** `UsageError` where the file cannot be written.
+    **Raises:** `UsageError` if the file cannot be written.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class JsonlTracker(Tracker):
             if self._file.write(line) < len(line):
                 raise OSError("the disk is full")
         except OSError as error:
-            self._file.truncate(end)  # or the next line would follow on half of this one
+            self._file.truncate(end)  # else the next line would follow an incomplete one
             if not self._warned:
                 self._warned = True
                 _logger.warning(
@@ -72,10 +73,10 @@ class JsonlTracker(Tracker):
                 )
 
     def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Does nothing: a run directory has its configuration in a file."""
+        """Does nothing: the run directory has the configuration in `config.yaml`."""
 
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
-        """Does nothing: the picture is in a file."""
+        """Does nothing: the GIF is a file already."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -102,9 +103,9 @@ def _finite(array: Any) -> Any:
 
 
 def read_metrics(path: str | os.PathLike, until: int = 0) -> Iterator[dict[str, Any]]:
-    """What was logged to a file, line by line; a warning tells what is damaged or missing.
+    """Yields the lines of a file of `JsonlTracker`, and warns of damaged or missing lines.
 
-    **Arguments:** `until`: how far the run has come, which the last line should tell.
+    **Arguments:** `until`: the step that the last line should have reached.
     """
     done = 0
     for _, row in _good_lines(Path(path)):
@@ -115,7 +116,7 @@ def read_metrics(path: str | os.PathLike, until: int = 0) -> Iterator[dict[str, 
 
 
 def _good_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file that are whole, and what they say."""
+    """Yields the undamaged lines of a file, as bytes and parsed."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -123,9 +124,9 @@ def _good_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             try:
                 row = unseal(json.loads(line), required=False)  # earlier versions have no checksum
                 clock(row)
-            except (ValueError, KeyError, TypeError):  # no metrics of ours
+            except (ValueError, KeyError, TypeError):  # not metrics of eqx_q
                 _logger.warning(
-                    "line %d of '%s' is damaged or half written: it is left out", number, path
+                    "line %d of '%s' is damaged or incomplete, and is left out", number, path
                 )
                 continue
             yield line.removesuffix(b"\n") + b"\n", row

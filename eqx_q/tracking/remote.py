@@ -1,4 +1,4 @@
-"""Trackers of other makers, which a run never depends on."""
+"""Experiment trackers such as Aim or W&B. A failing tracker never stops a run."""
 
 import collections
 import contextlib
@@ -28,29 +28,29 @@ from .tracker import Tracker
 _logger = logging.getLogger(__name__)
 
 _WORKER = Path(__file__).with_name("worker.py")
-_PROGRAMS = Path(__file__).with_name("backends")
-_MOST_RUNS = 32  # trackers are slow with very many runs: a larger population is summed up in one
-_BINS = 64
-_WAITING = 1024  # messages in the queue
+_BACKENDS_DIR = Path(__file__).with_name("backends")
+_MAX_RUNS = 32  # trackers get slow with many runs: a larger population becomes one run
+_BINS = 64  # of a histogram
+_QUEUE_SIZE = 1024  # messages
 
 
 class Backend(NamedTuple):
-    """What messages say of a tracker; `backends/<name>.py` is what writes to it.
+    """Describes a tracker, for checks and messages. `backends/<name>.py` writes to it.
 
     **Attributes:**
 
-    - `title`: its name, for people.
-    - `package`: what it needs, which `extra` brings; where `below` is a version of Python, only to
-        older ones.
-    - `store`: what it keeps in `repo`.
-    - `hint`: where else a failure may come from. It may name `{repo}`, `{store}` and `{run}`.
+    - `title`: the name to show.
+    - `package`: the Python package it needs. `extra` installs it.
+    - `store`: the file or directory in `repo` that holds its data.
+    - `python_below`: the first version of Python that the package does not run on.
+    - `hint`: further advice after a failure. It may contain `{repo}`, `{store}` and `{run}`.
     """
 
     title: str
     package: str
     store: str
     extra: str = "trackers"
-    below: tuple[int, int] = (4, 0)
+    python_below: tuple[int, int] = (4, 0)
     hint: str = ""
 
 
@@ -60,8 +60,8 @@ BACKENDS = {
         "aim",
         ".aim",
         "train",
-        below=(3, 12),
-        hint=" (a lock that a dead one left goes with `rm {store}/locks/*lock` or "
+        python_below=(3, 12),
+        hint=" (a dead process may have left a lock: remove it with `rm {store}/locks/*lock` or "
         "`aim runs --repo {repo} close {run}`)",
     ),
     "tensorboard": Backend("TensorBoard", "tensorboardX", "tensorboard"),
@@ -69,45 +69,46 @@ BACKENDS = {
         "Weights & Biases",
         "wandb",
         "wandb",
-        hint=" (with tracker.wandb.mode=online, that `wandb login` was run and the server answers)",
+        hint=" (with tracker.wandb.mode=online, also check `wandb login` and the network)",
     ),
     "trackio": Backend("trackio", "trackio", "trackio"),
     "mlflow": Backend(
         "MLflow",
         "mlflow",
         "mlflow.db",
-        hint=" (with tracker.mlflow.uri, that the server answers)",
+        hint=" (with tracker.mlflow.uri, also check that the server is up)",
     ),
 }
 
 
 class RemoteTracker(Tracker):
-    """Logs to a tracker of somebody else's, which works in a process of its own.
+    """Logs to an experiment tracker, which runs in a process of its own.
 
-    One run of the tracker per member of a population, or one with `mean`, `std`, `min` and `max`
-    over members where there are more than 32. `eqx_q.tracking.series` says how series are called.
+    Each member of a population gets its own run in the tracker. A population of more than 32
+    members gets one run with the `mean`, `std`, `min` and `max` over members.
+    `eqx_q.tracking.series` defines the names of the series.
 
-    Logging never blocks. Where the tracker is missing, locked, broken, or slower than the training,
-    one warning says what to do about it, and the run goes on without. `close` takes at most
-    `close_timeout`; of several trackers each does so in turn. The tracker's process ends with the
-    run's, at most a minute after one that was killed.
+    Logging never blocks. If the tracker is missing, locked, broken or slower than training, one
+    warning says what to do, and the run continues without it. `close` takes at most
+    `close_timeout` seconds; several trackers are closed one after another. The tracker's process
+    ends with the run. If the run is killed, it ends within about a minute.
 
     **Arguments:**
 
     - `backend`: `"aim"`, `"tensorboard"`, `"wandb"`, `"trackio"` or `"mlflow"`.
-    - `directory`: of the run. Its name is the name of the tracker's run, and `<backend>.json` in it
-        remembers which one that is, so that a resumed run continues it.
-    - `repo`: directory that has (or gets) what the tracker keeps.
-    - `experiment`: what runs that belong together are called.
-    - `num_members`: of a population.
-    - `names`: of the tracker's runs, one for each member, however many; by default after
-        `directory`.
-    - `description`, `tags`: of the run, for people.
-    - `open_timeout`, `close_timeout`: seconds that the tracker has to open, and to finish in
-        `close`.
-    - `options`: the tracker's own: `mode` and `entity` of `wandb`, `uri` of `mlflow`.
+    - `directory`: the run directory. Its last two parts name the tracker's run. `<backend>.json` in
+        it stores the ids of the tracker's runs, so that a resumed run continues them.
+    - `repo`: the directory in which the tracker keeps its data. It is created if missing.
+    - `experiment`: the name under which the tracker groups runs.
+    - `num_members`: the size of a population; `None` for a single agent.
+    - `names`: names of the tracker's runs, one for each member, also beyond 32. By default they
+        follow from `directory`.
+    - `description`, `tags`: shown with the run.
+    - `open_timeout`: seconds that the tracker has to open.
+    - `close_timeout`: seconds that it has to finish in `close`.
+    - `options`: options of the backend: `views` (Aim), `mode` and `entity` (W&B), `uri` (MLflow).
 
-    **Raises:** `UnknownNameError` where there is no such backend.
+    **Raises:** `UnknownNameError` if there is no such backend.
     """
 
     def __init__(
@@ -130,11 +131,11 @@ class RemoteTracker(Tracker):
         self._backend = BACKENDS[backend]
         self._repo = str(Path(repo).absolute())
         self._num_members = num_members
-        self._summed_up = names is None and num_members is not None and num_members > _MOST_RUNS
-        self._note = None if directory is None else Path(directory) / f"{backend}.json"
+        self._aggregate = names is None and num_members is not None and num_members > _MAX_RUNS
+        self._ids_file = None if directory is None else Path(directory) / f"{backend}.json"
         self._open_timeout, self._close_timeout = open_timeout, close_timeout
-        self._queue: queue.Queue[str | None] = queue.Queue(_WAITING)
-        self._fed_at = time.monotonic()
+        self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_SIZE)
+        self._last_write = time.monotonic()
         self._lock = threading.Lock()
         self._given_up = self._warned = False
         self._constants: dict[str, Any] = {}
@@ -142,7 +143,7 @@ class RemoteTracker(Tracker):
         self._process: subprocess.Popen[str] | None = None
 
         if not installed(backend):
-            self._give_up("it is not installed for this Python", self._install())
+            self._give_up("it is not installed for this Python", self._install_advice())
             return
         try:
             self._process = subprocess.Popen(
@@ -151,32 +152,36 @@ class RemoteTracker(Tracker):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the run, which then closes it in order
+                start_new_session=True,  # Ctrl-C must not stop it before the run closes it
             )
         except OSError as error:
             self._give_up(str(error))
             return
-        self._feeder = threading.Thread(target=self._feed, args=(self._process,), daemon=True)
-        self._feeder.start()
+        self._writer = threading.Thread(
+            target=self._write_queue, args=(self._process,), daemon=True
+        )
+        self._writer.start()
         if names is None:
             name = "run" if directory is None else "/".join(Path(directory).absolute().parts[-2:])
-            members = 1 if num_members is None or self._summed_up else num_members
+            members = 1 if num_members is None or self._aggregate else num_members
             names = [name] if members == 1 else [f"{name} #{i}" for i in range(members)]
         self._send(
-            backend=str(_PROGRAMS / f"{backend}.py"),
+            backend=str(_BACKENDS_DIR / f"{backend}.py"),
             names=list(names),
-            known=self._remembered(len(names)),
+            resume_ids=self._stored_ids(len(names)),
             options=options,
             repo=self._repo,
             experiment=experiment,
             description=description,
             tags=list(tags),
-            process=os.getpid(),
-            patience=open_timeout / 3,
+            train_pid=os.getpid(),
+            lock_timeout=open_timeout / 3,
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Queues numbers and distributions. Never blocks."""
+        """Queues numbers and histograms. Never blocks."""
+        if self._given_up:
+            return
         constants, self._counts = (
             _plain_numbers(metrics, CONSTANTS),
             _plain_numbers(metrics, COUNTS),
@@ -184,22 +189,25 @@ class RemoteTracker(Tracker):
         if constants != self._constants:
             self._constants = constants
             self.log_params(constants)
-        numbers, histograms = _records(metrics, self._num_members, self._summed_up)
+        numbers, histograms = _records(metrics, self._num_members, self._aggregate)
         self._send(kind="metrics", step=step, records=numbers)
         if histograms:
             self._send(kind="histograms", step=step, records=histograms)
 
     def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Queues parameters, the same for every member or those of each. Never blocks."""
-        of_each = dict(params) if isinstance(params, Mapping) else list(params)
-        self._send(kind="params", params=of_each)
+        """Queues hyperparameters: the same for all members, or a list with one entry each.
+
+        Never blocks.
+        """
+        params = dict(params) if isinstance(params, Mapping) else list(params)
+        self._send(kind="params", params=params)
 
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
-        """Queues a picture, for the first member. Never blocks."""
+        """Queues a GIF for the run of the first member. Never blocks."""
         self._send(kind="gif", path=str(Path(path).absolute()), name=f"eval/{name}", step=step)
 
     def close(self) -> None:
-        """Waits until the tracker has everything, but no longer than `close_timeout`."""
+        """Waits until the tracker has written everything, at most `close_timeout` seconds."""
         if self._given_up:
             return
         deadline = time.monotonic() + self._close_timeout
@@ -207,11 +215,11 @@ class RemoteTracker(Tracker):
             self.log_params(self._counts)
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=self._close_timeout)
-        self._feeder.join(max(0.0, deadline - time.monotonic()))
-        if self._feeder.is_alive():
+        self._writer.join(max(0.0, deadline - time.monotonic()))
+        if self._writer.is_alive():
             self._give_up(f"it did not finish within {self._close_timeout:g} s")
 
-    # ---- how it gets there
+    # ---- sending
 
     def _send(self, **message: Any) -> None:
         if self._given_up:
@@ -219,23 +227,25 @@ class RemoteTracker(Tracker):
         try:
             self._queue.put_nowait(json.dumps(message, default=_plain, skipkeys=True) + "\n")
         except queue.Full:
-            if time.monotonic() - self._fed_at > self._open_timeout:
+            if time.monotonic() - self._last_write > self._open_timeout:
                 self._give_up("it hangs")
             else:
                 self._warn("it is slower than the run")
 
-    def _feed(self, process: subprocess.Popen[str]) -> None:
-        """Hands the queue to the tracker's process, in a thread that may block without harm."""
+    def _write_queue(self, process: subprocess.Popen[str]) -> None:
+        """Writes the queue to the tracker's process. Runs in a thread, which may block."""
         try:
             with process:
-                answer = self._converse(process)
+                answer = self._exchange(process)
                 if process.wait() != 0:
-                    self._give_up(answer.get("error", "its process died"))
-        except Exception as error:  # leaving `process` may break its pipe once more
+                    reason = answer.get("error", "its process died")
+                    missing = reason.startswith("ModuleNotFoundError")
+                    self._give_up(reason, self._install_advice() if missing else None)
+        except Exception as error:  # leaving `with process` may raise another BrokenPipeError
             self._give_up(str(error))
 
-    def _converse(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """**Returns:** the last that it said."""
+    def _exchange(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """**Returns:** the last answer of the process."""
         stdin, stdout = process.stdin, process.stdout
         assert stdin is not None and stdout is not None
         try:
@@ -246,92 +256,97 @@ class RemoteTracker(Tracker):
             answer = _answer(stdout.readline())
             if "runs" not in answer:
                 return answer
-            self._remember(answer["runs"])
+            self._store_ids(answer["runs"])
             for line in iter(self._queue.get, None):
                 stdin.write(line)
                 stdin.flush()
-                self._fed_at = time.monotonic()
+                self._last_write = time.monotonic()
             stdin.close()
         except BrokenPipeError:
-            pass  # it has died, and may have said why
+            pass  # the process died; its last answer may say why
         return _answer(stdout.readline())
 
-    # ---- what is said where it fails
+    # ---- failing
 
-    def _give_up(self, reason: str, mend: str | None = None) -> None:
-        """From here on nothing is logged."""
+    def _give_up(self, reason: str, advice: str | None = None) -> None:
+        """Kills the tracker's process and stops logging to it."""
         with self._lock:
             if self._given_up:
                 return
             self._given_up = True
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # with what it has started itself
-        self._warn(reason, mend)
+                os.killpg(self._process.pid, signal.SIGKILL)  # and its child processes
+        self._warn(reason, advice)
 
-    def _warn(self, reason: str, mend: str | None = None) -> None:
-        """The one warning."""
+    def _warn(self, reason: str, advice: str | None = None) -> None:
+        """Logs a warning, unless there was one before."""
         with self._lock:
             if self._warned:
                 return
             self._warned = True
         _logger.warning(
-            "%s lacks this run, or part of it (%s); the run goes on, and metrics.jsonl has it all. "
-            "To mend it, %s",
+            "%s does not track this run, or not all of it: %s. The run goes on, and metrics.jsonl "
+            "has all metrics. To fix this, %s",
             self._backend.title,
             reason,
-            mend or self._mend(),
+            advice or self._advice(),
         )
 
-    def _install(self) -> str:
+    def _install_advice(self) -> str:
         backend = self._backend
-        if sys.version_info < backend.below:
+        if sys.version_info < backend.python_below:
             return f"run `pip install 'eqx_q[{backend.extra}]'`"
-        older = ".".join(map(str, backend.below))
-        return f"take tracker=tensorboard: {backend.title} needs a Python before {older}"
+        version = ".".join(map(str, backend.python_below))
+        return f"use tracker=tensorboard: {backend.title} does not run on Python {version} or later"
 
-    def _mend(self) -> str:
+    def _advice(self) -> str:
         store = Path(self._repo) / self._backend.store
-        run = (self._remembered() or ["HASH"])[0]
+        run = (self._stored_ids() or ["HASH"])[0]
         hint = self._backend.hint.format(repo=self._repo, store=store, run=run)
         return (
-            f"see to it that '{store}' can be written to and that no other process uses it{hint}, "
-            "or take another directory (tracker.repo=DIR) or none (tracker=jsonl)"
+            f"check that '{store}' is writable and that no other process uses it{hint}, choose "
+            "another directory (tracker.repo=DIR), or use no tracker (tracker=jsonl)"
         )
 
-    # ---- which runs of the tracker are ours
+    # ---- resuming the tracker's runs
 
-    def _remember(self, runs: list[str]) -> None:
-        if self._note is not None:
+    def _store_ids(self, runs: list[str]) -> None:
+        if self._ids_file is not None:
             try:
-                write_whole(self._note, [json.dumps({"repo": self._repo, "runs": runs}).encode()])
+                write_whole(
+                    self._ids_file, [json.dumps({"repo": self._repo, "runs": runs}).encode()]
+                )
             except UsageError as error:
                 _logger.warning(
-                    "%s; a resumed run will be a new one in %s", error, self._backend.title
+                    "%s; after a resume, %s will show a new run", error, self._backend.title
                 )
 
-    def _remembered(self, members: int | None = None) -> list[str]:
-        """The tracker's runs that this run had before; empty where there are no such `members`."""
-        try:
-            note = json.loads(self._note.read_text()) if self._note is not None else {}
-        except (OSError, ValueError):
+    def _stored_ids(self, members: int | None = None) -> list[str]:
+        """Ids of the tracker's runs, from before a resume. Empty if `repo` or `members` differ."""
+        if self._ids_file is None:
             return []
-        runs = note.get("runs", [])
-        same = members is None or len(runs) == members
-        return runs if note.get("repo") == self._repo and same else []
+        try:
+            stored = json.loads(self._ids_file.read_text())
+            repo, runs = stored["repo"], list(stored["runs"])
+        except (OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged file
+            return []
+        return runs if repo == self._repo and members in (None, len(runs)) else []
 
 
 def installed(backend: str) -> bool:
-    """Whether this Python has what a tracker needs, and may use it."""
+    """Whether the package of a tracker is installed, and runs on this version of Python."""
     spec = importlib.util.find_spec(BACKENDS[backend].package)
-    there = spec is not None and spec.origin is not None  # else it is a directory of that name
-    return there and sys.version_info < BACKENDS[backend].below
+    found = spec is not None and spec.origin is not None  # a bare directory has no origin
+    return found and sys.version_info < BACKENDS[backend].python_below
 
 
 def _records(
-    metrics: Mapping[str, Any], num_members: int | None, summed_up: bool
+    metrics: Mapping[str, Any], num_members: int | None, aggregate: bool
 ) -> tuple[list, list]:
-    """**Returns:** what is finite of the metrics, as the tracker's process takes it:
+    """Converts metrics to messages for the tracker's process, without values that are not finite.
+
+    **Returns:**
 
     - numbers: `[member, {series: value}]`.
     - histograms: `[member, series, counts, [start, end]]`.
@@ -345,15 +360,15 @@ def _records(
             continue
         array = array.astype(float)
         if num_members is None or array.shape[:1] != (members,):
-            array = np.broadcast_to(array, (members, *array.shape))  # the same for all members
+            array = np.broadcast_to(array, (members, *array.shape))  # one value for all members
         if array.ndim > 1:
-            rows = array.reshape(1 if summed_up else members, -1)
+            rows = array.reshape(1 if aggregate else members, -1)
             for i, row in enumerate(rows):
                 if (row := row[np.isfinite(row)]).size:
                     counts, edges = np.histogram(row, _BINS)
                     ends = [float(edges[0]), float(edges[-1])]
                     histograms.append([i, name, counts.tolist(), ends])
-        elif not summed_up:
+        elif not aggregate:
             for i, x in enumerate(array):
                 if np.isfinite(x):
                     numbers[i][name] = float(x)
@@ -364,13 +379,13 @@ def _records(
 
 
 def _plain_numbers(metrics: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """Those of the names that are one for all members, and finite."""
+    """The metrics of these names that are finite scalars."""
     found = {name: np.asarray(x) for name, x in metrics.items() if name in names}
     return {name: x.item() for name, x in found.items() if x.ndim == 0 and np.isfinite(x)}
 
 
 def _answer(line: str) -> dict[str, Any]:
-    """What the tracker's process says in a line; nothing where it died before it could."""
+    """Parses an answer of the tracker's process; empty if it died before it could answer."""
     try:
         return json.loads(line)
     except ValueError:
@@ -378,7 +393,7 @@ def _answer(line: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, as what it knows."""
+    """Converts a value that JSON does not support."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

@@ -12,41 +12,50 @@ _logger = logging.getLogger(__name__)
 
 
 class Tracker(abc.ABC):
-    """Takes what a run reports; a callback of `eqx_q.train` too.
+    """Logs metrics, hyperparameters and GIFs of a run. Also a callback of `eqx_q.train`.
 
-    It never stops the run: what goes wrong is said once, and passed over.
+    A tracker should not stop the run: `Trackers` drops one that raises, with a warning.
     """
 
-    overlap = True  # as a callback it only observes
+    overlap = True  # the callback only observes
 
     @abc.abstractmethod
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """**Arguments:**
+        """Logs the metrics of one step.
 
-        - `metrics`: numbers by name (`eval/...` are those of evaluation); of a population, arrays
-            `[S]` with one for each member. With one more axis: samples of a distribution.
-        - `step`: lane-steps so far; offline, updates.
+        **Arguments:**
+
+        - `metrics`: numbers by name; names of evaluation metrics start with `eval/`. A population
+            has arrays `[S]` with one number for each member. One more axis holds the samples of a
+            distribution.
+        - `step`: environment steps over all lanes so far; offline, updates.
         """
 
     @abc.abstractmethod
     def log_params(self, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Hyperparameters, versions and so on, nested as you like: the same, or of each member."""
+        """Logs hyperparameters, versions and the like, as nested dictionaries.
+
+        **Arguments:** `params`: one dictionary for all members, or a list with one for each member.
+        """
 
     @abc.abstractmethod
     def log_gif(self, path: str | os.PathLike, step: int, name: str = "episode") -> None:
-        """A GIF that is in a file."""
+        """Logs a GIF.
+
+        **Arguments:** `path`: the file. `step`: as in `log`. `name`: what it shows.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Finishes what is under way, in bounded time. Nothing may be logged after that."""
+        """Writes what is pending, in bounded time. Nothing may be logged afterwards."""
 
     def __call__(self, run_state: Any, metrics: Mapping[str, Any]) -> None:
-        """Logs, as a callback."""
+        """Logs the metrics, as a callback of `eqx_q.train`."""
         self.log(metrics, clock(metrics).done)
 
 
 class Trackers(Tracker):
-    """Several trackers as one. One that raises is left out from then on, and the others go on."""
+    """Combines several trackers. A tracker that raises is dropped, and the others continue."""
 
     def __init__(self, *trackers: Tracker):
         self._trackers = list(trackers)
@@ -70,7 +79,7 @@ class Trackers(Tracker):
             except Exception as error:
                 self._trackers.remove(tracker)
                 _logger.warning(
-                    "%s failed (%r) and is left out from now on; the run goes on",
+                    "%s failed (%r) and is dropped; the run goes on",
                     type(tracker).__name__,
                     error,
                 )

@@ -1,10 +1,11 @@
-"""The process in which a tracker runs: `eqx_q.tracking.remote` starts this file, and sends JSON.
+"""Runs a tracker in a process of its own, so that it may hang, crash or print.
 
-A tracker may hang on a lock, crash or print; here it can do so without touching the training
-process. The first line says what to open, each later one is a call of a run's method. The answer
-to the first is `{"runs": [id, ...]}`; an error is answered with `{"error": ...}`, and ends it all.
+`eqx_q.tracking.remote` runs this file and sends lines of JSON. The first line opens the runs, and
+the answer is `{"runs": [id, ...]}`. Each later line is a call of a method of the runs. After an
+error, the answer is `{"error": ...}` and the process ends.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -17,46 +18,54 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-_GRACE = 60.0  # seconds to finish when the training process has died
+_GRACE = 60.0  # seconds to finish after the training process died
 
 
 class Run(Protocol):
-    """What a file of `backends` defines: a run of a tracker, open to be written.
+    """An open run of a tracker. Each file in `backends` defines such a class.
 
-    Names of metrics are those of `eqx_q.tracking.series`, with `/mean`, `/std`, `/min` or `/max`
-    after them where they sum up a population. Whatever is raised ends tracking, not the training.
+    `eqx_q.tracking.series` defines the names of metrics. Statistics of a large population end in
+    `/mean`, `/std`, `/min` or `/max`. An exception ends tracking, but not training.
 
     **Arguments:**
 
-    - `asked`: has `repo` (a directory), `name`, `known` (the `id` that this run had before, or
-        `None`), `experiment` (or `None`), `description`, `tags`, `member` (of a population, from
-        0), `process` (the training's) and `patience` (seconds that opening may take).
-    - `options`: the tracker's own, as in `conf/tracker/<name>.yaml`.
+    - `info`: has the attributes
+        - `repo`: the directory for the tracker's data,
+        - `name`, `description`, `tags`: of the run,
+        - `experiment`: the group of the run, or `None`,
+        - `resume_id`: the `id` of the run to continue, or `None`,
+        - `member`: the index in the population, from 0,
+        - `train_pid`: the id of the training process,
+        - `lock_timeout`: seconds to wait for a lock.
+    - `options`: options of the backend, as in `conf/tracker/<name>.yaml`.
 
-    **Attributes:** `id`: by which a resumed run finds it again.
+    **Attributes:** `id`: identifies the run, so that it can be continued.
     """
 
     id: str
 
-    def __init__(self, asked: Any, **options: Any): ...
+    def __init__(self, info: Any, **options: Any): ...
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name."""
+        """Logs numbers by name."""
 
     def histogram(self, name: str, counts: list[int], ends: list[float], step: int) -> None:
-        """A distribution, as counts in bins of one width from `ends[0]` to `ends[1]`."""
+        """Logs a histogram: counts in bins of equal width, from `ends[0]` to `ends[1]`."""
 
     def params(self, nested: dict[str, Any], flat: dict[str, Any]) -> None:
-        """Parameters as they are, and the same by paths with dots between levels."""
+        """Logs hyperparameters, given twice: nested, and flat with dots between the levels."""
 
     def gif(self, path: str, name: str, step: int) -> None:
-        """A GIF that is in a file."""
+        """Logs a GIF from a file."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is pending."""
 
 
-def _open(backend: str, names: list[str], known: list[str], options: dict, **asked: Any) -> list:
+def _open(
+    backend: str, names: list[str], resume_ids: list[str], options: dict, **shared: Any
+) -> list[Run]:
+    """Opens a run for each name."""
     spec = importlib.util.spec_from_file_location("backend", backend)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -64,34 +73,33 @@ def _open(backend: str, names: list[str], known: list[str], options: dict, **ask
     runs: list[Run] = []
     commit = _git_commit()
     for member, name in enumerate(names):
-        told = SimpleNamespace(
-            name=name, known=known[member] if known else None, member=member, **asked
-        )
-        runs.append(_patiently(lambda told=told: module.Run(told, **options), asked["patience"]))
+        resume_id = resume_ids[member] if resume_ids else None
+        info = SimpleNamespace(name=name, resume_id=resume_id, member=member, **shared)
+        runs.append(_open_patiently(functools.partial(module.Run, info, **options), info))
         _params(runs[-1], {"member": member, "git_commit": commit})
     return runs
 
 
-def _patiently(open_run: Callable[[], Run], seconds: float) -> Run:
-    """Opens a run that a killed process lets go of just now, or a store that another one makes."""
-    deadline = time.monotonic() + seconds
+def _open_patiently(open_run: Callable[[], Run], info: Any) -> Run:
+    """Opens a run. Retries while another process holds a lock or creates the store."""
+    deadline = time.monotonic() + info.lock_timeout
     while True:
         try:
             return open_run()
         except Exception as error:
-            passing = any(word in str(error).lower() for word in ("lock", "already exists"))
-            if not passing or time.monotonic() > deadline:
+            temporary = any(word in str(error).lower() for word in ("lock", "already exists"))
+            if not temporary or time.monotonic() > deadline:
                 raise
         time.sleep(0.5)
 
 
 def _handle(runs: list[Run], kind: str, **message: Any) -> None:
-    """Does what a message says."""
+    """Calls the method that a message names, on the runs that it concerns."""
     if kind == "params":
         params = message["params"]
-        of_each = params if isinstance(params, list) else [params] * len(runs)
-        for run, each in zip(runs, of_each, strict=True):
-            _params(run, each)
+        per_run = params if isinstance(params, list) else [params] * len(runs)
+        for run, nested in zip(runs, per_run, strict=True):
+            _params(run, nested)
     elif kind == "metrics":
         for member, values in message["records"]:
             runs[member].metrics(values, message["step"])
@@ -114,7 +122,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, with a `+` where files differ from it."""
+    """The commit of the working directory, with a `+` if tracked files have changed."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -128,8 +136,8 @@ def _git_commit() -> str | None:
         return None
 
 
-def _leave_with(parent: int) -> None:
-    """Ends this process and its own, however stuck, soon after the one that started it."""
+def _end_with(parent: int) -> None:
+    """Waits for the parent to die, then kills this process and its children after `_GRACE`."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(_GRACE)
@@ -137,19 +145,19 @@ def _leave_with(parent: int) -> None:
 
 
 def main() -> int:
-    """Serves until the input ends."""
+    """Handles messages until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # trackers print
+    os.dup2(2, 1)  # what trackers print must not mix with the answers
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         runs = _open(**json.loads(sys.stdin.readline()))
         answer(runs=[run.id for run in runs])
         for line in sys.stdin:
-            if line.endswith("\n"):  # else the training process died in the middle of it
+            if line.endswith("\n"):  # else the training process died while writing it
                 _handle(runs, **json.loads(line))
         for run in runs:
             run.close()

@@ -1,7 +1,7 @@
-"""In the place of a tracker: writes down what it is told."""
+"""A backend that records its calls, as lines of JSON in `received <member>`."""
 
 import json
-import os  # noqa: F401  for what tests put here
+import os  # noqa: F401  for code that tests insert
 import pathlib
 import signal  # noqa: F401
 import sys  # noqa: F401
@@ -9,13 +9,13 @@ import time  # noqa: F401
 
 
 class Run:
-    def __init__(self, asked, **options):
-        self.id = asked.known or f"id {asked.member}"
-        self.said = open(pathlib.Path(asked.repo) / f"received {asked.member}", "a")  # noqa: SIM115
-        self.write("open", {**vars(asked), **options})
+    def __init__(self, info, **options):
+        self.id = info.resume_id or f"id {info.member}"
+        self.file = open(pathlib.Path(info.repo) / f"received {info.member}", "a")  # noqa: SIM115
+        self.write("open", {**vars(info), **options})
 
-    def write(self, *said):
-        print(json.dumps(said), file=self.said, flush=True)
+    def write(self, *call):
+        print(json.dumps(call), file=self.file, flush=True)
 
     def metrics(self, values, step):
         self.write("metrics", values, step)

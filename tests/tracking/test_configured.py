@@ -1,4 +1,4 @@
-"""The trackers that a configuration names."""
+"""Trackers are created from the configuration."""
 
 import logging
 import sys
@@ -33,9 +33,9 @@ def made(tmp_path, **tracker):
     return found
 
 
-def test_several_keep_all_in_one_place(tmp_path, in_place, received):
+def test_several_trackers_share_a_repo(tmp_path, replace_backend, received):
     for name in ("tensorboard", "wandb"):
-        in_place(name=name)
+        replace_backend(name=name)
     wandb = {"experiment": "x", "mode": "online", "entity": None}
     found = made(tmp_path, repo=str(tmp_path), tensorboard={}, wandb=wandb)
     assert [type(x) for x in found] == [RemoteTracker] * 2
@@ -46,8 +46,10 @@ def test_several_keep_all_in_one_place(tmp_path, in_place, received):
     assert options[None]["tags"] == ["eqx_q.PQN", "gymnax/CartPole-v1"]
 
 
-def test_those_of_earlier_versions_and_of_ones_own(tmp_path, in_place, received, monkeypatch):
-    in_place()
+def test_options_of_earlier_versions_and_own_trackers(
+    tmp_path, replace_backend, received, monkeypatch
+):
+    replace_backend()
     monkeypatch.setitem(sys.modules, "own_tracker", sys.modules[__name__])
     aim = {"_target_": "eqx_q.tracking.AimTracker", "repo": str(tmp_path), "experiment": "x"}
     assert len(made(tmp_path, **aim)) == 1
@@ -58,30 +60,39 @@ def test_those_of_earlier_versions_and_of_ones_own(tmp_path, in_place, received,
         assert own.made == (tmp_path, None, "hi")
 
 
-def test_what_is_no_tracker_is_said(tmp_path):
+def test_invalid_options_are_named(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown tracker 'wndb': the nearest are wandb"):
         made(tmp_path, wndb={})
-    with pytest.raises(UsageError, match=r"tracker\.aim=3: give what is in it"):
+    with pytest.raises(
+        UsageError, match=r"tracker\.aim=3: set its entries instead, or take tracker=aim"
+    ):
         made(tmp_path, aim=3)
     with pytest.raises(UsageError, match="is not a subclass of Tracker"):
         made(tmp_path, x={"_target_": "functools.partial"})
 
 
 @pytest.mark.parametrize(
-    ("below", "choice", "reason"),
-    [((9, 0), "aim", "which is installed"), ((3, 0), "tensorboard", "not installed for this Py")],
+    ("python_below", "choice", "reason"),
+    [
+        ((9, 0), "aim", "since it is installed"),
+        ((3, 0), "tensorboard", "not installed for this Py"),
+    ],
 )
-def test_auto(tmp_path, in_place, received, caplog, monkeypatch, below, choice, reason):
-    in_place(name="aim")
-    in_place(name="tensorboard")
-    monkeypatch.setitem(remote.BACKENDS, "aim", remote.BACKENDS["aim"]._replace(below=below))
+def test_auto(
+    tmp_path, replace_backend, received, caplog, monkeypatch, python_below, choice, reason
+):
+    replace_backend(name="aim")
+    replace_backend(name="tensorboard")
+    monkeypatch.setitem(
+        remote.BACKENDS, "aim", remote.BACKENDS["aim"]._replace(python_below=python_below)
+    )
     with caplog.at_level(logging.INFO):
         made(tmp_path, repo=str(tmp_path), auto={"experiment": "x"})
     assert f"tracker: {choice}, " in caplog.text and reason in caplog.text
     assert (tmp_path / f"{choice}.json").exists() and received(tmp_path)[-1] == ["close"]
 
 
-def test_the_command_line_chooses_them(script, tmp_path, monkeypatch):
+def test_the_command_line_chooses_trackers(script, tmp_path, monkeypatch):
     seen = []
 
     def train_run(config, directory, *, resume, command, on_start):
@@ -98,7 +109,7 @@ def test_the_command_line_chooses_them(script, tmp_path, monkeypatch):
 
     for change, expected in [
         (["tracker.repo=b"], stored | {"repo": "b"}),
-        (["tracker=mlflow"], {"repo": ".", "mlflow": {**name, "uri": None}}),  # instead of those
+        (["tracker=mlflow"], {"repo": ".", "mlflow": {**name, "uri": None}}),  # replaces the others
     ]:
         status, _, err = script("train", "resume=run", *change)
         assert (status, seen[-1][0]) == (0, expected), err

@@ -1,4 +1,4 @@
-"""Whatever happens to a tracker does not touch the run: with something in the trackers' place."""
+"""A failing tracker never stops or delays the run. The backends are replaced by simple ones."""
 
 import json
 import logging
@@ -10,9 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 
+import eqx_q
 from eqx_q.errors import UnknownNameError
 from eqx_q.tracking import AimTracker, RemoteTracker, Trackers, remote
 
@@ -23,19 +26,19 @@ METRICS = "def metrics(self, values, step):\n        "
 
 
 def log_many(tracker, messages=5):
-    """Logs as a run does; every call returns at once."""
+    """Logs as a run does, and checks that every call returns at once."""
     for step in range(messages):
         started = time.perf_counter()
         tracker.log({"loss": 1.0, "q_values": np.arange(3.0)}, step)
         assert time.perf_counter() - started < 0.5
 
 
-def comes(what, seconds=20.0):
-    """Whether something becomes true."""
+def becomes_true(condition, seconds=20.0):
+    """Whether a condition becomes true in time."""
     deadline = time.monotonic() + seconds
-    while not what() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
-    return what()
+    return condition()
 
 
 def messages(caplog):
@@ -43,18 +46,20 @@ def messages(caplog):
 
 
 def the_one_warning(caplog, name="aim"):
-    """It names the tracker, and the mend."""
+    """There is one warning, which names the tracker and says what to do."""
     (message,) = messages(caplog)
-    assert message.startswith(remote.BACKENDS[name].title) and "the run goes on" in message
-    assert "To mend it" in message and "tracker=jsonl" in message
+    assert message.startswith(remote.BACKENDS[name].title) and "The run goes on" in message
+    assert "To fix this" in message and "tracker=jsonl" in message
     return message
 
 
-# ---- what it is told
+# ---- what the backend receives
 
 
-def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place, received, caplog):
-    in_place()
+def test_members_have_runs_parameters_and_names_of_their_own(
+    tmp_path, replace_backend, received, caplog
+):
+    replace_backend()
     options = {"repo": tmp_path, "experiment": "pqn", "num_members": 2}
     options |= {"description": "words", "tags": ["a"], "own": 3}
     with caplog.at_level(logging.WARNING):
@@ -78,21 +83,21 @@ def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place,
         again.close()
     assert messages(caplog) == []
 
-    asked, member, params, of_each, constants, *told, counts, close, resumed, _, _ = received(
+    opened, member, params, per_member, constants, *rest, counts, close, resumed, _, _ = received(
         tmp_path, 1
     )
     name = f"{tmp_path.name}/run #1"
-    expected = {"repo": str(tmp_path), "name": name, "known": None, "experiment": "pqn"}
-    expected |= {"description": "words", "tags": ["a"], "own": 3, "process": os.getpid()}
-    expected |= {"member": 1, "patience": 20.0}
-    assert asked == ["open", expected]
-    assert resumed[1]["known"] == "id 1"
+    expected = {"repo": str(tmp_path), "name": name, "resume_id": None, "experiment": "pqn"}
+    expected |= {"description": "words", "tags": ["a"], "own": 3, "train_pid": os.getpid()}
+    expected |= {"member": 1, "lock_timeout": 20.0}
+    assert opened == ["open", expected]
+    assert resumed[1]["resume_id"] == "id 1"
     assert member[1].keys() == {"member", "git_commit"}
     flat = {"deep.x": [0, 1], "object": str(object)}
     assert params == ["params", {"deep": {"x": [0, 1]}, "object": str(object)}, flat]
-    assert of_each[1] == {"lambda_": 0.75}
+    assert per_member[1] == {"lambda_": 0.75}
     assert constants[1] == {"total_steps": 100, "compile_seconds": 1.5}  # once
-    assert told == [
+    assert rest == [
         ["metrics", {"eval/return": 4.0}, 10],
         ["train/q_values", 2, [5.0, 7.0], 10],
         ["metrics", {"eval/return": 4.0}, 20],
@@ -104,16 +109,16 @@ def test_members_have_runs_parameters_and_names_of_their_own(tmp_path, in_place,
     assert ["gif", str(tmp_path / "a.gif"), "eval/episode", 20] in first
 
 
-def test_named_members_are_never_summed_up(tmp_path, in_place, received):
-    in_place()
+def test_named_members_are_never_aggregated(tmp_path, replace_backend, received):
+    replace_backend()
     tracker = AimTracker(repo=tmp_path, num_members=40, names=[f"trial {i}" for i in range(40)])
     tracker.log({"eval/return": np.arange(40.0)}, 5)
     tracker.close()
     assert ["metrics", {"eval/return": 39.0}, 5] in received(tmp_path, 39)
 
 
-def test_large_populations_are_summed_up(tmp_path, in_place, received):
-    in_place()
+def test_large_populations_are_aggregated(tmp_path, replace_backend, received):
+    replace_backend()
     tracker = AimTracker(tmp_path / "run", repo=tmp_path, num_members=40)
     loss = np.arange(40.0)
     loss[7] = np.nan
@@ -128,16 +133,23 @@ def test_large_populations_are_summed_up(tmp_path, in_place, received):
     assert histogram[:2] == ["train/q_values", 120]
 
 
-def test_another_repository_means_other_runs(tmp_path, in_place, received):
-    in_place()
-    for repo, known in (("a", None), ("a", "id 0"), ("b", None)):
+def test_another_repository_means_other_runs(tmp_path, replace_backend, received):
+    replace_backend()
+    for repo, resume_id in (("a", None), ("a", "id 0"), ("b", None)):
         (tmp_path / repo).mkdir(exist_ok=True)
         AimTracker(tmp_path / "run", repo=tmp_path / repo).close()
-        assert [row[1]["known"] for row in received(tmp_path / repo) if row[0] == "open"][
+        assert [row[1]["resume_id"] for row in received(tmp_path / repo) if row[0] == "open"][
             -1
-        ] == known
-    AimTracker(tmp_path / "run", repo=tmp_path / "b", num_members=2).close()  # not of one member
-    assert received(tmp_path / "b", 1)[0][1]["known"] is None
+        ] == resume_id
+    (tmp_path / "run" / "aim.json").write_text("[]")  # damaged
+    AimTracker(tmp_path / "run", repo=tmp_path / "b").close()
+    assert [row[1]["resume_id"] for row in received(tmp_path / "b") if row[0] == "open"] == [
+        None
+    ] * 2
+    AimTracker(
+        tmp_path / "run", repo=tmp_path / "b", num_members=2
+    ).close()  # another number of members
+    assert received(tmp_path / "b", 1)[0][1]["resume_id"] is None
 
 
 def test_an_unknown_tracker_is_named(tmp_path):
@@ -145,19 +157,19 @@ def test_an_unknown_tracker_is_named(tmp_path):
         RemoteTracker("wndb")
 
 
-def test_the_programs_need_nothing_to_be_loaded():
-    """Not eqx_q either: they start in a moment, and say themselves what they lack."""
+def test_the_backends_import_nothing_when_loaded():
+    """Not even eqx_q, so that they start fast and report missing packages themselves."""
     script = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]"
-    programs = [remote._WORKER, *remote._PROGRAMS.glob("*.py")]
-    assert {path.stem for path in programs} == {"worker", "__init__", *remote.BACKENDS}
-    subprocess.run([sys.executable, "-I", "-S", "-c", script, *programs], check=True)
+    backends = [remote._WORKER, *remote._BACKENDS_DIR.glob("*.py")]
+    assert {path.stem for path in backends} == {"worker", "__init__", *remote.BACKENDS}
+    subprocess.run([sys.executable, "-I", "-S", "-c", script, *backends], check=True)
 
 
-# ---- what goes wrong
+# ---- failures
 
 
 @EVERY
-def test_it_is_not_installed(tmp_path, caplog, monkeypatch, name):
+def test_a_tracker_that_is_not_installed(tmp_path, caplog, monkeypatch, name):
     monkeypatch.setitem(sys.modules, remote.BACKENDS[name].package, None)
     with caplog.at_level(logging.WARNING):
         tracker = RemoteTracker(name, tmp_path / "run", repo=tmp_path)
@@ -167,11 +179,19 @@ def test_it_is_not_installed(tmp_path, caplog, monkeypatch, name):
         tracker.close()
     (message,) = messages(caplog)
     extra = "train" if name == "aim" else "trackers"
-    mend = f"pip install 'eqx_q[{extra}]'"
-    if sys.version_info >= remote.BACKENDS[name].below:
-        mend = "tracker=tensorboard"
-    assert "not installed" in message and mend in message
+    advice = f"pip install 'eqx_q[{extra}]'"
+    if sys.version_info >= remote.BACKENDS[name].python_below:
+        advice = "tracker=tensorboard"
+    assert "not installed" in message and advice in message
     assert os.listdir(tmp_path) == []
+
+
+def test_a_package_that_the_tracker_lacks(tmp_path, replace_backend, caplog):
+    replace_backend("import sqlalchemy_of_nobody", "mlflow")
+    with caplog.at_level(logging.WARNING):
+        RemoteTracker("mlflow", repo=tmp_path).close()
+    (message,) = messages(caplog)
+    assert "sqlalchemy_of_nobody" in message and "pip install 'eqx_q[trackers]'" in message
 
 
 @pytest.mark.parametrize(
@@ -192,8 +212,8 @@ def test_it_is_not_installed(tmp_path, caplog, monkeypatch, name):
     ],
 )
 @EVERY
-def test_it_dies(tmp_path, in_place, caplog, code, reason, name):
-    in_place(code, name)
+def test_a_tracker_that_dies(tmp_path, replace_backend, caplog, code, reason, name):
+    replace_backend(code, name)
     with caplog.at_level(logging.WARNING):
         tracker = RemoteTracker(name, repo=tmp_path)
         for _ in range(20):
@@ -205,8 +225,8 @@ def test_it_dies(tmp_path, in_place, caplog, code, reason, name):
 
 
 @EVERY
-def test_it_takes_ten_seconds_for_everything(tmp_path, in_place, caplog, name):
-    in_place(FAKE.replace("print(", "time.sleep(10); print("), name)
+def test_a_tracker_that_needs_ten_seconds_for_every_call(tmp_path, replace_backend, caplog, name):
+    replace_backend(FAKE.replace("print(", "time.sleep(10); print("), name)
     with caplog.at_level(logging.WARNING):
         tracker = RemoteTracker(name, repo=tmp_path, close_timeout=0.5)
         log_many(tracker, 200)
@@ -217,10 +237,10 @@ def test_it_takes_ten_seconds_for_everything(tmp_path, in_place, caplog, name):
     assert tracker._process.wait(5.0) == -signal.SIGKILL
 
 
-def test_one_that_fails_takes_no_other_with_it(tmp_path, in_place, received, caplog):
+def test_a_failing_tracker_does_not_stop_others(tmp_path, replace_backend, received, caplog):
     names = ["aim", "wandb", "mlflow"]
     for name in names:
-        in_place("raise SystemExit(1)" if name == "wandb" else FAKE, name)
+        replace_backend("raise SystemExit(1)" if name == "wandb" else FAKE, name)
         (tmp_path / name).mkdir()
     with caplog.at_level(logging.WARNING):
         tracker = Trackers(*[RemoteTracker(name, repo=tmp_path / name) for name in names])
@@ -231,9 +251,9 @@ def test_one_that_fails_takes_no_other_with_it(tmp_path, in_place, received, cap
         assert received(tmp_path / name)[2] == ["metrics", {"loss/loss": 1.0}, 5]
 
 
-def test_a_lock_that_another_process_lets_go_of(tmp_path, in_place, received, caplog):
+def test_a_lock_that_another_process_releases(tmp_path, replace_backend, received, caplog):
     locked = 'if os.path.exists("{}"): raise OSError("database is locked")\n        self.id ='
-    in_place(FAKE.replace("self.id =", locked.format(tmp_path / "lock")))
+    replace_backend(FAKE.replace("self.id =", locked.format(tmp_path / "lock")))
     with caplog.at_level(logging.WARNING):
         (tmp_path / "lock").touch()
         patient = AimTracker(repo=tmp_path)
@@ -245,9 +265,11 @@ def test_a_lock_that_another_process_lets_go_of(tmp_path, in_place, received, ca
     assert received(tmp_path)[-1] == ["close"]
 
 
-def test_a_slow_one_gets_what_was_queued(tmp_path, in_place, received, monkeypatch, caplog):
-    monkeypatch.setattr(remote, "_WAITING", 4)
-    in_place(FAKE.replace("self.id =", "time.sleep(1); self.id ="))
+def test_a_slow_tracker_gets_what_was_queued(
+    tmp_path, replace_backend, received, monkeypatch, caplog
+):
+    monkeypatch.setattr(remote, "_QUEUE_SIZE", 4)
+    replace_backend(FAKE.replace("self.id =", "time.sleep(1); self.id ="))
     with caplog.at_level(logging.WARNING):
         tracker = AimTracker(tmp_path / "run", repo=tmp_path)
         for step in range(20):
@@ -259,10 +281,10 @@ def test_a_slow_one_gets_what_was_queued(tmp_path, in_place, received, monkeypat
 
 
 @pytest.mark.parametrize("when", ["opening", "running"])
-def test_a_hang_is_told_from_a_run_that_waits(tmp_path, in_place, caplog, when):
+def test_a_tracker_that_hangs(tmp_path, replace_backend, caplog, when):
     stop = "os.kill(os.getpid(), signal.SIGSTOP); "
     into = "self.id =" if when == "opening" else METRICS
-    in_place(FAKE.replace(into, stop + into if when == "opening" else into + stop))
+    replace_backend(FAKE.replace(into, stop + into if when == "opening" else into + stop))
     before = threading.active_count()
     with caplog.at_level(logging.WARNING):
         tracker = AimTracker(repo=tmp_path, open_timeout=1.0, close_timeout=3.0)
@@ -272,13 +294,13 @@ def test_a_hang_is_told_from_a_run_that_waits(tmp_path, in_place, caplog, when):
         assert time.perf_counter() - started < 4.0
     word = "did not open" if when == "opening" else "did not finish"
     assert word in the_one_warning(caplog)
-    assert comes(lambda: threading.active_count() == before)  # and nothing is left of it
+    assert becomes_true(lambda: threading.active_count() == before)  # no thread is left
     assert tracker._process.poll() == -signal.SIGKILL
 
 
-def test_a_hang_in_a_long_run(tmp_path, in_place, caplog, monkeypatch):
-    monkeypatch.setattr(remote, "_WAITING", 4)
-    in_place(FAKE.replace(METRICS, METRICS + "time.sleep(100); "))
+def test_a_hang_in_a_long_run(tmp_path, replace_backend, caplog, monkeypatch):
+    monkeypatch.setattr(remote, "_QUEUE_SIZE", 4)
+    replace_backend(FAKE.replace(METRICS, METRICS + "time.sleep(100); "))
     tracker = AimTracker(repo=tmp_path, open_timeout=2.0)
     big = {"params": "x" * 100_000}  # more than a pipe holds
     with caplog.at_level(logging.WARNING):
@@ -294,19 +316,67 @@ def test_a_hang_in_a_long_run(tmp_path, in_place, caplog, monkeypatch):
     assert tracker._process.wait(5.0) == -signal.SIGKILL
 
 
-def test_what_it_has_started_ends_with_it(tmp_path, in_place):
+def test_child_processes_of_a_tracker_end_with_it(tmp_path, replace_backend):
     child = "__import__('subprocess').Popen(['sleep', '1000'])"
-    in_place(FAKE.replace("asked.known or", f"str({child}.pid) or"))
+    replace_backend(FAKE.replace("info.resume_id or", f"str({child}.pid) or"))
     tracker = AimTracker(tmp_path / "run", repo=tmp_path, close_timeout=0.1)
     note = tmp_path / "run" / "aim.json"
-    assert comes(note.exists)
+    assert becomes_true(note.exists)
     (pid,) = json.loads(note.read_text())["runs"]
     tracker._give_up("a test")
 
-    def runs():
-        try:
-            return (Path("/proc") / pid / "stat").read_text().split()[2] != "Z"
-        except FileNotFoundError:
-            return False
+    assert becomes_true(lambda: not is_running(pid))
 
-    assert comes(lambda: not runs())
+
+def is_running(pid):
+    try:
+        return (Path("/proc") / pid / "stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_tracker_that_hangs_ends_after_a_run_that_was_killed(tmp_path, received):
+    worker = remote._WORKER.read_text().replace("_GRACE = 60.0", "_GRACE = 0.5")
+    (tmp_path / "worker.py").write_text(worker)
+    code = FAKE.replace(METRICS, METRICS + "self.write('hangs'); time.sleep(100); ")
+    (tmp_path / "backend.py").write_text(code)
+    script = f"""
+import os, pathlib, signal, time
+from eqx_q.tracking import RemoteTracker, remote
+remote._WORKER = pathlib.Path({str(tmp_path)!r}) / "worker.py"
+remote._BACKENDS_DIR = remote._WORKER.parent
+remote.BACKENDS["backend"] = remote.Backend("Backend", "json", "store")
+tracker = RemoteTracker("backend", repo={str(tmp_path)!r})
+print(tracker._process.pid, flush=True)
+tracker.log({{"loss": 1.0}}, 1)
+received = pathlib.Path({str(tmp_path / "received 0")!r})
+deadline = time.monotonic() + 20.0
+while not (received.exists() and "hangs" in received.read_text() or time.monotonic() > deadline):
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    out = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert out.returncode == -signal.SIGKILL
+    assert received(tmp_path)[-1] == ["hangs"] and is_running(out.stdout.strip())
+    assert becomes_true(lambda: not is_running(out.stdout.strip()))
+
+
+def test_a_tracker_does_not_change_what_is_learnt(tmp_path, replace_backend, received):
+    replace_backend()
+    env = eqx_q.make("gymnax/CartPole-v1", num_envs=4)
+    agent = eqx_q.PQN.create(
+        env.observation_space,
+        env.action_space,
+        key=jax.random.key(0),
+        network_options={"hidden_sizes": [16]},
+        rollout_length=16,
+        num_minibatches=2,
+    )
+    tracker = AimTracker(repo=tmp_path)
+    with_tracker, without = (
+        eqx_q.train(agent, env, total_steps=256, key=jax.random.key(1), callbacks=callbacks)[0]
+        for callbacks in ([tracker], [])
+    )
+    tracker.close()
+    assert any(row[0] == "metrics" for row in received(tmp_path))
+    assert eqx.tree_equal(with_tracker, without)

@@ -1,4 +1,4 @@
-"""Under which names trackers show metrics."""
+"""Names of metrics in trackers."""
 
 import pytest
 

@@ -31,7 +31,7 @@ class Recorder(Tracker):
         self.calls.append(("close",))
 
 
-def test_a_broken_one_does_not_stop_the_others(caplog, tmp_path):
+def test_a_broken_tracker_does_not_stop_the_others(caplog, tmp_path):
     first, last = Recorder(), Recorder()
     trackers = Trackers(first, Broken(), last)
     with caplog.at_level(logging.WARNING):
@@ -45,7 +45,7 @@ def test_a_broken_one_does_not_stop_the_others(caplog, tmp_path):
     assert len(caplog.records) == 1 and "Broken failed" in caplog.text
 
 
-def test_what_is_shipped_keeps_the_contract(tmp_path):
+def test_a_jsonl_tracker_is_a_tracker(tmp_path):
     tracker = JsonlTracker(tmp_path / "a")
     assert isinstance(tracker, Tracker)
     tracker.close()

@@ -1,5 +1,5 @@
-"""Programs that write to a tracker, one in each file; see `eqx_q.tracking.worker`.
+"""One file for each tracker, with the class `Run` of `eqx_q.tracking.worker`.
 
-They are run in a process of their own, which has to start fast: they import nothing of eqx_q. What
-they need they import where it is used, as modules whose types are not known: it may be missing.
+The files run in the tracker's process. They do not import eqx_q, so that the process starts fast.
+They import the tracker's package when a run is opened, since it may be missing; it has type `Any`.
 """

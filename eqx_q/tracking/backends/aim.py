@@ -1,4 +1,4 @@
-"""Writes to an Aim repository, which `aim up` shows."""
+"""Writes to an Aim repository. `aim up` shows it."""
 
 import contextlib
 import functools
@@ -15,18 +15,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-# Bookmarks that a repository gets, of Aim's metrics explorer: a query, and what is told apart
+# Bookmarks of Aim's metrics explorer: description, query, and what has a chart of its own
 _VIEWS = {
     "Returns": (
-        "Of training (with exploration) and evaluation (greedy), a chart for each experiment",
+        "Training returns (with exploration) and evaluation returns, one chart per experiment",
         'metric.name == "return"',
-        {"chart": ["run.props.experiment.name"], "color": ["run.props.name"]},
+        "run.props.experiment.name",
     ),
     "Is it learning?": (
-        "Returns beside Q-values, TD errors and gradients: values that rise while returns do not "
-        "are over-estimates; spikes that stay mean a learning rate too high",
+        "Returns, Q-values, TD errors and gradient norms. Q-values that rise while returns do not "
+        "are over-estimates. Lasting spikes mean that the learning rate is too high.",
         'metric.name in ["return", "q_value", "loss/td_error", "loss/grad_norm"]',
-        {"chart": ["name"], "color": ["run.props.name"]},
+        "name",
     ),
 }
 
@@ -34,31 +34,33 @@ _VIEWS = {
 class Run:
     """See `eqx_q.tracking.worker.Run`.
 
-    **Arguments:** `views`: whether the repository gets bookmarks for the web page.
+    **Arguments:** `views`: whether to add bookmarks to the repository.
     """
 
-    def __init__(self, asked: Any, views: bool = False):
+    def __init__(self, info: Any, views: bool = False):
         self._aim: Any = importlib.import_module("aim")
-        # What Aim samples should be the training process, not this one.
+        # Aim should sample the training process, not this one.
         sampling: Any = importlib.import_module("aim.ext.resource.tracker")
         psutil: Any = importlib.import_module("psutil")
-        sampling.Process = functools.partial(psutil.Process, asked.process)
-        repository = _repository(asked.repo, asked.patience)
-        known = asked.known if asked.known and repository.run_exists(asked.known) else None
+        sampling.Process = functools.partial(psutil.Process, info.train_pid)
+        repository = _repository(info.repo, info.lock_timeout)
+        resume_id = info.resume_id
+        if resume_id and not repository.run_exists(resume_id):  # it was deleted
+            resume_id = None
         self._run = self._aim.Run(
-            known,
+            resume_id,
             repo=repository,
-            experiment=asked.experiment,
+            experiment=info.experiment,
             capture_terminal_logs=False,
-            system_tracking_interval=None if asked.member else 10,  # one of them is enough
+            system_tracking_interval=None if info.member else 10,  # once per population
         )
-        self.id, self._run.name = self._run.hash, asked.name
-        if not known:
-            self._run.description = asked.description
-            for tag in asked.tags:
+        self.id, self._run.name = self._run.hash, info.name
+        if not resume_id:
+            self._run.description = info.description
+            for tag in info.tags:
                 self._run.add_tag(tag)
-        if views and not asked.member:
-            with contextlib.suppress(Exception):  # the rest does not depend on them
+        if views and not info.member:
+            with contextlib.suppress(Exception):  # tracking works without them
                 _make_views(Path(repository.path))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
@@ -84,7 +86,7 @@ class Run:
 
 
 def _of(series: str) -> tuple[str, dict[str, str]]:
-    """Name and context of a series: one name for training and evaluation lays them over another."""
+    """Name and context of a series. Training and evaluation share a name, and so a chart."""
     found = re.fullmatch(r"(?:(train|eval)/)?(.*?)(?:/(mean|std|min|max))?", series)
     assert found is not None
     subset, name, statistic = found.groups()
@@ -93,22 +95,22 @@ def _of(series: str) -> tuple[str, dict[str, str]]:
 
 
 @functools.cache
-def _repository(path: str, patience: float) -> Any:
-    """Opens a repository; where several runs start at once in a new one, the first makes it."""
+def _repository(path: str, lock_timeout: float) -> Any:
+    """Opens or creates a repository. If several runs start at once, the first one creates it."""
     aim: Any = importlib.import_module("aim")
     directory = Path(path) / aim.sdk.configs.get_aim_repo_name()
-    made = directory / "VERSION"  # the last thing that making it writes
+    made = directory / "VERSION"  # the last file that Aim creates
     try:
         directory.mkdir(parents=True)
     except FileExistsError:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + lock_timeout
         while not made.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
     return aim.Repo.from_path(path, init=not made.exists())
 
 
 def _make_views(store: Path) -> None:
-    """Adds those of `_VIEWS` that the repository never had to what its web page keeps."""
+    """Adds the bookmarks that the repository never had to the database of Aim's web page."""
     database = store / "aim_db"
     if not database.exists():
         _make_database(database)
@@ -116,7 +118,9 @@ def _make_views(store: Path) -> None:
         db.execute("BEGIN IMMEDIATE")
         known = {name for (name,) in db.execute("SELECT name FROM dashboards")}
         for name in _VIEWS.keys() - known:
-            description, query, grouping = _VIEWS[name]
+            description, query, chart = _VIEWS[name]
+            # Colours tell runs apart, strokes training from evaluation.
+            grouping = {"chart": [chart], "color": ["run.props.name"], "stroke": ["context.subset"]}
             select = {"options": [], "query": "", "advancedMode": True, "advancedQuery": query}
             state = json.dumps({"select": select, "grouping": grouping})
             now = time.strftime("%F %T", time.gmtime())
@@ -135,7 +139,10 @@ def _make_views(store: Path) -> None:
 
 
 def _make_database(path: Path) -> None:
-    """Does what `aim up` does first; half of it would keep that from starting, so: elsewhere."""
+    """Creates the database as `aim up` does.
+
+    It is created elsewhere and then moved: `aim up` cannot start with an incomplete one.
+    """
     web: Any = importlib.import_module("aim.web.configs")
     settings = str(Path(web.__file__).parent / "migrations" / "alembic.ini")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

@@ -1,4 +1,4 @@
-"""Writes event files, which `tensorboard --logdir tensorboard` shows."""
+"""Writes event files. `tensorboard --logdir tensorboard` shows them."""
 
 import importlib
 import itertools
@@ -9,23 +9,23 @@ from typing import Any
 
 
 class Run:
-    """See `eqx_q.tracking.worker.Run`. Its `id` is a directory below `tensorboard/`."""
+    """See `eqx_q.tracking.worker.Run`. `id` is the directory below `tensorboard/`."""
 
-    def __init__(self, asked: Any):
+    def __init__(self, info: Any):
         board: Any = importlib.import_module("tensorboardX")
         self._summary = board.summary
         self._event, self._proto = board.proto.event_pb2.Event, board.proto.summary_pb2.Summary
-        store = Path(asked.repo) / "tensorboard"
-        name = "/".join(filter(None, [asked.experiment, asked.name]))
-        self.id = asked.known or _new(store, name)
-        (store / self.id).mkdir(parents=True, exist_ok=True)  # where it was deleted since
-        # Not `SummaryWriter`, whose thread keeps to itself that a disk is full.
+        store = Path(info.repo) / "tensorboard"
+        name = "/".join(filter(None, [info.experiment, info.name]))
+        self.id = info.resume_id or _new(store, name)
+        (store / self.id).mkdir(parents=True, exist_ok=True)  # it may have been deleted
+        # `SummaryWriter` would write in a thread, where the error of a full disk is lost.
         self._writer = board.event_file_writer.EventsWriter(str(store / self.id / "events"))
         self._params: dict[str, Any] = {}
-        self._told = False
-        if not asked.known:
-            about = "\n\n".join([asked.description, *asked.tags])
-            self._write(self._summary.text("description", about), 0)
+        self._params_written = False
+        if not info.resume_id:
+            text = "\n\n".join([info.description, *info.tags])
+            self._write(self._summary.text("description", text), 0)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self._write_params()
@@ -53,7 +53,7 @@ class Run:
         }
 
     def gif(self, path: str, name: str, step: int) -> None:
-        """The file as it is: browsers play it."""
+        """Writes the file unchanged, since browsers play GIFs."""
         picture = Path(path).read_bytes()
         width, height = struct.unpack("<HH", picture[6:10])
         image = self._proto.Image(
@@ -66,9 +66,9 @@ class Run:
         self._writer.close()
 
     def _write_params(self) -> None:
-        """All that are known when numbers come: TensorBoard reads them once."""
-        if not self._told:
-            self._told = True
+        """Writes the hyperparameters before the first metrics: TensorBoard reads them once."""
+        if not self._params_written:
+            self._params_written = True
             metrics = dict.fromkeys(("eval/return", "train/return"), 0)
             for summary in self._summary.hparams(self._params, metrics):
                 self._write(summary, 0)
@@ -78,7 +78,7 @@ class Run:
 
 
 def _new(store: Path, name: str) -> str:
-    """A directory of that name, or with a number after it where another run has that."""
+    """Creates a directory of that name; a number is appended if another run has that name."""
     for number in itertools.count(1):
         found = name if number == 1 else f"{name} ({number})"
         try:

@@ -1,4 +1,4 @@
-"""Writes to trackio's files, which `TRACKIO_DIR=trackio trackio show` shows."""
+"""Writes to trackio's files. `TRACKIO_DIR=trackio trackio show` shows them."""
 
 import importlib
 import os
@@ -12,24 +12,24 @@ from typing import Any
 class Run:
     """See `eqx_q.tracking.worker.Run`.
 
-    It calls the storage below `trackio.init`, which drops what it cannot write and looks for a
-    server.
+    It uses trackio's storage directly: `trackio.init` looks for a server, and drops data that it
+    cannot write.
     """
 
-    def __init__(self, asked: Any):
-        os.environ["TRACKIO_DIR"] = str(Path(asked.repo) / "trackio")
+    def __init__(self, info: Any):
+        os.environ["TRACKIO_DIR"] = str(Path(info.repo) / "trackio")
         self._trackio: Any = importlib.import_module("trackio")
         storage: Any = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
         self._log = storage.bulk_log
-        self.id = asked.known or uuid.uuid4().hex
-        self._project = re.sub(r"[^\w.-]", "-", asked.experiment or "eqx_q")
-        self._name = asked.name.replace("/", "-")  # it is a directory of pictures, too
+        self.id = info.resume_id or uuid.uuid4().hex
+        self._project = re.sub(r"[^\w.-]", "-", info.experiment or "eqx_q")
+        self._name = info.name.replace("/", "-")  # also names a directory
         self._step, self._changed = 0, True
         self._config = {
             "_Created": datetime.now(UTC).isoformat(),
             "_Group": self._name.partition(" #")[0],
-            "description": asked.description,
-            "tags": asked.tags,
+            "description": info.description,
+            "tags": info.tags,
             **(storage.get_run_config(self._project, run_id=self.id) or {}),
         }
 
@@ -49,9 +49,10 @@ class Run:
         self._changed = True
 
     def gif(self, path: str, name: str, step: int) -> None:
-        video = self._trackio.Video(path)
-        video._save(self._project, self._name, step)
-        self.metrics({name: video._to_dict()}, step)
+        """Logs an image: browsers play a GIF as an image, but not as a video."""
+        image = self._trackio.Image(path)
+        image._save(self._project, self._name, step)
+        self.metrics({name: image._to_dict()}, step)
 
     def close(self) -> None:
         if self._changed:

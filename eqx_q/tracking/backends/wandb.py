@@ -1,4 +1,4 @@
-"""Writes to Weights & Biases: to a directory, for `wandb sync`, or to its server."""
+"""Writes to Weights & Biases: to a directory for `wandb sync`, or to the server."""
 
 import importlib
 import os
@@ -10,27 +10,32 @@ from typing import Any
 class Run:
     """See `eqx_q.tracking.worker.Run`.
 
-    **Arguments:** `mode`: `"offline"` or `"online"`. `entity`: the user or team at the server.
+    **Arguments:** `mode`: `"offline"` or `"online"`. `entity`: the user or team.
     """
 
-    def __init__(self, asked: Any, mode: str = "offline", entity: str | None = None):
+    def __init__(self, info: Any, mode: str = "offline", entity: str | None = None):
         wandb: Any = importlib.import_module("wandb")
-        store = Path(asked.repo) / "wandb"
+        store = Path(info.repo) / "wandb"
         store.mkdir(parents=True, exist_ok=True)
-        if not os.access(store, os.W_OK):  # wandb would take another directory
+        if not os.access(store, os.W_OK):  # wandb would use another directory
             raise PermissionError(f"cannot write to '{store}'")
         self._wandb = wandb
-        settings = {"silent": True, "console": "off", "x_disable_stats": bool(asked.member)}
+        settings = {
+            "silent": True,
+            "console": "off",
+            "x_disable_stats": bool(info.member),  # once per population
+            "x_stats_pid": info.train_pid,  # not this process
+        }
         self._run = wandb.init(
-            dir=asked.repo,
+            dir=info.repo,
             mode=mode,
             entity=entity,
-            project=re.sub(r"[^\w.-]", "-", asked.experiment or "eqx_q"),
-            name=asked.name,
-            group=asked.name.partition(" #")[0],
-            notes=None if asked.known else asked.description,
-            tags=asked.tags,
-            id=asked.known,
+            project=re.sub(r"[^\w.-]", "-", info.experiment or "eqx_q"),
+            name=info.name,
+            group=info.name.partition(" #")[0],
+            notes=None if info.resume_id else info.description,
+            tags=info.tags,
+            id=info.resume_id,
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(**settings),
@@ -56,5 +61,5 @@ class Run:
     def close(self) -> None:
         self._run.finish()
         log = Path(self._run.settings.log_internal).read_text()
-        if "failed to save record" in log:  # of a process of its own, which goes on
-            raise OSError("it could not write all: the disk may be full")
+        if "failed to save record" in log:  # wandb's own process does not report it
+            raise OSError("W&B could not write all data: the disk may be full")
