@@ -343,7 +343,7 @@ def test_a_population_learns_what_was_proposed_in_one_program(
     assert status == 0, err
     assert len(traces) == 1
     for number in range(4):  # a tracker has a run for each trial
-        (_, opened), *calls = received(tmp_path, number)
+        (_, opened), *calls, _ = received(tmp_path, number)
         params = {
             name: x for kind, nested, *_ in calls if kind == "params" for name, x in nested.items()
         }

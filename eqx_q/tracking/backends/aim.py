@@ -117,7 +117,7 @@ def _make_views(store: Path) -> None:
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         known = {name for (name,) in db.execute("SELECT name FROM dashboards")}
-        for name in _VIEWS.keys() - known:
+        for name in [name for name in _VIEWS if name not in known]:
             description, query, chart = _VIEWS[name]
             # Colours tell runs apart, strokes training from evaluation.
             grouping = {"chart": [chart], "color": ["run.props.name"], "stroke": ["context.subset"]}
