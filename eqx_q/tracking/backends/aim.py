@@ -60,8 +60,8 @@ class Run:
             for tag in info.tags:
                 self._run.add_tag(tag)
         if views and not info.member:
-            with contextlib.suppress(Exception):  # tracking works without them
-                _make_views(Path(repository.path))
+            with contextlib.suppress(Exception):  # the next run tries again
+                _make_views(Path(repository.path), info.lock_timeout)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         for series, value in values.items():
@@ -109,11 +109,11 @@ def _repository(path: str, lock_timeout: float) -> Any:
     return aim.Repo.from_path(path, init=not made.exists())
 
 
-def _make_views(store: Path) -> None:
+def _make_views(store: Path, timeout: float) -> None:
     """Adds the bookmarks that the repository never had to the database of Aim's web page."""
     database = store / "aim_db"
     if not database.exists():
-        _make_database(database)
+        _make_database(database, timeout)
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         known = {name for (name,) in db.execute("SELECT name FROM dashboards")}
@@ -138,7 +138,7 @@ def _make_views(store: Path) -> None:
         db.execute("COMMIT")
 
 
-def _make_database(path: Path) -> None:
+def _make_database(path: Path, timeout: float) -> None:
     """Creates the database as `aim up` does.
 
     It is created elsewhere and then moved: `aim up` cannot start with an incomplete one.
@@ -151,7 +151,7 @@ def _make_database(path: Path) -> None:
         subprocess.run(
             [sys.executable, "-P", "-m", "alembic", "-c", settings, "upgrade", "head"],
             env={**os.environ, web.AIM_UI_MOUNTED_REPO_PATH: scratch},
-            timeout=60,
+            timeout=timeout,  # a part of the time to open
             check=True,
         )
         os.link(made, path)
