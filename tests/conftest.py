@@ -11,16 +11,18 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-# Most of the time is compiling, and what is compiled runs for a moment only. XLA's older emitters
-# compile three times as fast.
+# Most of the time is compiling, and what is compiled runs for a moment only: XLA's older emitters
+# compile three times as fast, and what was compiled once is kept for other tests and for later.
+ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 install_import_hook("eqx_q", "typechecker.typechecked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 HANDLERS = logging._handlerList
 
 

@@ -24,6 +24,8 @@ from eqx_q.loops.callbacks import (
 from eqx_q.loops.evaluation import Episodes
 from eqx_q.saving.checkpoint import load, newest_checkpoint
 
+pytestmark = pytest.mark.quick
+
 
 def make_agent(env, key=0, memory="none", burn_in=0):
     return eqx_q.PQN.create(

@@ -5,6 +5,8 @@ import pytest
 
 from eqx_q.clock import Clock, clock
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("metrics", "expected", "noun"),

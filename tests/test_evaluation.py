@@ -10,6 +10,8 @@ import eqx_q
 from eqx_q.errors import UsageError
 from eqx_q.loops.evaluation import _play, compile_evaluation, play_episodes
 
+pytestmark = pytest.mark.quick
+
 
 def make_agent(env):
     return eqx_q.PQN.create(

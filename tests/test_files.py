@@ -9,6 +9,8 @@ import pytest
 from eqx_q.errors import UsageError
 from eqx_q.saving.files import alone_in, write_whole
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_power_failure_does_not_undo_it(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace

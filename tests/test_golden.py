@@ -18,9 +18,10 @@ EXPECTED = json.loads((SAVED / "expected.json").read_text())
 OF_RUNS = ("run_rnn", "run_team")
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", CASES)
-def test_a_short_training_gives_what_it_gave(name):
+def test_a_short_training_gives_what_it_gave(name, request):
+    if name == "pqn_normalised":  # biases before a normalisation learn from rounding alone
+        request.getfixturevalue("optimized")
     expected = json.loads(TRACES.read_text())[name]
     found = trace(*CASES[name]())
     assert found.keys() == expected.keys()
@@ -55,7 +56,6 @@ def test_an_agent_of_an_earlier_version_acts_as_it_did(name):
         np.testing.assert_allclose(np.ravel(decision.value), value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", OF_RUNS)
 def test_a_run_of_an_earlier_version_ends_as_it_would_have(name):
     memory_chain = eqx_q.make("gymnax/MemoryChain-bsuite", 4, memory_length=3)

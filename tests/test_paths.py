@@ -14,6 +14,8 @@ from eqx_q.loops.evolution import PopulationBasedTraining, scale
 from eqx_q.run import changeable, make_agent
 from eqx_q.run.space import read_space
 
+pytestmark = pytest.mark.quick
+
 CONFIG = {
     "agent": {
         "_target_": "parts.Parted",

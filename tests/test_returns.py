@@ -7,6 +7,8 @@ import pytest
 
 from eqx_q.returns import n_step, q_lambda, quantile_huber
 
+pytestmark = pytest.mark.quick
+
 
 def of_n_steps(reward, terminated, next_value, t, n, discount):
     rewards = sum(discount**i * reward[t + i] for i in range(n))

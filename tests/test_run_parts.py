@@ -12,6 +12,8 @@ from eqx_q.run import changeable, make_agent
 from eqx_q.run.parts import check_of_chosen, chosen_options, full_overrides
 from eqx_q.run.settings import with_values
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("override", "full"),

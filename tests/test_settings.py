@@ -10,6 +10,8 @@ from eqx_q.errors import UsageError
 from eqx_q.run import read_settings
 from eqx_q.run.settings import OFFLINE, ONLINE
 
+pytestmark = pytest.mark.quick
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 

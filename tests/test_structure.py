@@ -24,6 +24,8 @@ from eqx_q.errors import CorruptFileError, UsageError
 from eqx_q.saving.checkpoint import load, read_header, save
 from eqx_q.types import Decision
 
+pytestmark = pytest.mark.quick
+
 
 def scaled(x, scale=1.0):
     return jax.nn.relu(x) * scale

@@ -15,6 +15,8 @@ from eqx_q.agents.exploration import (
 )
 from eqx_q.errors import UsageError
 
+pytestmark = pytest.mark.quick
+
 R = 20_000
 MAY_BE_OFF = 4 * 0.5 / np.sqrt(R)  # four standard deviations of a frequency, at most
 VALUES = np.array([[0.3, 1.0, -2.0], [0.5, -0.5, -np.inf]], np.float32)  # the second has two

@@ -19,6 +19,8 @@ from eqx_q.agents.parts import Part
 from eqx_q.agents.values import AbstractValue, HLGauss, make_value
 from eqx_q.errors import UnknownNameError, UsageError
 
+pytestmark = pytest.mark.quick
+
 
 class Schedule(Part):
     end: Float[Array, ""]

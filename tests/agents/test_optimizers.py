@@ -15,6 +15,8 @@ import eqx_q
 from eqx_q.agents.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from eqx_q.errors import UnknownNameError, UsageError
 
+pytestmark = pytest.mark.quick
+
 RATES = jnp.array([0.1, 0.03, 0.02, 0.5, 0.01, 0.3, 0.04, 0.2])
 
 

@@ -13,6 +13,8 @@ from eqx_q.errors import UsageError
 from eqx_q.returns import q_lambda
 from eqx_q.types import Episode, Rollout, TimeStep, Transitions
 
+pytestmark = pytest.mark.quick
+
 OBS = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACT = gymnasium.spaces.Discrete(2)
 T, N = 6, 2

@@ -21,6 +21,8 @@ from eqx_q.agents.values import (
 )
 from eqx_q.errors import UnknownNameError, UsageError
 
+pytestmark = pytest.mark.quick
+
 EVERY = [
     Scalar(),
     Scalar("squared"),

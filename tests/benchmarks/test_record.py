@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from record import as_json
+
+pytestmark = pytest.mark.quick
 
 
 def test_a_curve_is_a_line_of_five_digits_and_the_rest_is_exact():

@@ -2,7 +2,10 @@ import csv
 import json
 
 import numpy as np
+import pytest
 import report
+
+pytestmark = pytest.mark.quick
 
 
 def test_iqm_is_the_mean_of_the_middle_half():

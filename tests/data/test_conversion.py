@@ -2,9 +2,12 @@
 
 import threading
 
+import pytest
 from recordings import describe, random_episodes
 
 from eqx_q.data import Part, Source, convert
+
+pytestmark = pytest.mark.quick
 
 
 def test_while_one_file_is_written_the_next_is_read_and_decoded(tmp_path):

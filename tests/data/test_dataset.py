@@ -15,6 +15,8 @@ from recordings import ACTIONS, STACK, VECTOR, describe, random_episode, random_
 from eqx_q.data import Dataset, Description, Rows, Shard, Writer
 from eqx_q.errors import CorruptFileError, UsageError
 
+pytestmark = pytest.mark.quick
+
 ARRAYS = ("action", "reward", "terminated", "truncated", "first")
 
 

@@ -9,6 +9,8 @@ from eqx_q.data.dataset import COLUMNS
 from eqx_q.errors import UsageError
 from eqx_q.spaces import Box, Discrete
 
+pytestmark = pytest.mark.quick
+
 WHOLE = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 

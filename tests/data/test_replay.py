@@ -173,8 +173,8 @@ def test_frequencies_of_prioritised_draws(num, padded, exponent):
     priorities = with_errors(Priorities.create(a_replay(num, padded), exponent, 0.5), errors)
     exact = (errors + 1e-6) ** exponent
     exact /= exact.sum()
-    keys = jax.random.split(jax.random.key(1), 300)
-    places, _ = jax.vmap(lambda key: priorities.draw(key, 64))(keys)
+    keys = jax.random.split(jax.random.key(1), 100)
+    places, _ = jax.jit(jax.vmap(lambda key: priorities.draw(key, 64)))(keys)
     counts = np.bincount(np.ravel(places), minlength=num)
     assert len(counts) == num  # and no padded place
     expected = exact * counts.sum()

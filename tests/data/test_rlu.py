@@ -11,6 +11,8 @@ from eqx_q.data import atari, convert, from_rlu, rlu
 from eqx_q.data.rlu import decode_frames, read_episodes, read_records
 from eqx_q.errors import CorruptFileError, UsageError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def pong(tmp_path):

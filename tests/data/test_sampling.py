@@ -9,6 +9,8 @@ from recordings import describe, random_episode, random_episodes, write
 from eqx_q.data import Blocks, Sampling
 from eqx_q.errors import UsageError
 
+pytestmark = pytest.mark.quick
+
 
 def drawable(blocks, index=0):
     """Observations that transitions of a block begin with, which tell rows apart."""

@@ -6,6 +6,8 @@ import pytest
 
 from eqx_q.nets.heads import HEADS, dueling
 
+pytestmark = pytest.mark.quick
+
 X = jax.random.normal(jax.random.key(1), (4, 5))
 
 

@@ -12,6 +12,8 @@ from networks import call, make, q_values
 from eqx_q.errors import UsageError
 from eqx_q.nets import AbstractQNetwork, Inputs, Network, as_network, make_network
 
+pytestmark = pytest.mark.quick
+
 KEY = jax.random.key(0)
 VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
 OBS = jax.random.normal(KEY, (3, 5, 4))

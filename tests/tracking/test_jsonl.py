@@ -16,6 +16,8 @@ from eqx_q.errors import UsageError
 from eqx_q.saving.files import unseal
 from eqx_q.tracking import JsonlTracker
 
+pytestmark = pytest.mark.quick
+
 
 def read(path):
     return [unseal(json.loads(line)) for line in path.read_text().splitlines()]

@@ -4,6 +4,8 @@ import pytest
 
 from eqx_q.tracking import series
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("metric", "expected"),

@@ -3,8 +3,11 @@
 import logging
 
 import numpy as np
+import pytest
 
 from eqx_q.tracking import JsonlTracker, Tracker, Trackers
+
+pytestmark = pytest.mark.quick
 
 
 class Broken(Tracker):

@@ -8,6 +8,8 @@ import pytest
 from eqx_q.wrappers import autoreset
 from eqx_q.wrappers.autoreset import Lasting, Report, Running
 
+pytestmark = pytest.mark.quick
+
 
 def reset_lane(key):
     # Weak types, as suites written with Python numbers have them, and a reward that nobody earned.

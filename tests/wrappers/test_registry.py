@@ -8,6 +8,8 @@ from gymnasium.spaces import Box, Discrete, Graph
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import MissingExtraError, UsageError
 
+pytestmark = pytest.mark.quick
+
 
 class Unbounded(gymnasium.Env):
     """Does anything."""
