@@ -36,8 +36,10 @@ def _free_compiled_programs():
 @pytest.fixture
 def optimized():
     """Compiles as users do: for what depends on it, to the last digit or in the program's text."""
+    jax.clear_caches()  # of what others have compiled
     jax.config.update("jax_disable_most_optimizations", False)
     yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
 
 
