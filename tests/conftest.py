@@ -87,7 +87,7 @@ def replace_backend(tmp_path, monkeypatch):
         (tmp_path / "backends").mkdir(exist_ok=True)
         (tmp_path / "backends" / f"{name}.py").write_text(code)
         monkeypatch.setattr(remote, "_BACKENDS_DIR", tmp_path / "backends")
-        backend = remote.BACKENDS[name]._replace(package="json")  # always installed
+        backend = remote.BACKENDS[name]._replace(package="json", python_below=(4, 0))
         monkeypatch.setitem(remote.BACKENDS, name, backend)
 
     return replace
