@@ -7,6 +7,7 @@ every second, evaluations, checkpoints, Aim). An interrupted soak continues:
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aim
 import numpy as np
 from memory import resident_mb, summarise
 from record import RESULTS, ROOT, write
@@ -74,6 +74,7 @@ def main() -> None:
     seen = run(directory, args.override)
     summary = json.loads((directory / "run" / "summary.json").read_text())
     (name,) = json.loads((directory / "run" / "aim.json").read_text())["runs"]
+    aim: Any = importlib.import_module("aim")  # Python 3.11 alone has it
     tracked = aim.Repo.from_path(str(directory)).request_tree("meta", name, read_only=True)
     steady = np.array(seen["mb"][len(seen["mb"]) // 5 :])  # everything is compiled by then
     hours = np.array(seen["seconds"][len(seen["mb"]) // 5 :]) / 3600

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PRNGKeyArray
 
-from ..errors import UsageError
+from ..errors import UsageError, check_whole
 from .layers import (
     AbstractLayer,
     Activation,
@@ -170,6 +170,7 @@ def grid_cnn(
     `OneHotPartialObsWrapper` does the same). Read as quantities, a key would lie between a door and
     a ball. `num_categories`: categories per number; larger numbers become zeros.
     """
+    check_whole(num_categories=num_categories)
     height, width, inputs = _image_shape(shape, channels_first, smallest=3)
     first: list[AbstractLayer] = [ChannelsLast()] if channels_first else []
     cells = _Style(norm, activation, init, lowering).convolutional(
