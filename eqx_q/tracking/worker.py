@@ -106,7 +106,7 @@ def _handle(runs: list[Run], kind: str, **message: Any) -> None:
     elif kind == "histograms":
         for member, *histogram in message["records"]:
             runs[member].histogram(*histogram, message["step"])
-    elif kind == "gif":
+    elif kind == "gif" and os.path.exists(message["path"]):  # it may have been deleted
         runs[0].gif(message["path"], message["name"], message["step"])
 
 

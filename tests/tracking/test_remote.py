@@ -77,7 +77,9 @@ def test_members_have_runs_parameters_and_names_of_their_own(
                 "name": "text is left out",
             }
             tracker({"run": "state"}, metrics)
+        (tmp_path / "a.gif").touch()
         tracker.log_gif(tmp_path / "a.gif", 20)
+        tracker.log_gif(tmp_path / "deleted.gif", 20)
         tracker.close()
         again = AimTracker(tmp_path / "run", **options)
         again.close()
@@ -106,7 +108,8 @@ def test_members_have_runs_parameters_and_names_of_their_own(
     assert counts[1] == {"env_steps": 20} and close == ["close"]
     first = received(tmp_path, 0)
     assert ["metrics", {"train/return": 1.0, "eval/return": 3.0}, 10] in first
-    assert ["gif", str(tmp_path / "a.gif"), "eval/episode", 20] in first
+    gifs = [call for call in first if call[0] == "gif"]
+    assert gifs == [["gif", str(tmp_path / "a.gif"), "eval/episode", 20]]
 
 
 def test_named_members_are_never_aggregated(tmp_path, replace_backend, received):
