@@ -3,6 +3,7 @@
 import functools
 from typing import ClassVar
 
+import equinox as eqx
 import gymnasium
 import jax
 import numpy as np
@@ -253,8 +254,11 @@ def test_a_replica_is_of_the_same_kind(case, env, played):
     assert type(replica) is type(env) and replica.num_envs == 2
     assert replica.observation_space == env.observation_space
     assert replica.max_episode_steps == env.max_episode_steps
-    _, timesteps = play(replica, 5, 1)
-    expected = spaces.shapes(env.observation_space, CHUNK + 1, 2, *agents(env))
+    run = roll if env.on_host else functools.partial(eqx.filter_eval_shape, roll)
+    reset = replica.reset if env.on_host else functools.partial(jax.eval_shape, replica.reset)
+    state, _ = reset(jax.random.key(0))
+    _, (_, timesteps) = run(replica, state, jax.random.key(0))
+    expected = spaces.shapes(env.observation_space, CHUNK, 2, *agents(env))
     assert jax.tree.map(np.shape, timesteps.obs) == jax.tree.map(np.shape, expected)
     replica.close()
     # The one it was made from goes on, undisturbed.
