@@ -203,7 +203,7 @@ def test_a_sweep_ends_where_one_of_its_runs_is_stopped(script, monkeypatch):
 
 
 def test_interrupted_killed_and_damaged_a_run_still_ends_the_same(script, tmp_path):
-    options = [*SMALL, *QUIET, "total_steps=60_000", "checkpoint.every=2000", "checkpoint.keep=3"]
+    options = [*SMALL, *QUIET, "total_steps=80_000", "checkpoint.every=1000", "checkpoint.keep=3"]
     assert script("train", *options, "hydra.run.dir=whole")[0] == 0
 
     def start(*arguments):

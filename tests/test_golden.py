@@ -19,14 +19,14 @@ OF_RUNS = ("run_rnn", "run_team")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_short_training_gives_what_it_gave(name, request):
-    if name == "pqn_normalised":  # biases before a normalisation learn from rounding alone
-        request.getfixturevalue("optimized")
+def test_a_short_training_gives_what_it_gave(name):
+    # Biases before a normalisation learn from rounding alone.
+    atol = 1e-3 if name == "pqn_normalised" else 1e-5
     expected = json.loads(TRACES.read_text())[name]
     found = trace(*CASES[name]())
     assert found.keys() == expected.keys()
     for kind, values in expected.items():
-        np.testing.assert_allclose(found[kind], values, rtol=2e-4, atol=1e-5, err_msg=kind)
+        np.testing.assert_allclose(found[kind], values, rtol=2e-4, atol=atol, err_msg=kind)
 
 
 @pytest.mark.parametrize("name", QUICK)
