@@ -17,6 +17,7 @@ from eqx_q.saving.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 1e-5
+WARNINGS = ["-W", "ignore::DeprecationWarning"]  # old versions of others warn of one another
 
 
 def environment(flags):
@@ -28,7 +29,7 @@ def environment(flags):
 def found():
     """What `on_eight_devices.py` prints."""
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "on_eight_devices.py")],
+        [sys.executable, "-W", "error", *WARNINGS, str(ROOT / "tests" / "on_eight_devices.py")],
         env=environment("--xla_force_host_platform_device_count=8"),
         capture_output=True,
         text=True,
