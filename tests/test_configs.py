@@ -55,7 +55,7 @@ PAIRS = {f"{agent}_{env}" for agent in choices("agent") for env in choices("env"
 
 @pytest.mark.parametrize(("number", "env"), list(enumerate(choices("env"))))
 def test_agents_and_environments_with_what_is_tuned_for_them(number, env):
-    """Where nothing is, one agent for each environment: others have the same values there."""
+    """Where nothing is, one agent: its own values are the same in every such environment."""
     agents = choices("agent")
     tuned = {agent for agent in agents if f"{agent}_{env}" in choices("tuned")}
     for agent in tuned | {agents[number % len(agents)]}:

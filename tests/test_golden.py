@@ -20,12 +20,12 @@ OF_RUNS = ("run_rnn", "run_team")
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_short_training_gives_what_it_gave(name):
-    # Biases before a normalisation learn from rounding alone.
-    atol = 1e-3 if name == "pqn_normalised" else 1e-5
     expected = json.loads(TRACES.read_text())[name]
     found = trace(*CASES[name]())
     assert found.keys() == expected.keys()
     for kind, values in expected.items():
+        # Biases before a normalisation learn from rounding alone.
+        atol = 5e-4 if (name, kind) == ("pqn_normalised", "parameters") else 1e-5
         np.testing.assert_allclose(found[kind], values, rtol=2e-4, atol=atol, err_msg=kind)
 
 

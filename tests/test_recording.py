@@ -216,7 +216,7 @@ def test_rows_equal_a_loop_over_an_emulator(tmp_path, stack, sticky):
     limit |= {"repeat_action_probability": sticky}
     trained = eqx_q.make("envpool/Asterix-v5", 1, episodic_life=True, reward_clip=True, **limit)
     env = trained.replicate(3, seed=5, **trained.recording.options)
-    agent = make_agent(env, network="mlp", network_options={"hidden_sizes": [8]})
+    agent = make_agent(env, network_options={"hidden_sizes": [8]})
     dataset, said = recorded(tmp_path / "data", agent, env, 1500, epsilon=1.0)
 
     pool = envpool.make("Asterix-v5", env_type="gymnasium", num_envs=3, seed=5, **limit)
@@ -247,7 +247,7 @@ def test_rows_equal_a_loop_over_an_emulator(tmp_path, stack, sticky):
 
 def test_a_second_recording_goes_on_with_the_emulators(tmp_path):
     env = eqx_q.make("envpool/Pong-v5", 2, num_threads=1)
-    agent = make_agent(env, network="mlp", network_options={"hidden_sizes": [8]})
+    agent = make_agent(env, network_options={"hidden_sizes": [8]})
     with Writer(tmp_path / "data", describe(env, "envpool/Pong-v5")) as writer:
         for shard in "ab":
             key = jax.random.key(0)

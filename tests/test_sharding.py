@@ -17,7 +17,6 @@ from eqx_q.saving.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 1e-5
-WARNINGS = ["-W", "ignore::DeprecationWarning"]  # old versions of others warn of one another
 
 
 def environment(flags):
@@ -26,10 +25,12 @@ def environment(flags):
 
 
 @pytest.fixture(scope="module")
-def found():
-    """What `on_eight_devices.py` prints."""
+def found(pytestconfig):
+    """What `on_eight_devices.py` prints. Warnings are errors there too, but for pytest's `-W`."""
+    given = pytestconfig.getoption("pythonwarnings") or []
+    warnings = [f"-W{each}" for each in ("error", *given)]
     run = subprocess.run(
-        [sys.executable, "-W", "error", *WARNINGS, str(ROOT / "tests" / "on_eight_devices.py")],
+        [sys.executable, *warnings, str(ROOT / "tests" / "on_eight_devices.py")],
         env=environment("--xla_force_host_platform_device_count=8"),
         capture_output=True,
         text=True,
