@@ -6,7 +6,6 @@ import importlib
 import numbers
 import pickle
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, get_args
 
 import equinox as eqx
@@ -27,6 +26,7 @@ from ..types import AnyArray
 from .autoreset import Report
 from .lanes import Lanes
 from .options import TimeLimit, require_choice, require_count
+from .textures import load_constants
 
 _IDS = [
     "Craftax-Symbolic-v1",
@@ -107,7 +107,7 @@ class Game:
         package = _package(self.params)
         achieved = {
             f"achievements/{one.name.lower()}": state.world.achievements[one.value]
-            for one in _constants(package).Achievement
+            for one in load_constants(package).Achievement
         }
         return {"percent_of_maximum": 100 / _MAXIMUM[package] * state.returns, **achieved}
 
@@ -161,6 +161,7 @@ def _game(source: Any, options: dict[str, Any]) -> Game:
 
 @functools.cache
 def _named_game(name: str, pickled_options: bytes) -> Game:
+    load_constants("craftax.craftax_classic" if "Classic" in name else "craftax.craftax")
     env = make_craftax_env_from_name(name, auto_reset=False)
     return _configured(name, dict(pickle.loads(pickled_options)), env, env.default_params)
 
@@ -238,12 +239,8 @@ def _package(params: Any) -> str:
     return ".".join(type(params).__module__.split(".")[:2])
 
 
-def _constants(package: str) -> ModuleType:
-    return importlib.import_module(f"{package}.constants")
-
-
 @functools.cache
 def _renderer(package: str) -> Callable[[PyTree], Float[Array, "height width 3"]]:
     renderer = importlib.import_module(f"{package}.renderer")
-    pixels = _constants(package).BLOCK_PIXEL_SIZE_IMG
+    pixels = load_constants(package).BLOCK_PIXEL_SIZE_IMG
     return jax.jit(renderer.make_craftax_pixel_renderer(pixels))

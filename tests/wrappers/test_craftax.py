@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from craftax.craftax import constants as full_constants
-from craftax.craftax_classic.constants import Achievement, Action, BlockType
-from craftax.craftax_classic.envs.craftax_state import EnvParams, StaticEnvParams
-from craftax.craftax_env import make_craftax_env_from_name
-from craftax.environment_base.environment_bases import EnvironmentNoAutoReset
 from rollouts import assert_equal, play
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import UsageError
+from eqx_q.wrappers.textures import load_constants
+
+full_constants, constants = map(load_constants, ("craftax.craftax", "craftax.craftax_classic"))
+Achievement, Action, BlockType = constants.Achievement, constants.Action, constants.BlockType
+# Only now: these import the constants, too, but several workers at once.
+from craftax.craftax_classic.envs.craftax_state import EnvParams, StaticEnvParams  # noqa: E402
+from craftax.craftax_env import make_craftax_env_from_name  # noqa: E402
+from craftax.environment_base.environment_bases import EnvironmentNoAutoReset  # noqa: E402
 
 LANES, LIMIT, STEPS = 3, 6, 9
 CLASSIC = "Craftax-Classic-Symbolic-v1"
