@@ -257,6 +257,22 @@ def _ratio_and_split(result: dict[str, Any]) -> list[str]:
     return [ratio or "", ceiling or "", parts or ""]
 
 
+def launches_table(result: dict[str, Any]) -> str:
+    """A row for each program: what an update and its steps launch, ours and the peer's."""
+    rows = []
+    for case, counted in result["cases"].items():
+        ours, theirs = counted["eqx_q"], counted.get("purejaxql", {})
+        numbers = []
+        for name in ("update", "env_step", "gradient_step"):
+            both = [f"{counts[name]:,}" for counts in (ours, theirs) if name in counts]
+            numbers.append(" / ".join(both))
+        ratio = f"{ours['update'] / theirs['update']:.2f}" if theirs else ""
+        memory = [f"{counts['temporary_mb']:,.0f}" for counts in (ours, theirs) if counts]
+        rows.append([case, *numbers, ratio, " / ".join(memory)])
+    head = ["program", "launches per update", "per env step", "per gradient step", "ratio"]
+    return _table([*head, "temporary MB"], rows)
+
+
 def offline_speed_table(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -490,6 +506,13 @@ def report(results: Path, into: Path) -> str:
         load = f"The machine's load was {result['machine']['load']:.1f}."
         of_what += f" {load}" if result["machine"]["load"] > 0.5 else ""
         parts += ["## Speed of conversion", conversion_table(result), of_what, _origin(result)]
+    if "launches" in read:
+        of_what = (
+            "Kernels and library calls in XLA's program for an H200, ours / purejaxql's. Small agents "
+            "on a GPU are bound by their number."
+        )
+        result = read["launches"]
+        parts += ["## Launches on a GPU", of_what, launches_table(result), _origin(result)]
     if "memory" in read:
         parts += ["## Memory", memory_line(read["memory"])]
     for name, result in read.items():

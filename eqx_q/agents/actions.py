@@ -145,7 +145,9 @@ class Actions(eqx.Module):
         """Selects the entries of each factor's chosen choice."""
         choices = np.asarray(self.choices)
         place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
-        return jnp.take_along_axis(x, place[..., None], axis=-2)
+        # As a sum, since its gradient then is no scatter, which would take three kernels.
+        is_taken = place[..., None] == jnp.arange(self.num_choices)
+        return jnp.sum(jnp.where(is_taken[..., None], x[..., None, :, :], 0.0), axis=-2)
 
     @property
     def _starts(self) -> Int[np.ndarray, "#F"]:

@@ -48,6 +48,27 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 } | {"adam": _adam, "muon": contrib.muon}
 
 
+# Those that update every number on its own, so that it does not matter how numbers lie in arrays.
+_ELEMENTWISE = {
+    "adabelief",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "amsgrad",
+    "lion",
+    "nadam",
+    "nadamw",
+    "radam",
+    "rmsprop",
+    "sgd",
+    "sign_sgd",
+    "yogi",
+}
+
+
 class Optimizer(Part):
     """Turns gradients into parameter updates, with a learning rate given at each step.
 
@@ -64,6 +85,11 @@ class Optimizer(Part):
     transformation: str | optax.GradientTransformation | Callable = eqx.field(static=True)
     options: dict[str, Float[Array, ""]]
     settings: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it updates every number on its own, whichever array holds it."""
+        return self.transformation in _ELEMENTWISE and "mask" not in dict(self.settings)
 
     def init(self, parameters: PyTree) -> PyTree:
         """The state before the first step."""

@@ -26,8 +26,9 @@ from .acting import QAgent
 from .actions import Bins
 from .agent import Rollouts
 from .assembly import Choice, check_burn_in, make_parts
+from .compact import layout
 from .exploration import AbstractExploration
-from .gradients import descend
+from .gradients import averaged_scan, descend
 from .hyperparameters import check_ranges
 from .mixers import AbstractMixer
 from .model import Model
@@ -250,6 +251,7 @@ class PQN(QAgent):
         size = length * num_lanes
         indices, learning_rates = self._minibatches(num_items, size, key)
         parameters, rest = split_parameters((self.network, self.mixer))
+        compact = layout(self.optimizer, parameters)
 
         def gradient_step(carry, step):
             parameters, statistics, optimizer_state = carry
@@ -264,14 +266,16 @@ class PQN(QAgent):
                 rest,
                 statistics,
                 batch_of(index),
+                layout=compact,
             )
             return (parameters, statistics, optimizer_state), metrics
 
-        (parameters, statistics, optimizer_state), metrics = jax.lax.scan(
+        (parameters, statistics, optimizer_state), metrics = averaged_scan(
             gradient_step,
-            (parameters, self.statistics, self.optimizer_state),
+            (compact.pack(parameters), self.statistics, compact.pack(self.optimizer_state)),
             (indices, learning_rates),
         )
+        parameters, optimizer_state = compact.unpack((parameters, optimizer_state))
         network, mixer = eqx.combine(parameters, rest)
         agent = dataclasses.replace(
             self,
@@ -281,7 +285,6 @@ class PQN(QAgent):
             optimizer_state=optimizer_state,
             env_steps=self.env_steps.plus(size),
         )
-        metrics = jax.tree.map(jnp.mean, metrics)
         metrics |= {"epsilon": self.epsilon, "learning_rate": jnp.mean(learning_rates)}
         return agent, metrics
 
@@ -351,18 +354,15 @@ class PQN(QAgent):
     def _loss(
         self, model: Model, values: Float[Array, "*steps M A K"], items: Items
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Scalar]:
-        """The mean loss over real transitions, metrics, and a scale to apply to both.
+        """The mean loss over all transitions, real or not, metrics, and a scale to apply to both.
 
-        With several lane groups the mean is over all transitions, real or not, and the scale
-        corrects it. So devices that share the groups exchange gradients and count together,
-        instead of waiting for the count first.
+        The scale corrects that. So the gradient does not wait until the real ones are counted,
+        which saves a kernel, and devices that share lane groups exchange both together.
         """
         losses, real, metrics = fit(model, values, items)
-        count, scale = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1), 1.0
-        if self.lane_groups > 1:
-            count, scale = real.size, real.size / count
-        weight = real / count
+        weight = real / real.size
         loss = jnp.sum(weight * losses)
+        scale = real.size / jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
         return loss, {"loss": loss, **average(weight, metrics)}, scale
 
     def _targets(self, rollout: Rollout) -> Float[Array, "T N P L"]:

@@ -1,6 +1,7 @@
 """The training loop: one compiled program over an agent and an environment."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ from ..sharding import Lay, Placement, place_on
 from ..types import Count, Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.host import own_errors
+from .packing import Packed
 from .running import Boundaries, Callback, Metrics, number, run
 from .source import (
     AbstractRunState,
@@ -176,32 +178,40 @@ def _collect(
     rollouts = _rollouts(agent)
     length, overlap = rollouts.length, rollouts.burn_in
 
-    def step(carry, step):
-        env_state, timestep, memory, kept = carry
-        index, key = step
+    def step(carry, inputs):
+        env_state, obs, memory, kept, record = carry
+        index, (act_key, env_key) = inputs
         if overlap:
             starts = index == length - overlap
             kept = jax.tree.map(lambda new, old: jnp.where(starts, new, old), memory, kept)
-        act_key, env_key = jax.random.split(key)
+        timestep, _ = record.at(index).tree
+        timestep = dataclasses.replace(timestep, obs=obs)
         decision = decide(agent, timestep, memory, key=act_key)
-        env_state, next_timestep = env.step(env_state, decision.action, env_key)
-        carry = (env_state, next_timestep, decision.memory, kept)
-        return carry, (timestep, decision.action, decision.value)
+        env_state, timestep = env.step(env_state.tree, decision.action, env_key)
+        env_state, row = pack(env_state), pack((timestep, (decision.action, decision.value)))
+        record = record.write(index + 1, row)
+        return (env_state, timestep.obs, decision.memory, kept, record), None
 
-    memory = run_state.memory
-    (env_state, timestep, memory_after, kept), steps = jax.lax.scan(
-        step,
-        (run_state.env_state, run_state.timestep, memory, memory),
-        (jnp.arange(length), jax.random.split(key, length)),
-    )
-    timesteps, actions, values = steps
+    pack = functools.partial(Packed.of, num_lanes=env.num_envs)
+    memory, timestep = run_state.memory, run_state.timestep
+    decision = jax.eval_shape(lambda: decide(agent, timestep, memory))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decision)
+    # A row is a timestep, with the decision that led to it.
+    row = pack((timestep, (nothing.action, nothing.value)))
+    record = row.blank(length + 1).write(0, row)
+    carry = (pack(run_state.env_state), timestep.obs, memory, memory if overlap else None, record)
+    keys = jax.vmap(jax.random.split)(jax.random.split(key, length))
+    carry, _ = jax.lax.scan(step, carry, (jnp.arange(length), keys))
+    env_state, _, memory_after, kept, record = carry
+    timesteps, decisions = record.tree
+    actions, values = jax.tree.map(lambda x: x[1:], decisions)
     burn_in = None
     if overlap:
-        timesteps_there, actions_there, values_there = jax.tree.map(lambda x: x[-overlap:], steps)
-        burn_in = Rollout(timesteps_there, actions_there, kept, values_there)
-    timesteps = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), timesteps, timestep)
+        last = slice(length - overlap, length)
+        some = jax.tree.map(lambda x: x[last], Rollout(timesteps, actions, None, values))
+        burn_in = dataclasses.replace(some, memory=kept)
     rollout = Rollout(timesteps, actions, memory, values)
-    return (env_state, timestep, memory_after), rollout, burn_in
+    return (env_state.tree, record.at(length).tree[0], memory_after), rollout, burn_in
 
 
 def _joined(before: Rollout, after: Rollout) -> Rollout:

@@ -26,6 +26,7 @@ from ..errors import UsageError, check_whole
 from .layers import (
     AbstractLayer,
     Activation,
+    AdaptiveMaxPool,
     Categories,
     ChannelsLast,
     Conv,
@@ -40,6 +41,7 @@ from .layers import (
     Residual,
     Scale,
     Sequential,
+    SpectralNorm,
     make_norm,
     output_shape,
 )
@@ -90,21 +92,19 @@ class _Style(NamedTuple):
     def convolutional(
         self,
         shape: Shape,
-        convolutions: tuple[tuple[int, int, int], ...],
+        convolutions: tuple[tuple[int, int, int, Padding], ...],
         sizes: tuple[int, ...],
         key: PRNGKeyArray,
-        *,
-        padding: Padding,
         **raw: Any,
     ) -> Sequential:
-        """Convolutions (window, stride, channels), then linear layers.
+        """Convolutions (window, stride, channels, padding), then linear layers.
 
         `raw` are options of the first convolution, which reads the observation.
         """
         dense_key, *keys = jax.random.split(key, 1 + len(convolutions))
         inputs = shape[0] if raw["channels_first"] else shape[-1]
         layers: list[AbstractLayer] = []
-        for (window, stride, size), k in zip(convolutions, keys, strict=True):
+        for (window, stride, size, padding), k in zip(convolutions, keys, strict=True):
             layers.append(self.conv(inputs, size, window, stride, padding, key=k, **raw))
             layers += self.activate(output_shape(Sequential(tuple(layers)), shape))
             inputs, raw = size, {}
@@ -146,7 +146,7 @@ def minatar_cnn(
     _image_shape(shape, channels_first, smallest=3)
     raw = {"input_scale": input_scale, "channels_first": channels_first}
     return _Style(norm, activation, init, lowering).convolutional(
-        shape, ((3, 1, channels),), hidden_sizes, key, padding=padding, **raw
+        shape, ((3, 1, channels, padding),), hidden_sizes, key, **raw
     )
 
 
@@ -175,10 +175,9 @@ def grid_cnn(
     first: list[AbstractLayer] = [ChannelsLast()] if channels_first else []
     cells = _Style(norm, activation, init, lowering).convolutional(
         (height, width, inputs * num_categories),
-        ((3, 1, channels),),
+        ((3, 1, channels, padding),),
         hidden_sizes,
         key,
-        padding=padding,
         channels_first=False,
     )
     return Sequential((*first, Categories(num_categories), *cells.layers))
@@ -199,10 +198,44 @@ def nature_cnn(
 ) -> Sequential:
     """Three convolutions and a linear layer (Mnih et al. 2015, Methods)."""
     _image_shape(shape, channels_first, smallest=36)
-    convolutions = ((8, 4, 32), (4, 2, 64), (3, 1, 64))
+    convolutions: tuple[tuple[int, int, int, Padding], ...] = (
+        (8, 4, 32, padding),
+        (4, 2, 64, padding),
+        (3, 1, 64, padding),
+    )
     raw = {"input_scale": input_scale, "channels_first": channels_first}
     return _Style(norm, activation, init, lowering).convolutional(
-        shape, convolutions, hidden_sizes, key, padding=padding, **raw
+        shape, convolutions, hidden_sizes, key, **raw
+    )
+
+
+def gamma(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (512,),
+    norm: str = "layer_norm",
+    activation: str = "relu",
+    init: str = "he_normal",
+    input_scale: float = 1.0,
+    channels_first: bool = False,
+    lowering: Lowering = "auto",
+) -> Sequential:
+    """Five small convolutions and a linear layer (aftab, 2026, arXiv 2608.07335: Gamma).
+
+    With 2.6 times the multiplications of the Nature CNN, and 7 × 7 × 64 features like it.
+    """
+    _image_shape(shape, channels_first, smallest=36)
+    convolutions: tuple[tuple[int, int, int, Padding], ...] = (
+        (3, 2, 32, "SAME"),
+        (3, 2, 48, "SAME"),
+        (3, 1, 64, "VALID"),
+        (3, 2, 64, "VALID"),
+        (3, 1, 64, "VALID"),
+    )
+    raw = {"input_scale": input_scale, "channels_first": channels_first}
+    return _Style(norm, activation, init, lowering).convolutional(
+        shape, convolutions, hidden_sizes, key, **raw
     )
 
 
@@ -212,6 +245,8 @@ def impala(
     key: PRNGKeyArray,
     hidden_sizes: tuple[int, ...] = (256,),
     channels: tuple[int, ...] = (16, 32, 32),
+    spectral_norm: bool = False,
+    pool_size: int | None = None,
     norm: str = "layer_norm",
     activation: str = "relu",
     init: str = "he_normal",
@@ -222,7 +257,13 @@ def impala(
     """The residual network of IMPALA (Espeholt et al. 2018, Figure 3, right).
 
     The paper has no normalisation (`norm="none"`); by default there is one before each activation.
+    BTR (Clark et al. 2024, arXiv 2411.03820, §3) has `spectral_norm` in its residual blocks,
+    `pool_size=6`, twice the channels and no other normalisation.
+
+    - `spectral_norm`: see `layers.SpectralNorm`.
+    - `pool_size`: rows and columns that are left by a last `layers.AdaptiveMaxPool`.
     """
+    check_whole(pool_size=1 if pool_size is None else pool_size)
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
     raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
@@ -234,13 +275,16 @@ def impala(
         height, width = -(-height // 2), -(-width // 2)
         layers.append(conv(inputs, size, 3, key=first_key, **raw))
         layers.append(MaxPool(3, 2))
-        halves = [
-            (*style.activate((height, width, size)), conv(size, size, 3, key=k)) for k in block_keys
-        ]
+        convs = [conv(size, size, 3, key=k) for k in block_keys]
+        if spectral_norm:
+            convs = map(SpectralNorm, convs)
+        halves = [(*style.activate((height, width, size)), each) for each in convs]
         for first, second in (halves[:2], halves[2:]):
             layers.append(Residual(Sequential((*first, *second))))
         inputs, raw = size, {}
     layers += style.activate((height, width, inputs))
+    if pool_size is not None:
+        layers.append(AdaptiveMaxPool(pool_size))
     return style.dense(layers, shape, hidden_sizes, dense_key)
 
 
@@ -262,27 +306,79 @@ def hadamax(
     max-pools; the Nature CNN has one strided convolution instead.
     `init`: by default `xavier_normal` in the convolutions and `he_normal` in the linear layers.
     """
-    height, width, inputs = _image_shape(shape, channels_first, smallest=8)
-    dense_key, *keys = jax.random.split(key, 4)
-    raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
-    style = _Style(norm, activation, init or "xavier_normal", lowering)
-    conv = partial(style.conv, padding="SAME")
+    _image_shape(shape, channels_first, smallest=8)
+    return _products(
+        shape,
+        ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1)),
+        hidden_sizes,
+        _Style(norm, activation, init or "xavier_normal", lowering),
+        init or "he_normal",
+        key,
+        pool_padding="SAME",
+        input_scale=input_scale,
+        channels_first=channels_first,
+    )
+
+
+def gamma_hadamax(
+    shape: Shape,
+    *,
+    key: PRNGKeyArray,
+    hidden_sizes: tuple[int, ...] = (512,),
+    norm: str = "layer_norm",
+    activation: str = "gelu",
+    init: str | None = None,
+    input_scale: float = 1.0,
+    channels_first: bool = False,
+    lowering: Lowering = "auto",
+) -> Sequential:
+    """`gamma` with the blocks of `hadamax` (aftab, 2026, arXiv 2608.07335: Gamma-Hadamax-Valid).
+
+    The pooling has no padding, so that there are as many features as in `gamma`. `init`: see
+    `hadamax`.
+    """
+    _image_shape(shape, channels_first, smallest=36)
+    return _products(
+        shape,
+        ((3, 32, 2, 2), (3, 48, 2, 2), (3, 64, 3, 1), (3, 64, 2, 2), (3, 64, 3, 1)),
+        hidden_sizes,
+        _Style(norm, activation, init or "xavier_normal", lowering),
+        init or "he_normal",
+        key,
+        pool_padding="VALID",
+        input_scale=input_scale,
+        channels_first=channels_first,
+    )
+
+
+def _products(
+    shape: Shape,
+    blocks: tuple[tuple[int, int, int, int], ...],
+    hidden_sizes: tuple[int, ...],
+    style: _Style,
+    dense_init: str,
+    key: PRNGKeyArray,
+    *,
+    pool_padding: Padding,
+    **raw: Any,
+) -> Sequential:
+    """Blocks (window, channels, pooled window, its stride), then linear layers.
+
+    Each block multiplies two normalised, activated convolutions, then max-pools. `raw` are options
+    of the first convolutions.
+    """
+    dense_key, *keys = jax.random.split(key, 1 + len(blocks))
+    inputs = shape[0] if raw["channels_first"] else shape[-1]
     layers: list[AbstractLayer] = []
-    blocks = ((8, 32, 4, 4), (4, 64, 2, 2), (3, 64, 3, 1))
     for (window, size, pool, stride), block_key in zip(blocks, keys, strict=True):
-        branches = [
-            Sequential(
-                (
-                    conv(inputs, size, window, key=k, **raw),
-                    *style.activate((height, width, size)),
-                )
-            )
-            for k in jax.random.split(block_key)
-        ]
-        layers += [Product(*branches), MaxPool(pool, stride)]
-        height, width, inputs, raw = -(-height // stride), -(-width // stride), size, {}
-    style = style._replace(init=init or "he_normal")
-    return style.dense(layers, shape, hidden_sizes, dense_key)
+        branches = []
+        for k in jax.random.split(block_key):
+            conv = style.conv(inputs, size, window, padding="SAME", key=k, **raw)
+            own = output_shape(Sequential((*layers, conv)), shape)
+            branches.append(Sequential((conv, *style.activate(own))))
+        layers += [Product(*branches), MaxPool(pool, stride, pool_padding)]
+        inputs, raw = size, {}
+    return style._replace(init=dense_init).dense(layers, shape, hidden_sizes, dense_key)
 
 
 def one_hot(sizes: Shape, starts: Shape, *, key: PRNGKeyArray) -> OneHot:
@@ -303,7 +399,9 @@ ENCODERS: dict[str, Callable[..., Sequential]] = {
     "minatar_cnn": minatar_cnn,
     "grid_cnn": grid_cnn,
     "nature_cnn": nature_cnn,
+    "gamma": gamma,
     "impala": impala,
     "hadamax": hadamax,
+    "gamma_hadamax": gamma_hadamax,
 }
 STEMS: dict[str, Callable[..., AbstractLayer]] = {"one_hot": one_hot, "embedding": embedding}

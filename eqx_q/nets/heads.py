@@ -1,12 +1,23 @@
 """Heads: from features `[B, H]` to values `[B, A, K]`, `K` numbers for each of `A` choices."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .layers import AbstractLayer, Batch, BatchMask, Linear
+from ..errors import check_whole
+from .layers import (
+    AbstractLayer,
+    Activation,
+    Batch,
+    BatchMask,
+    Linear,
+    Sequential,
+    make_norm,
+)
 
 
 class LinearHead(AbstractLayer):
@@ -51,21 +62,58 @@ class Dueling(AbstractLayer):
         return jnp.concatenate(values, axis=1), (of_value, of_advantage)
 
 
+class Hidden(NamedTuple):
+    """Hidden layers of a head: their sizes, normalisation and activation, as in encoders."""
+
+    sizes: tuple[int, ...] = ()
+    norm: str = "layer_norm"
+    activation: str = "relu"
+
+    def stream(self, inputs: int, outputs: int, *, key: PRNGKeyArray, init: str) -> AbstractLayer:
+        """Hidden layers, and a linear layer to `outputs` numbers."""
+        check_whole(**{f"head_sizes[{i}]": size for i, size in enumerate(self.sizes)})
+        if not self.sizes:
+            return Linear(inputs, outputs, key=key, init=init)
+        keys = jax.random.split(key, len(self.sizes) + 1)
+        layers: list[AbstractLayer] = []
+        for size, k in zip(self.sizes, keys, strict=False):
+            layers.append(Linear(inputs, size, key=k, init=init))
+            layers += [make_norm(self.norm, (size,)), Activation(self.activation)]
+            inputs = size
+        return Sequential((*layers, Linear(inputs, outputs, key=keys[-1], init=init)))
+
+
+_DIRECT = Hidden()
+
+
 def linear(
-    features: int, choices: tuple[int, ...], num_values: int, *, key: PRNGKeyArray, init: str
+    features: int,
+    choices: tuple[int, ...],
+    num_values: int,
+    *,
+    key: PRNGKeyArray,
+    init: str,
+    hidden: Hidden = _DIRECT,
 ) -> LinearHead:
-    """One linear layer."""
-    return LinearHead(Linear(features, sum(choices) * num_values, key=key, init=init), num_values)
+    """One linear layer, after the hidden ones."""
+    outputs = sum(choices) * num_values
+    return LinearHead(hidden.stream(features, outputs, key=key, init=init), num_values)
 
 
 def dueling(
-    features: int, choices: tuple[int, ...], num_values: int, *, key: PRNGKeyArray, init: str
+    features: int,
+    choices: tuple[int, ...],
+    num_values: int,
+    *,
+    key: PRNGKeyArray,
+    init: str,
+    hidden: Hidden = _DIRECT,
 ) -> Dueling:
-    """A linear layer for the value, and one for the advantages."""
+    """A linear layer for the value and one for the advantages, each with its own hidden layers."""
     value_key, advantage_key = jax.random.split(key)
     return Dueling(
-        Linear(features, num_values, key=value_key, init=init),
-        Linear(features, sum(choices) * num_values, key=advantage_key, init=init),
+        hidden.stream(features, num_values, key=value_key, init=init),
+        hidden.stream(features, sum(choices) * num_values, key=advantage_key, init=init),
         choices,
     )
 

@@ -304,10 +304,11 @@ class Categories(AbstractLayer):
 
 
 class MaxPool(AbstractLayer):
-    """The maximum over square windows of `[B, H, W, C]`, padded like `SAME`."""
+    """The maximum over square windows of `[B, H, W, C]`."""
 
     window: int = eqx.field(static=True)
     stride: int = eqx.field(static=True)
+    padding: Padding = eqx.field(static=True, default="SAME")
 
     def initial_statistics(self) -> PyTree:
         return None
@@ -316,7 +317,34 @@ class MaxPool(AbstractLayer):
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
         window, strides = (1, self.window, self.window, 1), (1, self.stride, self.stride, 1)
-        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME"), None
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, self.padding), None
+
+
+class AdaptiveMaxPool(AbstractLayer):
+    """The maximum over `size` × `size` windows that cover an image `[B, H, W, C]` evenly.
+
+    Along an axis of length `n`, window `i` reaches from `floor(i n / size)` to
+    `ceil((i + 1) n / size)`, like PyTorch's `AdaptiveMaxPool2d`.
+    """
+
+    size: int = eqx.field(static=True)
+
+    def initial_statistics(self) -> PyTree:
+        return None
+
+    def __call__(
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        for axis in (1, 2):
+            length = x.shape[axis]
+            starts = [i * length // self.size for i in range(self.size)]
+            ends = [-(-(i + 1) * length // self.size) for i in range(self.size)]
+            windows = [
+                jnp.max(lax.slice_in_dim(x, start, end, axis=axis), axis=axis)
+                for start, end in zip(starts, ends, strict=True)
+            ]
+            x = jnp.stack(windows, axis=axis)
+        return x, None
 
 
 # Linear maps -----------------------------------------------------------------------------------
@@ -456,23 +484,28 @@ class Conv(AbstractLayer):
     def __call__(
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        # Scales the kernel, which is smaller than the images.
-        kernel = self.kernel if self.input_scale == 1 else self.kernel * self.input_scale
         if self.lowering == "auto":
-            y = by_platform(self._patches, self._conv, x, kernel)
+            y = by_platform(self._patches, self._conv, x, self.kernel)
         else:
-            y = self._patches(x, kernel) if self.lowering == "patches" else self._conv(x, kernel)
+            compute = self._patches if self.lowering == "patches" else self._conv
+            y = compute(x, self.kernel)
         return y + self.bias, None
 
     def _conv(self, x: Shaped[Array, "B _ _ _"], kernel: Array) -> Float[Array, "B h w outputs"]:
         strides = (self.stride, self.stride)
         layout = ("NCHW" if self.channels_first else "NHWC", "OHWI", "NHWC")
         x = x.astype(kernel.dtype)
-        return lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout)
+        x = x if self.input_scale == 1 else x * self.input_scale  # as part of what makes the batch
+        y = lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout)
+        # Else XLA makes the bias an argument of cuDNN, for which a kernel has to cut it out of the
+        # vector that biases are trained in.
+        return lax.optimization_barrier(y)
 
     def _patches(self, x: Shaped[Array, "B _ _ _"], kernel: Array) -> Float[Array, "B h w outputs"]:
         outputs, window, _, inputs = kernel.shape
         stride = self.stride
+        # Scales the kernel, which is smaller than the images.
+        kernel = kernel if self.input_scale == 1 else kernel * self.input_scale
         # `patches` needs whole groups of columns: the window is enlarged with zeros in the kernel.
         grown = -(-window // stride) * stride
         kernel = jnp.pad(kernel, ((0, 0), (0, grown - window), (0, grown - window), (0, 0)))
@@ -491,6 +524,37 @@ class Conv(AbstractLayer):
             kernel = jnp.swapaxes(kernel, -1, -2)
         kernel = kernel.reshape(outputs, -1)
         return lax.dot_general(rows.astype(kernel.dtype), kernel, (((3,), (1,)), ((), ())))
+
+
+class SpectralNorm(AbstractLayer):
+    """A convolution whose kernel is divided by its largest singular value.
+
+    Miyato et al. 2018 (arXiv 1802.05957), Algorithm 1: each training step makes one step of the
+    power iteration, on the kernel as a matrix of outputs × all inputs of a window. The statistics
+    are the left singular vector found so far.
+    """
+
+    conv: Conv
+
+    def initial_statistics(self) -> PyTree:
+        outputs = self.conv.kernel.shape[0]
+        return jnp.full(outputs, outputs**-0.5)
+
+    def __call__(
+        self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
+    ) -> tuple[Batch, PyTree]:
+        matrix = self.conv.kernel.reshape(self.conv.kernel.shape[0], -1)
+        fixed = lax.stop_gradient(matrix)
+        right = _unit(statistics @ fixed)
+        if batch_mask is not None:
+            statistics = _unit(fixed @ right)
+        largest = statistics @ matrix @ right
+        conv = eqx.tree_at(lambda conv: conv.kernel, self.conv, self.conv.kernel / largest)
+        return conv(x, None)[0], statistics
+
+
+def _unit(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
 # Normalisation ---------------------------------------------------------------------------------
@@ -529,6 +593,35 @@ def _standardize_backwards(epsilon, residuals, gradient):
 standardize.defvjp(_standardize, _standardize_backwards)
 
 
+@jax.custom_vjp
+def _affine(
+    y: Float[Array, "B *axes"], scale: Float[Array, "*shape"], bias: Float[Array, "*shape"]
+) -> Float[Array, "B *axes"]:
+    """`y * scale + bias`, with both gradients by one reduction where kernels are dear."""
+    return y * scale + bias
+
+
+def _affine_forwards(y, scale, bias):
+    return y * scale + bias, (y, scale)
+
+
+def _affine_backwards(residuals, gradient):
+    y, scale = residuals
+    axes = tuple(range(y.ndim - scale.ndim))
+
+    def apart(gradient, y):
+        return jnp.stack([jnp.sum(gradient * y, axes), jnp.sum(gradient, axes)])
+
+    def together(gradient, y):
+        return jnp.sum(jnp.stack([gradient * y, gradient]), tuple(axis + 1 for axis in axes))
+
+    of_scale, of_bias = by_platform(apart, together, gradient, y)
+    return gradient * scale, of_scale, of_bias
+
+
+_affine.defvjp(_affine_forwards, _affine_backwards)
+
+
 class LayerNorm(AbstractLayer):
     """Layer normalisation (Ba et al. 2016) over the last `len(shape)` axes.
 
@@ -553,7 +646,7 @@ class LayerNorm(AbstractLayer):
     ) -> tuple[Batch, PyTree]:
         rows = x.reshape(-1, self.scale.size)
         y = jnp.reshape(jnp.asarray(standardize(rows, self.epsilon)), x.shape)
-        return y * self.scale + self.bias, None
+        return _affine(y, self.scale, self.bias), None
 
 
 class RunningStatistics(eqx.Module):

@@ -1,7 +1,7 @@
 """Networks by name. To add an encoder: write it in `encoders`, and add a line to a table there."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from .. import spaces
 from ..errors import UnknownNameError, UsageError, check_whole, explained, in_words
 from .encoders import ENCODERS, STEMS, mlp
-from .heads import HEADS
+from .heads import HEADS, Hidden
 from .layers import (
     AbstractLayer,
     ChannelsLast,
@@ -26,9 +26,12 @@ from .layers import (
     output_shape,
 )
 from .network import AbstractQNetwork, Network
-from .recurrent import RECURRENCES
+from .recurrent import RECURRENCES, AbstractRecurrence
 from .team import AgentId, PerAgent
+from .torsos import TORSOS, Simplicial
+from .transformer import GTrXL
 
+MEMORIES: dict[str, Callable[..., AbstractRecurrence]] = RECURRENCES | {"gtrxl": GTrXL}
 INPUT_NORMS = ("none", "batch_norm", "batch_renorm")  # those of `layers.NORMS` that accept bytes
 
 
@@ -60,10 +63,16 @@ def make_network(
     input_scale: float | None = None,
     channels_first: bool | None = None,
     head: str = "linear",
+    head_sizes: Iterable[int] = (),
     init: str | None = None,
+    torso: str = "none",
+    torso_options: Mapping[str, Any] | None = None,
+    simplex_size: int | None = None,
+    simplex_temperature: float = 1.0,
     memory: str = "none",
     memory_size: int = 256,
     num_memory_layers: int = 1,
+    memory_options: Mapping[str, Any] | None = None,
     last_action: bool = True,
     last_reward: bool = False,
     num_agents: int | None = None,
@@ -95,11 +104,20 @@ def make_network(
     - `channels_first`: whether images are `[C, H, W]`; by default, only if they are bytes with
         fewer channels than columns.
     - `head`: `"linear"` or `"dueling"`.
+    - `head_sizes`: of hidden layers in the head; `dueling` has such layers for the value, and
+        others for the advantages.
     - `init`: of the weights, one of `layers.INITIALIZERS`. The default is each encoder's own, then
         `lecun_normal`, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the memory),
         is like CleanRL.
-    - `memory`: `"none"`, or one of `RECURRENCES`, between encoder and head.
+    - `torso`: `"none"`, or one of `TORSOS`, after the encoder, which then has no hidden layers
+        unless `hidden_sizes` says so.
+    - `torso_options`: of the torso's function: `{"size": 512, "num_blocks": 3}` of `multi_skip`.
+    - `simplex_size`: of the groups of features of a simplicial embedding (see
+        `torsos.Simplicial`), which follows encoder and torso; `simplex_temperature`: of its
+        softmax.
+    - `memory`: `"none"`, or one of `MEMORIES`, between encoder and head.
     - `memory_size`, `num_memory_layers`: features of each recurrence, and number of recurrences.
+    - `memory_options`: of the memory's class: `{"context": 128}` of `GTrXL`.
     - `last_action`, `last_reward`: whether the memory also reads these.
     - `num_agents`: of a team, whose agents are lanes, see `team`. `None`: no team.
     - `share_parameters`: whether one network serves all agents of a team, or each has its own;
@@ -116,7 +134,8 @@ def make_network(
         normalize_input = "batch_norm" if normalize_input else "none"
     for kind, given, known in (
         ("head", head, HEADS),
-        ("memory", memory, ("none", *RECURRENCES)),
+        ("torso", torso, ("none", *TORSOS)),
+        ("memory", memory, ("none", *MEMORIES)),
         ("normalize_input", normalize_input, INPUT_NORMS),
     ):
         if given not in tuple(known):  # a tuple also accepts unhashable values
@@ -125,7 +144,10 @@ def make_network(
     if is_normalized and input_scale is not None:
         raise UsageError("normalize_input and input_scale exclude each other: remove one")
     check_whole(memory_size=memory_size, num_memory_layers=num_memory_layers)
+    check_whole(simplex_size=1 if simplex_size is None else simplex_size)
     check_whole(num_values=num_values, num_agents=1 if num_agents is None else num_agents)
+    of_memory = _own_options("memory", memory, MEMORIES, memory_options)
+    of_torso = _own_options("torso", torso, TORSOS, torso_options)
     switches = {"channels_first": channels_first, "agent_id": agent_id}
     switches |= {"last_action": last_action, "last_reward": last_reward}
     for option, switch in switches.items():
@@ -138,6 +160,9 @@ def make_network(
     parts = _parts(name, encoders or {}, observation_space, channels_first)
     if init is not None:
         options["init"] = init
+    of_torso = {k: options[k] for k in ("norm", "activation", "init") if k in options} | of_torso
+    if torso != "none":
+        options = {"hidden_sizes": ()} | options
     options = {
         k: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v
         for k, v in options.items()
@@ -163,20 +188,37 @@ def make_network(
         options=options,
     )
     init = init or "lecun_normal"
+    style = {k: options[k] for k in ("norm", "activation") if k in options}
+    hidden = Hidden(tuple(head_sizes), **style)
 
     def make(key: PRNGKeyArray) -> Network:
         encoder_key, head_key, memory_key = jax.random.split(key, 3)
         encoder, features = make_encoder(encoder_key)
+        further: list[AbstractLayer] = []
+        if torso != "none":
+            torso_key = jax.random.fold_in(encoder_key, 1)
+            further.append(TORSOS[torso](features, key=torso_key, **of_torso))
+            (features,) = output_shape(further[0], (features,))
+        if simplex_size is not None:
+            further.append(Simplicial(simplex_size, float(simplex_temperature)))
+            if features % simplex_size:
+                raise UsageError(
+                    f"simplex_size={simplex_size} does not divide {features} features: change it, "
+                    "or the last of hidden_sizes"
+                )
+        if further:
+            encoder = Sequential((encoder, *further))
         recurrences = []
         if memory != "none":
             features += sum(choices) * last_action + last_reward
             for k in jax.random.split(memory_key, num_memory_layers):
-                recurrences.append(RECURRENCES[memory](features, memory_size, key=k, init=init))
+                layer = MEMORIES[memory](features, memory_size, key=k, init=init, **of_memory)
+                recurrences.append(layer)
                 features = memory_size
         return Network(
             encoder,
             tuple(recurrences),
-            HEADS[head](features, choices, num_values, key=head_key, init=init),
+            HEADS[head](features, choices, num_values, key=head_key, init=init, hidden=hidden),
             choices,
             last_action and memory != "none",
             last_reward and memory != "none",
@@ -187,6 +229,19 @@ def make_network(
         if kinds is None:
             return make(key)
         return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, max(kinds) + 1)), kinds)
+
+
+def _own_options(
+    kind: str, name: str, makers: Mapping[str, Callable], options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Checks the names of a part's own options; those that are `None` keep their default."""
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    takes = inspect.signature(makers[name]).parameters if name in makers else {}
+    known = takes.keys() - {"inputs", "key"} - ({"size", "init"} if kind == "memory" else set())
+    for key in given:
+        if key not in known:
+            raise UnknownNameError(f"option of {kind} '{name}':", key, known)
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
 
 
 _OPTIONS = {

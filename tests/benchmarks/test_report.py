@@ -147,3 +147,17 @@ def test_the_overview_has_a_row_for_each_task_of_the_readme(tmp_path):
     assert ours in row and f"**{speed['ratio']['median']:.1f}×**" in row
     report.draw_overview(read, references, tmp_path / "overview.png")
     assert (tmp_path / "overview.png").stat().st_size > 10_000
+
+
+def test_launches_of_a_program_with_and_without_a_peer():
+    ours = {"update": 3000, "env_step": 10, "gradient_step": 30, "temporary_mb": 12.3}
+    theirs = {"update": 6000, "env_step": 20, "gradient_step": 60, "temporary_mb": 24}
+    alone = {"update": 80, "gradient_step": 79, "temporary_mb": 1500}
+    table = report.launches_table(
+        {"cases": {"a": {"eqx_q": ours, "purejaxql": theirs}, "b": {"eqx_q": alone}}}
+    )
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert rows == [
+        ["a", "3,000 / 6,000", "10 / 20", "30 / 60", "0.50", "12 / 24"],
+        ["b", "80", "", "79", "", "1,500"],
+    ]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from eqx_q.nets.heads import HEADS, dueling
+from eqx_q.nets.heads import HEADS, Hidden, dueling
 
 pytestmark = pytest.mark.quick
 
@@ -37,3 +37,22 @@ def test_a_head_keeps_no_statistics(name):
     values, after = head(X, before)
     assert values.shape == (4, 5, 2) and not jax.tree.leaves(before)
     assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_hidden_layers_of_a_head(name):
+    hidden = Hidden((7, 6), norm="none", activation="tanh")
+    head = HEADS[name](5, (3,), 2, key=jax.random.key(0), init="orthogonal", hidden=hidden)
+    streams = [head.linear] if name == "linear" else [head.value, head.advantage]
+    assert [linear.bias.size for stream in streams for linear in stream.layers[::3]] == (
+        [7, 6, 6] if name == "linear" else [7, 6, 2, 7, 6, 6]
+    )
+    for stream in streams:
+        x = np.asarray(X)
+        for i, layer in enumerate(stream.layers[::3]):
+            weight = layer.weight.T if layer.transposed else layer.weight
+            x = x @ np.asarray(weight) + np.asarray(layer.bias)
+            x = x if i == 2 else np.tanh(x)
+        np.testing.assert_allclose(
+            stream(X, stream.initial_statistics())[0], x, rtol=1e-5, atol=1e-6
+        )

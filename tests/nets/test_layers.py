@@ -1,5 +1,7 @@
 """Every layer against NumPy: values, gradients, statistics, and one copy per seed."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -361,3 +363,52 @@ def test_one_norm_per_seed(name):
         alone = norm(x[i], norm.initial_statistics(), mask)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+# Of BTR ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "size"), [(11, 6), (6, 6), (7, 3), (3, 5)])
+def test_adaptive_max_pool_is_a_loop_over_windows(length, size):
+    x = np.asarray(jax.random.normal(KEY, (2, length, length + 1, 3)))
+    y, _ = layers.AdaptiveMaxPool(size)(jnp.asarray(x), None)
+    expected = np.empty((2, size, size, 3), np.float32)
+    for i in range(size):
+        for j in range(size):
+            rows = slice(math.floor(i * length / size), math.ceil((i + 1) * length / size))
+            wide = length + 1
+            columns = slice(math.floor(j * wide / size), math.ceil((j + 1) * wide / size))
+            expected[:, i, j] = x[:, rows, columns].max((1, 2))
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_spectral_norm_divides_by_the_largest_singular_value():
+    conv = layers.Conv(3, 5, 3, key=KEY)
+    layer = layers.SpectralNorm(conv)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    statistics = layer.initial_statistics()
+    step = jax.jit(lambda statistics: layer(x, statistics, jnp.ones(2, bool)))
+    for _ in range(50):
+        y, statistics = step(statistics)
+    largest = np.linalg.svd(conv.kernel.reshape(5, -1), compute_uv=False)[0]
+    np.testing.assert_allclose(y, conv(x, None)[0] / largest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(statistics), 1, rtol=1e-5)
+    acting, kept = layer(x, statistics)
+    np.testing.assert_allclose(acting, y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(kept, statistics)  # acting does not change it
+
+    # Its gradient, against finite differences of the exact quotient.
+    direction = jax.random.normal(jax.random.key(2), conv.kernel.shape)
+
+    def loss(kernel):
+        moved = eqx.tree_at(lambda layer: layer.conv.kernel, layer, kernel)
+        return jnp.sum(jnp.sin(moved(x, statistics)[0]))
+
+    def exact(by):
+        kernel = np.float64(conv.kernel) + by * np.float64(direction)
+        kernel /= np.linalg.svd(kernel.reshape(5, -1), compute_uv=False)[0]
+        normed = eqx.tree_at(lambda c: c.kernel, conv, jnp.asarray(kernel, jnp.float32))
+        return float(np.sum(np.sin(np.float64(normed(x, None)[0]))))
+
+    slope = float(jnp.sum(jax.grad(loss)(conv.kernel) * direction))
+    assert slope == pytest.approx((exact(1e-2) - exact(-1e-2)) / 2e-2, rel=2e-2)
