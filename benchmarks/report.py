@@ -508,8 +508,8 @@ def report(results: Path, into: Path) -> str:
         parts += ["## Speed of conversion", conversion_table(result), of_what, _origin(result)]
     if "launches" in read:
         of_what = (
-            "Kernels and library calls in XLA's program for an H200, ours / purejaxql's. Small agents "
-            "on a GPU are bound by their number."
+            "Kernels and library calls in XLA's program for an H200, ours / purejaxql's. Small "
+            "agents on a GPU are bound by their number."
         )
         result = read["launches"]
         parts += ["## Launches on a GPU", of_what, launches_table(result), _origin(result)]
