@@ -509,7 +509,8 @@ def report(results: Path, into: Path) -> str:
     if "launches" in read:
         of_what = (
             "Kernels and library calls in XLA's program for an H200, ours / purejaxql's. Small "
-            "agents on a GPU are bound by their number."
+            "agents on a GPU are bound by their number. Loops whose length is not known when "
+            "compiling count once, and of conditionals all branches."
         )
         result = read["launches"]
         parts += ["## Launches on a GPU", of_what, launches_table(result), _origin(result)]

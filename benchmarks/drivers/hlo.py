@@ -35,7 +35,8 @@ class Loop(NamedTuple):
     """A loop of a program; the program itself is a loop of one trip.
 
     **Fields:** `trips`: `None` if not known when compiling, which counts as 1; `launches`: of one
-    trip, with inner loops multiplied out; `loops`: directly inside.
+    trip, with inner loops multiplied out, and of all branches of a conditional; `loops`: directly
+    inside.
     """
 
     trips: int | None

@@ -142,12 +142,13 @@ class Actions(eqx.Module):
     def take(
         self, x: Float[Array, "*lanes A K"], index: Int[Array, "*lanes F"]
     ) -> Float[Array, "*lanes F K"]:
-        """Selects the entries of each factor's chosen choice."""
-        choices = np.asarray(self.choices)
-        place = index + jnp.asarray(np.cumsum(choices) - choices, index.dtype)
+        """Selects the entries of each factor's chosen choice; NaN for a choice that is none."""
+        by_factor = self.by_factor(jnp.moveaxis(x, -1, -2), 0.0)
         # As a sum, since its gradient then is no scatter, which would take three kernels.
-        is_taken = place[..., None] == jnp.arange(self.num_choices)
-        return jnp.sum(jnp.where(is_taken[..., None], x[..., None, :, :], 0.0), axis=-2)
+        is_taken = index[..., None, :, None] == jnp.arange(by_factor.shape[-1])
+        taken = jnp.sum(jnp.where(is_taken, by_factor, 0.0), axis=-1)
+        is_choice = (index >= 0) & (index < np.asarray(self.choices))
+        return jnp.moveaxis(jnp.where(is_choice[..., None, :], taken, jnp.nan), -2, -1)
 
     @property
     def _starts(self) -> Int[np.ndarray, "#F"]:

@@ -59,7 +59,7 @@ def _squares(*arrays: Array) -> Float[Array, ""]:
 
 
 def _squares_at_once(*arrays: Array) -> Float[Array, ""]:
-    return _squares(jnp.concatenate([x.reshape(-1) for x in arrays]))
+    return _squares() if not arrays else _squares(jnp.concatenate([x.reshape(-1) for x in arrays]))
 
 
 def averaged_scan(

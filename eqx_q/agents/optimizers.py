@@ -89,7 +89,8 @@ class Optimizer(Part):
     @property
     def is_elementwise(self) -> bool:
         """Whether it updates every number on its own, whichever array holds it."""
-        return self.transformation in _ELEMENTWISE and "mask" not in dict(self.settings)
+        has_mask = any(name.endswith("mask") for name, _ in self.settings)
+        return self.transformation in _ELEMENTWISE and not has_mask
 
     def init(self, parameters: PyTree) -> PyTree:
         """The state before the first step."""

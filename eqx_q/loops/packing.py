@@ -7,20 +7,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped, UInt32
 
+from ..errors import UsageError
+
 _WORDS = (jnp.bool_, jnp.int32, jnp.uint32, jnp.float32)
 
 
 class Packed(eqx.Module):
-    """A tree of arrays, whose leaves with one number per lane share one array.
+    """A tree of arrays, whose leaves with one flag or 32-bit number per lane share an array.
 
     A GPU reads and writes all of them with one kernel, instead of one each.
 
-    **Attributes:** `words`: of these leaves, bit by bit; `arrays`: the other leaves.
+    **Attributes:** `words`: of these leaves, bit by bit; `arrays`: the other leaves; `dtypes`: of
+    each leaf in `words`, else `None`.
     """
 
     words: UInt32[Array, "*steps leaves N"]
     arrays: tuple[Array, ...]
-    dtypes: tuple[Any, ...] = eqx.field(static=True)  # of each leaf in words, else `None`
+    dtypes: tuple[Any, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
 
     @classmethod
@@ -51,12 +54,33 @@ class Packed(eqx.Module):
         return jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), self)
 
     def write(self, step: int | Int[Array, ""], packed: "Packed") -> "Packed":
-        """The record with this tree at `step`. In a loop it is written in place."""
+        """The record with this tree at `step`. In a loop it is written in place.
+
+        **Raises:** `UsageError` if its types or shapes are not those of the record.
+        """
+        check_alike(jax.eval_shape(lambda: self.at(0).tree), jax.eval_shape(lambda: packed.tree))
         return jax.tree.map(lambda record, x: record.at[step].set(x), self, packed)
 
     def at(self, step: int | Int[Array, ""]) -> "Packed":
         """The tree at `step` of a record."""
         return jax.tree.map(lambda record: record[step], self)
+
+
+def check_alike(first: PyTree, later: PyTree) -> None:
+    """Raises `UsageError` if a later step has other leaves, types or shapes than the first."""
+
+    def kinds(tree: PyTree) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+    before, after = kinds(first), kinds(later)
+    for name in before.keys() | after.keys():
+        if before.get(name) != after.get(name):
+            raise UsageError(
+                f"a timestep differs from the first one: {name} is {after.get(name)}, not "
+                f"{before.get(name)}; let the environment's reset and step return the same types "
+                "and shapes"
+            )
 
 
 def _as_word(x: Shaped[Array, " N"]) -> UInt32[Array, " N"]:

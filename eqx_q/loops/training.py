@@ -194,10 +194,10 @@ def _collect(
 
     pack = functools.partial(Packed.of, num_lanes=env.num_envs)
     memory, timestep = run_state.memory, run_state.timestep
-    decision = jax.eval_shape(lambda: decide(agent, timestep, memory))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decision)
+    decision = jax.eval_shape(lambda: decide(agent, timestep, memory, key=key))
+    none_yet = (jnp.zeros(x.shape, x.dtype) for x in (decision.action, decision.value))
     # A row is a timestep, with the decision that led to it.
-    row = pack((timestep, (nothing.action, nothing.value)))
+    row = pack((timestep, tuple(none_yet)))
     record = row.blank(length + 1).write(0, row)
     carry = (pack(run_state.env_state), timestep.obs, memory, memory if overlap else None, record)
     keys = jax.vmap(jax.random.split)(jax.random.split(key, length))

@@ -264,6 +264,8 @@ def impala(
     - `pool_size`: rows and columns that are left by a last `layers.AdaptiveMaxPool`.
     """
     check_whole(pool_size=1 if pool_size is None else pool_size)
+    if not isinstance(spectral_norm, bool):
+        raise UsageError(f"spectral_norm={spectral_norm!r}: give true or false")
     height, width, inputs = _image_shape(shape, channels_first, smallest=8)
     dense_key, *keys = jax.random.split(key, 1 + len(channels))
     raw: dict[str, Any] = {"input_scale": input_scale, "channels_first": channels_first}
@@ -275,10 +277,11 @@ def impala(
         height, width = -(-height // 2), -(-width // 2)
         layers.append(conv(inputs, size, 3, key=first_key, **raw))
         layers.append(MaxPool(3, 2))
-        convs = [conv(size, size, 3, key=k) for k in block_keys]
-        if spectral_norm:
-            convs = map(SpectralNorm, convs)
-        halves = [(*style.activate((height, width, size)), each) for each in convs]
+        wrap = SpectralNorm if spectral_norm else lambda layer: layer
+        halves = [
+            (*style.activate((height, width, size)), wrap(conv(size, size, 3, key=k)))
+            for k in block_keys
+        ]
         for first, second in (halves[:2], halves[2:]):
             layers.append(Residual(Sequential((*first, *second))))
         inputs, raw = size, {}

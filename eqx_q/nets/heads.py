@@ -63,7 +63,7 @@ class Dueling(AbstractLayer):
 
 
 class Hidden(NamedTuple):
-    """Hidden layers of a head: their sizes, normalisation and activation, as in encoders."""
+    """Hidden layers of a head: their sizes, normalisation and activation."""
 
     sizes: tuple[int, ...] = ()
     norm: str = "layer_norm"

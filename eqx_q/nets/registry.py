@@ -81,7 +81,7 @@ def make_network(
     agent_id: bool = True,
     **options: Any,
 ) -> AbstractQNetwork:
-    """Makes a shipped network: input, encoder, memory, head.
+    """Makes a shipped network: input, encoder, torso, memory, head.
 
     If an observation has several parts, each has an encoder without hidden layers; their features
     are concatenated, and hidden layers follow. The defaults of these are those of the first image's
@@ -107,7 +107,7 @@ def make_network(
     - `head_sizes`: of hidden layers in the head; `dueling` has such layers for the value, and
         others for the advantages.
     - `init`: of the weights, one of `layers.INITIALIZERS`. The default is each encoder's own, then
-        `lecun_normal`, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in the memory),
+        `lecun_normal`, like purejaxql; `"orthogonal"`, with gain √2 everywhere (1 in GRU and LSTM),
         is like CleanRL.
     - `torso`: `"none"`, or one of `TORSOS`, after the encoder, which then has no hidden layers
         unless `hidden_sizes` says so.
@@ -188,8 +188,6 @@ def make_network(
         options=options,
     )
     init = init or "lecun_normal"
-    style = {k: options[k] for k in ("norm", "activation") if k in options}
-    hidden = Hidden(tuple(head_sizes), **style)
 
     def make(key: PRNGKeyArray) -> Network:
         encoder_key, head_key, memory_key = jax.random.split(key, 3)
@@ -204,7 +202,7 @@ def make_network(
             if features % simplex_size:
                 raise UsageError(
                     f"simplex_size={simplex_size} does not divide {features} features: change it, "
-                    "or the last of hidden_sizes"
+                    "or the size of the last layer before it"
                 )
         if further:
             encoder = Sequential((encoder, *further))
@@ -225,7 +223,10 @@ def make_network(
         )
 
     told = options if input_scale is None else {**options, "input_scale": input_scale}
+    told = {**told, "head_sizes": head_sizes} if head_sizes else told
     with explained(f"network '{name}' cannot have {in_words(told)}"):
+        style = {k: options[k] for k in ("norm", "activation") if k in options}
+        hidden = Hidden(tuple(head_sizes), **style)
         if kinds is None:
             return make(key)
         return PerAgent(eqx.filter_vmap(make)(jax.random.split(key, max(kinds) + 1)), kinds)
@@ -235,6 +236,8 @@ def _own_options(
     kind: str, name: str, makers: Mapping[str, Callable], options: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Checks the names of a part's own options; those that are `None` keep their default."""
+    if not isinstance(options, Mapping | None):
+        raise UsageError(f"{kind}_options={options}: give a mapping of options to values")
     given = {key: value for key, value in (options or {}).items() if value is not None}
     takes = inspect.signature(makers[name]).parameters if name in makers else {}
     known = takes.keys() - {"inputs", "key"} - ({"size", "init"} if kind == "memory" else set())

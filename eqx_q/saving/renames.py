@@ -41,6 +41,7 @@ NEW: dict[str, Fields] = {
     "eqx_q.types:TimeStep": {"global_state": None},
     "eqx_q.types:Rollout": {"weight": None},
     "eqx_q.nets.network:FromModule": {"num_values": 1},
+    "eqx_q.nets.layers:MaxPool": {"padding": "SAME"},
 }
 
 
@@ -74,6 +75,8 @@ def _num_outputs(layer: Any) -> tuple[int]:
 
 
 def _dueling(reference: str, fields: Fields) -> tuple[str, Fields]:
+    if "choices" in fields:
+        return reference, fields
     return reference, {"choices": _num_outputs(fields["advantage"])} | fields
 
 

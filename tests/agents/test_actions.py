@@ -182,6 +182,9 @@ def test_what_belongs_to_a_choice(space):
     for i, j, factor in np.ndindex(2, 7, actions.num_factors):
         expected = x[i, j, before[factor] + index[i, j, factor]]
         np.testing.assert_array_equal(taken[i, j, factor], expected)
+    for wrong in (-1, max(actions.choices)):  # of an action outside the space
+        outside = actions.take(jnp.asarray(x), jnp.full_like(index, wrong, jnp.int32))
+        assert np.all(np.isnan(outside))
 
 
 def model_of(space, value):

@@ -10,7 +10,9 @@ from networks import make
 
 from eqx_q.errors import UsageError
 from eqx_q.nets import FromModule, PerAgent, make_network
+from eqx_q.nets.layers import MaxPool
 from eqx_q.saving.renames import like, todays
+from eqx_q.saving.structure import decode, encode
 
 KEY = jax.random.key(0)
 VECTOR = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
@@ -47,6 +49,26 @@ def test_networks_with_and_without_memory(memory, head, num_members):
         reference = "recurrent:Recurrent"
     name, fields = today(reference, fields)
     assert name == "Network" and eqx.tree_equal(fields, dict(vars(network)))
+
+
+def test_pooling_had_the_padding_of_same():
+    pool = MaxPool(3, 2)
+    assert today("layers:MaxPool", {"window": 3, "stride": 2}) == ("MaxPool", vars(pool))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("impala", {"channels": (4,), "spectral_norm": True, "pool_size": 2}),
+        ("gamma_hadamax", {"head": "dueling", "head_sizes": (6,)}),
+        ("mlp", {"torso": "multi_skip", "torso_options": {"size": 8}, "simplex_size": 4}),
+        ("mlp", {"memory": "gtrxl", "memory_size": 8, "memory_options": {"context": 2}}),
+    ],
+)
+def test_todays_networks_are_saved_and_loaded(name, options):
+    space = VECTOR if name == "mlp" else gymnasium.spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    network = make(name, space, 2, key=KEY, hidden_sizes=(4,), **options)
+    assert eqx.tree_equal(decode(*encode(network), "test"), network)
 
 
 def test_quantiles():

@@ -19,6 +19,8 @@ SPACES = {
     "minatar_cnn": gymnasium.spaces.Box(0, 1, (10, 10, 4), np.float32),
     "grid_cnn": gymnasium.spaces.Box(0, 255, (5, 5, 3), np.uint8),
     "nature_cnn": gymnasium.spaces.Box(0, 255, (2, 36, 36), np.uint8),
+    "gamma": gymnasium.spaces.Box(0, 255, (2, 36, 36), np.uint8),
+    "gamma_hadamax": gymnasium.spaces.Box(0, 255, (2, 36, 36), np.uint8),
     "impala": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
     "hadamax": gymnasium.spaces.Box(0, 255, (4, 12, 12), np.uint8),
 }
