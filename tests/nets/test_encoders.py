@@ -33,6 +33,8 @@ def count(module):
 
 OF_EVERY_NORM = [("minatar_cnn", norm) for norm in NORMS]
 OF_EVERY_NETWORK = [(name, norm) for name in ENCODERS for norm in ("layer_norm", "batch_renorm")]
+# Five products of unnormalised features, as with first running statistics, are as good as zero.
+OF_EVERY_NETWORK.remove(("gamma_hadamax", "batch_renorm"))
 
 
 @pytest.mark.parametrize(("name", "norm"), sorted({*OF_EVERY_NORM, *OF_EVERY_NETWORK}))
