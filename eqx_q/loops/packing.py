@@ -58,7 +58,7 @@ class Packed(eqx.Module):
 
         **Raises:** `UsageError` if its types or shapes are not those of the record.
         """
-        check_alike(jax.eval_shape(lambda: self.at(0).tree), jax.eval_shape(lambda: packed.tree))
+        _check_alike(jax.eval_shape(lambda: self.at(0).tree), jax.eval_shape(lambda: packed.tree))
         return jax.tree.map(lambda record, x: record.at[step].set(x), self, packed)
 
     def at(self, step: int | Int[Array, ""]) -> "Packed":
@@ -66,7 +66,7 @@ class Packed(eqx.Module):
         return jax.tree.map(lambda record: record[step], self)
 
 
-def check_alike(first: PyTree, later: PyTree) -> None:
+def _check_alike(first: PyTree, later: PyTree) -> None:
     """Raises `UsageError` if a later step has other leaves, types or shapes than the first."""
 
     def kinds(tree: PyTree) -> dict[str, str]:

@@ -12,7 +12,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 _REDRAW = "CRAFTAX_RELOAD_TEXTURES"
@@ -43,6 +42,9 @@ def _in_turn(name: str) -> Iterator[None]:
     """Waits until no other process of this user on this machine is in a block of this name."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a directory that cannot be written, or has no locks
-            lock = stack.enter_context(Path(tempfile.gettempdir(), name).open("w"))
+            # The directory is everybody's: a link there must not lead to another file.
+            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW
+            lock = os.open(os.path.join(tempfile.gettempdir(), name), flags, 0o600)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,9 @@
 """A package that keeps a file as Craftax does, imported by several processes at once."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -34,7 +36,8 @@ def package(tmp_path, monkeypatch):
     (directory / "__init__.py").touch()
     (directory / "constants.py").write_text(textwrap.dedent(PACKAGE))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of other processes
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield directory
     load_constants.cache_clear()
     for name in [name for name in sys.modules if name.startswith("textured_game")]:
@@ -56,6 +59,14 @@ def test_textures_that_cannot_be_read_are_drawn_again(package):
     (package / "textures").write_text("all ")
     assert load_constants("textured_game").kept.read_text() == "all of them"
     assert (package / "begun").read_text() == "drawn "
+
+
+def test_a_link_in_the_place_of_the_lock_leads_nowhere(package, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("a trained agent")
+    (tmp_path / f"eqx_q-textured_game-{os.getuid()}.lock").symlink_to(kept)
+    load_constants("textured_game")
+    assert kept.read_text() == "a trained agent"
 
 
 def test_what_fails_for_another_reason_fails_at_once(package):
