@@ -55,6 +55,7 @@ class QAgent(Agent):
     statistics: AbstractVar[PyTree[Array]]
     optimizer_state: AbstractVar[PyTree[Array]]
     bins: AbstractVar[Bins]
+    precision: AbstractVar[str]
     epsilon: AbstractVar[Float[Array, ""]]
 
     @property
@@ -70,7 +71,14 @@ class QAgent(Agent):
     @property
     def model(self) -> Model:
         """The agent's computation as a `Model`."""
-        return Model(self.network, self.mixer, self.value, self.actions, self.observation_space)
+        return Model(
+            self.network,
+            self.mixer,
+            self.value,
+            self.actions,
+            self.observation_space,
+            self.precision,
+        )
 
     @property
     def num_members(self) -> None:

@@ -13,6 +13,7 @@ from .. import spaces
 from ..errors import UsageError, check_whole, explained
 from ..nets import AbstractQNetwork, Inputs, NetworkOutput, as_network, make_network
 from ..nets.parameters import split_parameters
+from ..nets.precision import check_precision
 from ..types import Observation
 from .actions import Actions, as_bins
 from .exploration import AbstractExploration, make_exploration
@@ -38,6 +39,7 @@ def make_parts(
     mixer: Choice | AbstractMixer,
     exploration: Choice | AbstractExploration,
     optimizer: AnyOptimizer,
+    precision: str,
 ) -> dict[str, Any]:
     """Makes an agent's parts and their initial state, as fields of the agent.
 
@@ -55,10 +57,13 @@ def make_parts(
     - `value`, `mixer`, `exploration`, `optimizer`: each a name, a mapping with `name` and options,
         or an object.
     - `bins`: see `Actions`.
+    - `precision`: of the products in the network, `"float32"` or `"bfloat16"`; see
+        `eqx_q.nets.precision`.
 
     **Raises:** `UsageError` for spaces, names, options or sizes that do not work together.
     """
     check_whole(num_agents=1 if num_agents is None else num_agents)
+    check_precision(precision)
     observation_space = spaces.of_observations(observation_space)
     actions = Actions(spaces.of_actions(action_space), as_bins(bins))
     value = make_value(value)
@@ -103,6 +108,7 @@ def make_parts(
         "observation_space": observation_space,
         "action_space": actions.space,
         "bins": actions.bins,
+        "precision": precision,
         "num_agents": num_agents,
     }
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..nets.layers import by_platform
+from ..nets.platforms import by_platform
 from ..types import Scalar
 from .compact import AS_IT_IS, Layout
 from .optimizers import Optimizer

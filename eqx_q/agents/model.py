@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .. import spaces
 from ..errors import explained
 from ..nets import AbstractQNetwork, Inputs, NetworkOutput
+from ..nets.precision import products_in
 from ..types import AnyArray, Observation, TimeStep
 from .actions import Actions
 from .mixers import AbstractMixer
@@ -49,6 +50,7 @@ class Model(eqx.Module):
     value: AbstractValue
     actions: Actions
     observation_space: spaces.Space = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
 
     def having(self, network: AbstractQNetwork, mixer: AbstractMixer) -> "Model":
         """The same model with this network and mixer."""
@@ -72,7 +74,13 @@ class Model(eqx.Module):
             if last_reward is not None:
                 last_reward = jnp.where(first, 0.0, last_reward)
         inputs = Inputs(obs, first, last_action, last_reward, batch_mask)
-        return self.network(inputs, statistics, memory)
+        return self._apply(inputs, statistics, memory)
+
+    def _apply(
+        self, inputs: Inputs, statistics: PyTree[Array], memory: PyTree[Array]
+    ) -> NetworkOutput:
+        with products_in(self.precision):
+            return self.network(inputs, statistics, memory)
 
     def evaluate(
         self,
@@ -84,7 +92,7 @@ class Model(eqx.Module):
         lengths = spaces.leading_axes(self.observation_space, obs)
         mask = None if acting is None else acting.reshape(1, -1)
         rows = spaces.as_rows(self.observation_space, obs, 1, -1)
-        output = self.network(Inputs(rows, batch_mask=mask), statistics, ())
+        output = self._apply(Inputs(rows, batch_mask=mask), statistics, ())
         values = output.values.reshape(*lengths, *output.values.shape[2:])
         return Unrolled(values, output.memory, output.statistics, output.features)
 

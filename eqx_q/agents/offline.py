@@ -67,7 +67,8 @@ class OfflineQ(QAgent):
 
     **Attributes:**
 
-    - `network`, `mixer`, `value`, `exploration`, `optimizer`, `bins`: its parts; see `create`.
+    - `network`, `mixer`, `value`, `exploration`, `optimizer`, `bins`, `precision`: its parts;
+        see `create`.
     - `target_network`, `target_mixer`: copies of the trained parts.
     - `batch_size`: transitions, or sequences, in one update.
     - `n_step`: steps of each transition.
@@ -109,6 +110,7 @@ class OfflineQ(QAgent):
     observation_space: Space = eqx.field(static=True)
     action_space: Leaf = eqx.field(static=True)
     bins: Bins = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     n_step: int = eqx.field(static=True)
@@ -133,6 +135,7 @@ class OfflineQ(QAgent):
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
         optimizer: AnyOptimizer = "adam",
+        precision: str = "float32",
         batch_size: int = 32,
         n_step: int = 1,
         sequence_length: int | None = None,
@@ -152,7 +155,8 @@ class OfflineQ(QAgent):
         **Arguments:**
 
         - `observation_space`, `action_space`, `num_agents`, `state_size`, `network`,
-            `network_options`, `value`, `bins`, `mixer`, `exploration`, `optimizer`: see
+            `network_options`, `value`, `bins`, `mixer`, `exploration`, `optimizer`,
+            `precision`: see
             `eqx_q.agents.assembly.make_parts`. The network may come from a trained PQN.
         - `key`: for the parameters.
         - `value`, `optimizer`: the class's `defaults` give the defaults of their `td_loss` and
@@ -194,6 +198,7 @@ class OfflineQ(QAgent):
             mixer=mixer,
             exploration=exploration,
             optimizer=with_default(optimizer, OPTIMIZERS, eps=cls.defaults.eps),
+            precision=precision,
         )
         has_memory = bool(jax.tree.leaves(parts["network"].initial_memory(num_agents or 1)))
         if sequence_length is None and (has_memory or num_agents is not None):

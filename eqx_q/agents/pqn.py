@@ -52,7 +52,8 @@ class PQN(QAgent):
 
     **Attributes:**
 
-    - `network`, `mixer`, `value`, `exploration`, `optimizer`, `bins`: its parts; see `create`.
+    - `network`, `mixer`, `value`, `exploration`, `optimizer`, `bins`, `precision`: its parts;
+        see `create`.
     - `rollout_length`: steps per lane in one update.
     - `burn_in`: steps before those, to warm up memory with the current parameters: nothing is
         learnt from them, and no gradient flows through them (R2D2, Kapturowski et al. 2019, §3).
@@ -95,6 +96,7 @@ class PQN(QAgent):
     observation_space: Space = eqx.field(static=True)
     action_space: Leaf = eqx.field(static=True)
     bins: Bins = eqx.field(static=True)
+    precision: str = eqx.field(static=True)
     num_agents: int | None = eqx.field(static=True)
     rollout_length: int = eqx.field(static=True)
     burn_in: int = eqx.field(static=True)
@@ -118,6 +120,7 @@ class PQN(QAgent):
         mixer: Choice | AbstractMixer = "independent",
         exploration: Choice | AbstractExploration = "epsilon_greedy",
         optimizer: AnyOptimizer = "radam",
+        precision: str = "float32",
         rollout_length: int = 32,
         burn_in: int = 0,
         num_epochs: int = 2,
@@ -139,7 +142,8 @@ class PQN(QAgent):
         **Arguments:**
 
         - `observation_space`, `action_space`, `num_agents`, `state_size`, `network`,
-            `network_options`, `value`, `bins`, `mixer`, `exploration`, `optimizer`: see
+            `network_options`, `value`, `bins`, `mixer`, `exploration`, `optimizer`,
+            `precision`: see
             `eqx_q.agents.assembly.make_parts`.
         - `key`: for the parameters.
         - `learning_rate_end`: by default the learning rate stays constant.
@@ -181,6 +185,7 @@ class PQN(QAgent):
             mixer=mixer,
             exploration=exploration,
             optimizer=optimizer,
+            precision=precision,
         )
         agent = cls(
             env_steps=Count.of(0),

@@ -21,6 +21,8 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..errors import UnknownNameError
+from .platforms import by_platform
+from .precision import in_bfloat16, product
 
 Padding: TypeAlias = Literal["VALID", "SAME"]
 Lowering: TypeAlias = Literal["auto", "patches", "conv"]
@@ -78,17 +80,6 @@ def output_shape(layer: AbstractLayer, shape: tuple[int, ...]) -> tuple[int, ...
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     y, _ = jax.eval_shape(lambda x: layer(x, layer.initial_statistics()), x)
     return y.shape[1:]
-
-
-def by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *args: Array) -> Array:
-    """`cpu(*args)` in a program for CPUs, else `default(*args)`.
-
-    The choice is made when the program is lowered for a device, not when it is traced. So it is
-    right for an agent that is exported, compiled ahead or moved to another device. The program
-    contains only the chosen branch.
-    """
-    # Wrapped in functions, since JAX hashes them, and a module's methods are not hashable.
-    return lax.platform_dependent(*args, cpu=lambda *a: cpu(*a), default=lambda *a: default(*a))
 
 
 # Composition -----------------------------------------------------------------------------------
@@ -376,8 +367,7 @@ class Linear(AbstractLayer):
     def __call__(
         self, x: Batch, statistics: PyTree, batch_mask: BatchMask = None
     ) -> tuple[Batch, PyTree]:
-        dimensions = (((x.ndim - 1,), (1 if self.transposed else 0,)), ((), ()))
-        return lax.dot_general(x, self.weight, dimensions) + self.bias, None
+        return product(x, self.weight, transposed=self.transposed) + self.bias, None
 
 
 def _as_words(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -496,7 +486,10 @@ class Conv(AbstractLayer):
         layout = ("NCHW" if self.channels_first else "NHWC", "OHWI", "NHWC")
         x = x.astype(kernel.dtype)
         x = x if self.input_scale == 1 else x * self.input_scale  # as part of what makes the batch
+        if in_bfloat16():  # cuDNN rounds the result, too
+            x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
         y = lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout)
+        y = y.astype(jnp.float32)
         # Else XLA makes the bias an argument of cuDNN, for which a kernel has to cut it out of the
         # vector that biases are trained in.
         return lax.optimization_barrier(y)
@@ -523,7 +516,7 @@ class Conv(AbstractLayer):
         if self.channels_first:
             kernel = jnp.swapaxes(kernel, -1, -2)
         kernel = kernel.reshape(outputs, -1)
-        return lax.dot_general(rows.astype(kernel.dtype), kernel, (((3,), (1,)), ((), ())))
+        return product(rows.astype(kernel.dtype), kernel, transposed=True)
 
 
 class SpectralNorm(AbstractLayer):
@@ -563,11 +556,11 @@ def _unit(x: Float[Array, "n"]) -> Float[Array, "n"]:
 def _row_means(x: Float[Array, "rows features"]) -> Float[Array, "rows 1"]:
     """Means of rows; on CPU a matrix product, since XLA's reductions are several times slower."""
 
-    def product(x):
+    def weighted(x):
         features = x.shape[-1]
         return x @ jnp.full((features, 1), 1 / features, x.dtype)
 
-    return by_platform(product, lambda x: jnp.mean(x, axis=-1, keepdims=True), x)
+    return by_platform(weighted, lambda x: jnp.mean(x, axis=-1, keepdims=True), x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

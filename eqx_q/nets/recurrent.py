@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .layers import Linear, by_platform
+from .layers import Linear
+from .platforms import by_platform
+from .precision import Multiply, multiplication
 
 Sequence: TypeAlias = Float[Array, "T B ..."]
 Start: TypeAlias = Bool[Array, "T B"]
@@ -57,9 +59,10 @@ Gates: TypeAlias = tuple[Float[Array, "*steps B size"], ...]
 Cell: TypeAlias = Callable[[Gates, Gates, tuple[Array, ...]], tuple[Array, ...]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _unroll(
     cell: Cell,
+    multiply: Multiply,
     weights: tuple[Float[Array, "size size"], ...],
     biases: tuple[Float[Array, "size"], ...],
     x: Gates,
@@ -72,14 +75,16 @@ def _unroll(
     all steps and lanes. Differentiating the forward scan would instead add a small product per step
     to an array of the weight's size.
     """
-    return _unroll_forwards(cell, weights, biases, x, state, first)[0]
+    return _unroll_forwards(cell, multiply, weights, biases, x, state, first)[0]
 
 
-def _unroll_forwards(cell, weights, biases, x, state, first):
+def _unroll_forwards(cell, multiply, weights, biases, x, state, first):
     def step(state, inputs):
         x, first = inputs
         state = _forget(state, first)
-        hidden = tuple(state[0] @ w + b for w, b in zip(weights, biases, strict=True))
+        hidden = tuple(
+            multiply(state[0], w, ((1,), (0,))) + b for w, b in zip(weights, biases, strict=True)
+        )
         state = cell(x, hidden, state)
         return state, (hidden, state)
 
@@ -88,7 +93,7 @@ def _unroll_forwards(cell, weights, biases, x, state, first):
     return (states[0], last), (weights, x, hidden, before, first)
 
 
-def _unroll_backwards(cell, residuals, gradients):
+def _unroll_backwards(cell, multiply, residuals, gradients):
     weights, x, hidden, before, first = residuals
     before = _forget(before, first)
     transposed = [weight.T for weight in weights]  # once, not at every step
@@ -98,20 +103,20 @@ def _unroll_backwards(cell, residuals, gradients):
         gradient = (gradient[0] + output, *gradient[1:])
         _, backwards = jax.vjp(cell, x, hidden, before)
         x, hidden, gradient = backwards(gradient)
-        through = sum(h @ w for h, w in zip(hidden, transposed, strict=True))
+        through = sum(multiply(h, w, ((1,), (0,))) for h, w in zip(hidden, transposed, strict=True))
         gradient = (gradient[0] + through, *gradient[1:])
         return _forget(gradient, first), (x, hidden)
 
     outputs, last = gradients
     inputs = (x, hidden, before, first, outputs)
     start, (x, hidden) = lax.scan(step, last, inputs, reverse=True)
-    weights = tuple(jnp.einsum("tbi,tbj->ij", before[0], h) for h in hidden)
+    weights = tuple(multiply(before[0], h, ((0, 1), (0, 1))) for h in hidden)
     return weights, tuple(jnp.sum(h, (0, 1)) for h in hidden), x, start, None
 
 
 _unroll.defvjp(_unroll_forwards, _unroll_backwards)
 # Without this, every call outside a compiled program would recompile the scan.
-_unroll_compiled = jax.jit(_unroll, static_argnums=0)
+_unroll_compiled = jax.jit(_unroll, static_argnums=(0, 1))
 
 
 def _split(x: Float[Array, "*rows gates"], num_gates: int) -> Gates:
@@ -173,6 +178,7 @@ class GRU(AbstractRecurrence):
         zeros = jnp.zeros_like(self.bias)
         y, (memory,) = _unroll_compiled(
             _gru_cell,
+            multiplication(),
             _split(self.weight, 3),
             (zeros, zeros, self.bias),
             _split(projected, 3),
@@ -219,7 +225,13 @@ class LSTM(AbstractRecurrence):
         projected, _ = self.projection(x, None)
         zeros = jnp.zeros(self.weight.shape[0])  # the projection has a bias already
         return _unroll_compiled(
-            _lstm_cell, _split(self.weight, 4), (zeros,) * 4, _split(projected, 4), memory, first
+            _lstm_cell,
+            multiplication(),
+            _split(self.weight, 4),
+            (zeros,) * 4,
+            _split(projected, 4),
+            memory,
+            first,
         )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..errors import UsageError, check_whole
 from .layers import LayerNorm, Linear
+from .precision import product
 from .recurrent import AbstractRecurrence, Sequence, Start
 
 
@@ -37,9 +38,9 @@ class Gate(eqx.Module):
 
     def __call__(self, x: Sequence, y: Sequence) -> Sequence:
         y_reset, y_update, y_new = jnp.split(self.output(y, None)[0], 3, axis=-1)
-        x_reset, x_update = jnp.split(x @ self.update, 2, axis=-1)
+        x_reset, x_update = jnp.split(product(x, self.update), 2, axis=-1)
         reset, update = jax.nn.sigmoid(y_reset + x_reset), jax.nn.sigmoid(y_update + x_update)
-        new = jnp.tanh(y_new + (reset * x) @ self.reset)
+        new = jnp.tanh(y_new + product(reset * x, self.reset))
         return (1 - update) * x + update * new
 
 
@@ -147,7 +148,7 @@ class GTrXL(AbstractRecurrence):
         normed, _ = self.norms[0](seen, None)
         query = heads(self.query(normed[-num_steps:], None)[0])
         key, value = map(heads, jnp.split(self.key_and_value(normed, None)[0], 2, axis=-1))
-        position = heads(_sinusoids(self.context + 1, seen.shape[-1]) @ self.position)
+        position = heads(product(_sinusoids(self.context + 1, seen.shape[-1]), self.position))
         of_content, of_position = (query + bias for bias in self.biases)
         scores = jnp.einsum("tbhd,sbhd->tbhs", of_content, key)
         by_distance = jnp.einsum("tbhd,chd->tbhc", of_position, position)

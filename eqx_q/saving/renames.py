@@ -42,6 +42,10 @@ NEW: dict[str, Fields] = {
     "eqx_q.types:Rollout": {"weight": None},
     "eqx_q.nets.network:FromModule": {"num_values": 1},
     "eqx_q.nets.layers:MaxPool": {"padding": "SAME"},
+    "eqx_q.agents.pqn:PQN": {"precision": "float32"},
+    "eqx_q.agents.offline:DQN": {"precision": "float32"},
+    "eqx_q.agents.offline:CQL": {"precision": "float32"},
+    "eqx_q.agents.offline:BC": {"precision": "float32"},
 }
 
 
