@@ -1,7 +1,7 @@
 """Counts what training launches on a GPU, without one: kernels and library calls.
 
 Small agents on a GPU are bound by launches, not by arithmetic. XLA's compiler for an H200 needs no
-device (see `drivers/gpu.py`). Counted are the operations of the optimised program: of one update,
+device (see `drivers/h200.py`). Counted are the operations of the optimised program: of one update,
 and of one environment step and one gradient step in it, ours and a peer's. Needs
 `pip install -e ".[all,cuda]"`.
 

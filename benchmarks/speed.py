@@ -158,11 +158,17 @@ def _select(config: Any, name: str) -> Any:
     return config
 
 
-def drive(python: str, driver: str, request: dict[str, Any], seed: int) -> dict[str, Any]:
+def drive(
+    python: str,
+    driver: str,
+    request: dict[str, Any],
+    seed: int,
+    timeout: float | None = None,
+) -> dict[str, Any]:
     """Runs a driver in its own process; its last line of output is the result."""
     script = ROOT / "benchmarks" / "drivers" / f"{driver}.py"
     command = [python, "-W", "ignore", str(script), json.dumps({**request, "seed": seed})]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=timeout)
     if process.returncode:
         sys.exit(f"error: {driver} failed with the message above: {python} {script.name}")
     return json.loads(process.stdout.splitlines()[-1])

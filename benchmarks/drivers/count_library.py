@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import equinox as eqx
-import gpu  # before JAX
+import h200  # before JAX
 import hlo
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def compiled(fn: Any, agent: Any, *arguments: Any) -> Any:
     def of_arrays(arrays: Any, *arguments: Any) -> Any:
         return eqx.filter(fn(eqx.combine(arrays, rest), *arguments), eqx.is_array)
 
-    return gpu.compile_for_gpu(of_arrays, arrays, *arguments)
+    return h200.compile_for_gpu(of_arrays, arrays, *arguments)
 
 
 def recorded(agent: Any, num_lanes: int) -> Any:

@@ -6,7 +6,7 @@ The argument is JSON: see `purejaxql_program`, and `num_seeds`.
 import json
 import sys
 
-import gpu  # before JAX
+import h200  # before JAX
 import hlo
 import jax
 import purejaxql_program
@@ -14,7 +14,7 @@ import purejaxql_program
 request = json.loads(sys.argv[1])
 train, config = purejaxql_program.make(request)
 keys = jax.random.split(jax.random.PRNGKey(request["seed"]), request["num_seeds"])
-compiled = gpu.compile_for_gpu(*((train, keys[0]) if len(keys) == 1 else (jax.vmap(train), keys)))
+compiled = h200.compile_for_gpu(*((train, keys[0]) if len(keys) == 1 else (jax.vmap(train), keys)))
 updates = [
     loop
     for loop in hlo.read(compiled.as_text()).everywhere()
