@@ -70,7 +70,7 @@ class Population(Agent):
     @property
     def learns_from(self) -> Rollouts | Batches:
         """See `Agent`; the same for every member."""
-        return self.members.learns_from
+        return eqx.filter_eval_shape(self.member, 0).learns_from
 
     @property
     def learnt(self) -> Count:

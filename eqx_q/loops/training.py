@@ -1,7 +1,6 @@
 """The training loop: one compiled program over an agent and an environment."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
 
@@ -11,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from ..agents import Agent, Rollouts, decide
+from ..agents import Agent, decide
 from ..errors import UsageError
 from ..sharding import Lay, Placement, place_on
 from ..types import Count, Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.host import own_errors
-from .packing import Packed
+from .collecting import Position, collect, joined, rollouts_of, shares
 from .running import Boundaries, Callback, Metrics, number, run
 from .source import (
     AbstractRunState,
@@ -75,7 +74,7 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
     **Raises:** `UsageError` if the agent learns offline, or if its spaces differ from the
     environment's.
     """
-    rollouts = _rollouts(agent)
+    rollouts = rollouts_of(agent)
     check_fits(agent, env, "create the agent with env.{}")
     memory = agent.initial_memory(env.num_envs)
     reset_key, key = jax.random.split(key)
@@ -92,19 +91,10 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
     )
 
 
-def _rollouts(agent: Agent) -> Rollouts:
-    """The rollouts that the agent learns from. Raises `UsageError` if it learns offline."""
-    if not isinstance(agent.learns_from, Rollouts):
-        raise UsageError(
-            "this agent learns from data, not from environments: use eqx_q.train_offline, or "
-            "an agent that learns online (eqx_q.PQN)"
-        )
-    return agent.learns_from
-
-
 def check_lanes(place: Placement, agent: Agent, env: Env) -> None:
     """Raises `UsageError` if the lanes do not divide over devices, lane groups or minibatches."""
-    _rollouts(agent).num_items(env.num_envs // (agent.num_members or 1))
+    rollouts_of(agent).num_items(env.num_envs // (agent.num_members or 1))
+    shares(agent, len(env.parts))
     if env.on_host and env.num_devices != place.num_devices:
         raise UsageError(
             f"this environment lives outside JAX and was made for {env.num_devices} devices, not "
@@ -131,9 +121,10 @@ class Lanes(AbstractSource[RunState]):
 
     def draw(self, state: RunState, key: PRNGKeyArray) -> tuple[Rollout, PyTree]:
         """A rollout with its burn-in; then the end state, the rollout alone, the next burn-in."""
-        after, rollout, burn_in = _collect(state, self.env, key)
+        position = Position(state.env_state, state.timestep, state.memory)
+        after, rollout, burn_in = collect(state.agent, self.env, position, key)
         before = state.burn_in
-        return _joined(before, rollout) if before else rollout, (after, rollout, burn_in)
+        return joined(before, rollout) if before else rollout, (after, rollout, burn_in)
 
     def follow(
         self, state: RunState, drawn: PyTree, metrics: ByName
@@ -168,59 +159,6 @@ def advance(
     step; for environments outside JAX, `restarts` of failed lanes.
     """
     return advance_from(Lanes(env), run_state, num_updates)
-
-
-def _collect(
-    run_state: RunState, env: Env, key: PRNGKeyArray
-) -> tuple[tuple[PyTree, TimeStep, Memory], Rollout, Rollout | None]:
-    """Collects a rollout; returns the end state with memory, the rollout and the next burn-in."""
-    agent = run_state.agent
-    rollouts = _rollouts(agent)
-    length, overlap = rollouts.length, rollouts.burn_in
-
-    def step(carry, inputs):
-        env_state, obs, memory, kept, record = carry
-        index, (act_key, env_key) = inputs
-        if overlap:
-            starts = index == length - overlap
-            kept = jax.tree.map(lambda new, old: jnp.where(starts, new, old), memory, kept)
-        timestep, _ = record.at(index).tree
-        timestep = dataclasses.replace(timestep, obs=obs)
-        decision = decide(agent, timestep, memory, key=act_key)
-        env_state, timestep = env.step(env_state.tree, decision.action, env_key)
-        env_state, row = pack(env_state), pack((timestep, (decision.action, decision.value)))
-        record = record.write(index + 1, row)
-        return (env_state, timestep.obs, decision.memory, kept, record), None
-
-    pack = functools.partial(Packed.of, num_lanes=env.num_envs)
-    memory, timestep = run_state.memory, run_state.timestep
-    decision = jax.eval_shape(lambda: decide(agent, timestep, memory, key=key))
-    none_yet = (jnp.zeros(x.shape, x.dtype) for x in (decision.action, decision.value))
-    # A row is a timestep, with the decision that led to it.
-    row = pack((timestep, tuple(none_yet)))
-    record = row.blank(length + 1).write(0, row)
-    carry = (pack(run_state.env_state), timestep.obs, memory, memory if overlap else None, record)
-    keys = jax.vmap(jax.random.split)(jax.random.split(key, length))
-    carry, _ = jax.lax.scan(step, carry, (jnp.arange(length), keys))
-    env_state, _, memory_after, kept, record = carry
-    timesteps, decisions = record.tree
-    actions, values = jax.tree.map(lambda x: x[1:], decisions)
-    burn_in = None
-    if overlap:
-        last = slice(length - overlap, length)
-        some = jax.tree.map(lambda x: x[last], Rollout(timesteps, actions, None, values))
-        burn_in = dataclasses.replace(some, memory=kept)
-    rollout = Rollout(timesteps, actions, memory, values)
-    return (env_state.tree, record.at(length).tree[0], memory_after), rollout, burn_in
-
-
-def _joined(before: Rollout, after: Rollout) -> Rollout:
-    """Joins two rollouts; the first has no last timestep, since the second starts with it."""
-    timesteps, actions, values = (
-        jax.tree.map(lambda *x: jnp.concatenate(x), getattr(before, name), getattr(after, name))
-        for name in ("timesteps", "actions", "values")
-    )
-    return Rollout(timesteps, actions, before.memory, values)
 
 
 def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:

@@ -94,6 +94,28 @@ class Env(eqx.Module):
         Actions are from `action_space`: integers of any type, or `float32` for a `Box`.
         """
 
+    @property
+    def parts(self) -> tuple["Env", ...]:
+        """Environments with the lanes of this one, in order, that can be stepped in turns.
+
+        If there are several, `state` is the tuple of theirs.
+        """
+        return (self,)
+
+    def send(
+        self, state: PyTree, action: Shaped[Array, "N *M_and_action"], key: PRNGKeyArray
+    ) -> PyTree:
+        """Begins a step that `recv` ends. What is computed in between need not wait for it."""
+        return self.step(state, action, key)
+
+    def recv(self, sent: PyTree, after: PyTree = None) -> tuple[PyTree, TimeStep]:
+        """Ends a step.
+
+        **Arguments:** `sent`: from `send`; `after`: that of another environment of `parts`, whose
+        step is to begin before this one ends.
+        """
+        return sent
+
     @abc.abstractmethod
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> "Env":
         """Makes another environment of the same kind, which shares no mutable state with this one.

@@ -1,5 +1,6 @@
 """EnvPool: Atari and many others, in C++ threads (envpool.readthedocs.io)."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -96,8 +97,9 @@ class Pool:
         limit = self.envpool.config["max_episode_steps"]
         self.max_episode_steps = None if limit in _NO_LIMIT else int(limit)
         if self.in_xla:
-            self.step: Any
-            self.handle, _, _, self.step = self.envpool.xla()
+            self.send: Any
+            self.recv: Any
+            self.handle, self.recv, self.send, _ = self.envpool.xla()
 
     def open(self) -> "Pool":
         """Returns itself. Raises `UsageError` after `close`."""
@@ -108,7 +110,7 @@ class Pool:
     def close(self) -> None:
         """Frees the environments."""
         jax.effects_barrier()  # no step may be running
-        self.envpool = self.step = None
+        self.envpool = self.send = self.recv = None
 
     def told(self, action: AnyArray) -> AnyArray:
         """Actions, clipped to their bounds, in EnvPool's type and shape."""
@@ -217,11 +219,20 @@ class EnvpoolEnv(Env):
     def step(
         self, state: PoolState, action: Shaped[Array, "N *action"], key: PRNGKeyArray
     ) -> tuple[PoolState, TimeStep]:
-        # EnvPool resets in the step after an episode ended.
+        return self.recv(self.send(state, action, key))
+
+    def send(
+        self, state: PoolState, action: Shaped[Array, "N *action"], key: PRNGKeyArray
+    ) -> PoolState:
         pool = self.pool.open()
-        token, (obs, reward, terminated, truncated, info) = pool.step(
-            state.token, pool.told(action)
-        )
+        return dataclasses.replace(state, token=pool.send(state.token, pool.told(action)))
+
+    def recv(self, sent: PoolState, after: PoolState | None = None) -> tuple[PoolState, TimeStep]:
+        # EnvPool resets in the step after an episode ended.
+        pool, state = self.pool.open(), sent
+        # EnvPool does not read the token; what it depends on is computed before.
+        token = state.token if after is None else state.token ^ after.token
+        token, (obs, reward, terminated, truncated, info) = pool.recv(token)
         first, before = state.ended, state.episode
         # If a game ends in the very step of its time limit, EnvPool reports that it is truncated,
         # and often only that.
@@ -249,6 +260,80 @@ class EnvpoolEnv(Env):
 
     def _see(self, obs: Any) -> Observation:
         return spaces.cast(self.observation_space, self.pool.see(obs))
+
+
+class DoubleBuffered(Env):
+    """Two pools, each with half of the lanes: while one is stepped, the agent acts in the other.
+
+    Lane by lane it is like one pool, since every lane keeps its seed.
+
+    **Attributes:** `halves`: of the lanes.
+    """
+
+    halves: tuple[EnvpoolEnv, EnvpoolEnv]
+    observation_space: Space = eqx.field(static=True)
+    action_space: Leaf = eqx.field(static=True)
+    num_envs: int = eqx.field(static=True)
+    num_agents: None = eqx.field(static=True)
+    on_host: bool = eqx.field(static=True)
+    max_episode_steps: int | None = eqx.field(static=True)
+
+    def __init__(self, first: EnvpoolEnv, second: EnvpoolEnv):
+        self.halves = first, second
+        self.observation_space = first.observation_space
+        self.action_space = first.action_space
+        self.num_envs = first.num_envs + second.num_envs
+        self.num_agents = None
+        self.on_host = True
+        self.max_episode_steps = first.max_episode_steps
+
+    @property
+    def parts(self) -> tuple[Env, ...]:
+        return self.halves
+
+    @property
+    def recording(self) -> Recording:
+        """See `Env`; the same for both."""
+        return self.halves[0].recording
+
+    def reset(self, key: PRNGKeyArray) -> tuple[tuple[PoolState, ...], TimeStep]:
+        return _joined(half.reset(key) for half in self.halves)
+
+    def step(
+        self,
+        state: tuple[PoolState, PoolState],
+        action: Shaped[Array, "N *action"],
+        key: PRNGKeyArray,
+    ) -> tuple[tuple[PoolState, ...], TimeStep]:
+        actions = jnp.split(action, 2)
+        sent = [
+            half.send(state, action, key)
+            for half, state, action in zip(self.halves, state, actions, strict=True)
+        ]
+        others = reversed(sent)
+        ended = zip(self.halves, sent, others, strict=True)
+        return _joined(half.recv(own, after) for half, own, after in ended)
+
+    def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
+        """See `Env`; the new environment is a single pool."""
+        return self.halves[0].replicate(num_envs, seed=seed, **options)
+
+    def render(
+        self, state: tuple[PoolState, PoolState], lane: int = 0
+    ) -> UInt8[np.ndarray, "height width 3"] | None:
+        which, lane = divmod(lane, self.halves[0].num_envs)
+        return self.halves[which].render(state[which], lane)
+
+    def close(self) -> None:
+        for half in self.halves:
+            half.close()
+
+
+def _joined(
+    halves: Iterable[tuple[PoolState, TimeStep]],
+) -> tuple[tuple[PoolState, ...], TimeStep]:
+    states, timesteps = zip(*halves, strict=True)
+    return states, jax.tree.map(lambda *x: jnp.concatenate(x), *timesteps)
 
 
 class PoolHost(Host):
@@ -308,8 +393,14 @@ def accepts(source: Any) -> bool:
 
 
 def make(
-    source: str, num_envs: int, *, seed: int = 0, leave_out: Iterable[str] = (), **options: Any
-) -> EnvpoolEnv | HostEnv:
+    source: str,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    leave_out: Iterable[str] = (),
+    double_buffered: bool = False,
+    **options: Any,
+) -> EnvpoolEnv | DoubleBuffered | HostEnv:
     """Makes a pool.
 
     **Arguments:**
@@ -318,11 +409,26 @@ def make(
     - `num_envs`: lanes.
     - `seed`: of the environments.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
+    - `double_buffered`: two pools with half of the lanes each, of which one is stepped while the
+        agent acts in the other.
     - `options`: EnvPool's own: `max_episode_steps`, `num_threads`, `frame_skip` and more; for Atari
         `episodic_life`, `reward_clip`, `repeat_action_probability`, `noop_max`, `stack_num`.
     """
-    pool = Pool(source, num_envs, seed, tuple(leave_out), options)
-    return EnvpoolEnv(pool) if pool.in_xla else HostEnv(PoolHost(pool))
+    if not double_buffered:
+        pool = Pool(source, num_envs, seed, tuple(leave_out), options)
+        return EnvpoolEnv(pool) if pool.in_xla else HostEnv(PoolHost(pool))
+    if num_envs % 2:
+        raise UsageError(f"double_buffered needs an even number of lanes, not num_envs={num_envs}")
+    half = num_envs // 2
+    first, second = (
+        Pool(source, half, seed + before, tuple(leave_out), options) for before in (0, half)
+    )
+    if not first.in_xla:
+        raise UsageError(
+            f"'{source}' has 64-bit numbers, so Python steps it, which cannot overlap with acting: "
+            "leave out double_buffered"
+        )
+    return DoubleBuffered(EnvpoolEnv(first), EnvpoolEnv(second))
 
 
 def _spec(name: str) -> Any:

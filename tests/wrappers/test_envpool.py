@@ -1,6 +1,9 @@
 """EnvPool under the contract, against the same pool stepped without XLA."""
 
+import dataclasses
+
 import envpool
+import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,10 @@ import numpy as np
 import pytest
 from rollouts import play, roll
 
+import eqx_q
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import UsageError
+from eqx_q.loops.training import Lanes, advance, start
 from eqx_q.wrappers.host import HostEnv
 
 LIVES = {
@@ -242,3 +247,71 @@ def test_options_of_the_emulator_reach_it():
     assert replica.pool.envpool.config["seed"] == 4
     for one in (env, replica):
         one.close()
+
+
+def collected(memory, num_seeds=None, **options):
+    """The run state after some updates of an agent that learns nothing, and its last rollout."""
+    env = wrappers.make("envpool/Breakout-v5", 4, seed=11, **LIVES, **options)
+    spaces = env.observation_space, env.action_space
+    network = {"network": "nature_cnn", "network_options": {"hidden_sizes": [8], "memory": memory}}
+    given = {"learning_rate": 0.0, "epsilon_start": 0.0, "epsilon_end": 0.0}
+    given |= {"burn_in": 2 if memory == "gru" else 0}
+    given |= {"rollout_length": 6, "num_minibatches": 1, "num_epochs": 1}
+    create = lambda key: eqx_q.PQN.create(*spaces, key=key, **network, **given)  # noqa: E731
+    key = jax.random.key(0)
+    if num_seeds is None:
+        agent = create(key)
+    else:
+        agent = eqx_q.Population(eqx.filter_vmap(create)(jax.random.split(key, num_seeds)))
+    state = start(agent, env, key=key)
+    state, _ = eqx.filter_jit(advance)(state, env, 2)
+    rollout, _ = eqx.filter_jit(Lanes(env).draw)(state, key)
+    env.close()
+    return state, rollout
+
+
+@pytest.mark.parametrize(("memory", "num_seeds"), [("gru", None), ("none", 2)])
+def test_two_buffers_equal_one(memory, num_seeds):
+    """Lane by lane, for an agent that acts greedily; with memory it warms it up, too."""
+    one, two = (collected(memory, num_seeds, double_buffered=choice) for choice in (False, True))
+    for x, y in zip(one, two, strict=True):
+        x, y = (eqx.filter(tree, eqx.is_array) for tree in (x, y))
+        if hasattr(x, "env_state"):  # of which there are two
+            halves = [x.env_state, y.env_state]
+            x, y = (dataclasses.replace(tree, env_state=None) for tree in (x, y))
+            episode = jax.tree.map(lambda *x: jnp.concatenate(x), *(h.episode for h in halves[1]))
+            assert eqx.tree_equal(episode, halves[0].episode)
+        same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)  # noqa: E731
+        x, y = (jax.tree.map(_as_numbers, tree) for tree in (x, y))
+        jax.tree.map(same, x, y)
+    assert one[1].timesteps.obs.any() and np.unique(one[1].actions).size > 1
+
+
+def _as_numbers(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def test_two_buffers_under_the_contract():
+    one, two = (
+        wrappers.make("envpool/Pong-v5", 4, seed=3, double_buffered=choice, num_threads=1)
+        for choice in (False, True)
+    )
+    for x, y in zip(play(one, 0, 3), play(two, 0, 3), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, x, y)
+    assert [half.num_envs for half in two.parts] == [2, 2] and one.parts == (one,)
+    assert two.replicate(3, seed=1).num_envs == 3
+    assert two.recording == one.recording
+    picture = two.render(two.reset(jax.random.key(0))[0], lane=3)
+    assert picture.shape == (210, 160, 3)
+    two.close()
+    with pytest.raises(UsageError, match="closed"):
+        two.reset(jax.random.key(0))
+
+
+def test_two_buffers_that_cannot_be():
+    with pytest.raises(UsageError, match="even number of lanes"):
+        wrappers.make("envpool/Pong-v5", 3, double_buffered=True)
+    with pytest.raises(UsageError, match="leave out double_buffered"):
+        wrappers.make("envpool/Hopper-v4", 2, double_buffered=True)
+    with pytest.raises(UsageError, match="num_seeds"):
+        collected("none", 1, double_buffered=True)
