@@ -242,6 +242,7 @@ def speed_table(results: list[dict[str, Any]]) -> str:
             speed = f"{run['steps_per_second']:,.0f}"
             costs = [f"{run['compile_seconds']:.1f} s", f"{run['peak_memory_mb']:,.0f} MB"]
             rest = _ratio_and_split(result) if name == "eqx_q" else ["", "", ""]
+            name = f"eqx_q, {result['earlier_commit'][:7]}" if name == "earlier" else name
             rows.append([result["case"], name, speed, *costs, *rest])
     head = ["case", "", "steps/s", "compiling", "peak memory", "ratio", "of matmul ceiling"]
     return _table([*head, " / ".join(_PARTS)], rows)

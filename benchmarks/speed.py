@@ -10,10 +10,15 @@ A peer is given by its checkout and a Python that runs its scripts:
   python benchmarks/speed.py cartpole --peer purejaxql=DIR --peer-python DIR/.venv/bin/python
   python benchmarks/speed.py cleanrl_cartpole --peer cleanrl=DIR --peer-python DIR/.venv/bin/python
   python benchmarks/speed.py minatar num_seeds=10 --out seeds.json
+
+An earlier version of the library runs beside them, if a checkout of it is given:
+
+  python benchmarks/speed.py minatar --earlier DIR
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -164,22 +169,49 @@ def drive(
     request: dict[str, Any],
     seed: int,
     timeout: float | None = None,
+    checkout: Path = ROOT,
 ) -> dict[str, Any]:
     """Runs a driver in its own process; its last line of output is the result."""
-    script = ROOT / "benchmarks" / "drivers" / f"{driver}.py"
+    script = checkout / "benchmarks" / "drivers" / f"{driver}.py"
     command = [python, "-W", "ignore", str(script), json.dumps({**request, "seed": seed})]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=timeout)
+    process = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=checkout,
+        env=_environment(checkout),
+        timeout=timeout,
+    )
     if process.returncode:
         sys.exit(f"error: {driver} failed with the message above: {python} {script.name}")
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def _environment(checkout: Path) -> dict[str, str]:
+    """The environment of a process that imports the library of a checkout."""
+    if checkout == ROOT:
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": str(checkout)}
+
+
+def earlier_configuration(checkout: Path, overrides: list[str], total_steps: int) -> dict[str, Any]:
+    """`configuration` as an earlier version composes it, whose keys may differ."""
+    program = (
+        "import json, sys; sys.path.insert(0, 'benchmarks'); from speed import configuration; "
+        "print(json.dumps(configuration(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", program, json.dumps([overrides, total_steps])]
+    options: dict[str, Any] = {"cwd": checkout, "env": _environment(checkout), "text": True}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, **options)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(contestants: dict[str, tuple], repetitions: int) -> dict[str, list[dict[str, Any]]]:
     """Runs all in turn, several times."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for repetition in range(repetitions):
-        for name, (python, driver, request) in contestants.items():
-            run = drive(python, driver, request, seed=repetition)
+        for name, (python, driver, request, *checkout) in contestants.items():
+            run = drive(python, driver, request, repetition, None, *checkout)
             run["steps_per_second"] = run["env_steps"] / run["seconds"]
             runs[name].append(run)
             costs = f"{run['compile_seconds']:6.1f} s compiling {run['peak_memory_mb']:6.0f} MB"
@@ -237,6 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--peer-python", default=sys.executable, help="the Python that runs the peer"
     )
+    parser.add_argument("--earlier", type=Path, help="a checkout of an earlier version")
     parser.add_argument("--repetitions", type=int, default=5, help="pairs of runs (default: 5)")
     parser.add_argument("--total-steps", type=int, help="steps of each run (default: by case)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_CASE.json")
@@ -247,7 +280,7 @@ def main() -> None:
 
     if LOAD > 0.5:
         print(f"warning: the machine is busy (load {LOAD:.1f}): these figures will be unreliable")
-    contestants = {"eqx_q": (sys.executable, "run_library", {"config": config})}
+    contestants: dict[str, tuple] = {"eqx_q": (sys.executable, "run_library", {"config": config})}
     result: dict[str, Any] = {"case": args.case, "peer": None}
     if args.peer:
         name, _, path = args.peer.partition("=")
@@ -258,6 +291,12 @@ def main() -> None:
             parser.error(f"{name} is not given {', '.join(unknown)}: leave it out, or --peer")
         contestants[name] = (args.peer_python, f"run_{name}", peer_request(case, config, path))
         result |= {"peer": name, "peer_commit": commit(Path(path))}
+    if args.earlier:
+        checkout = args.earlier.resolve()
+        overrides = case.overrides + args.override
+        request = {"config": earlier_configuration(checkout, overrides, total_steps)}
+        contestants["earlier"] = (sys.executable, "run_library", request, checkout)
+        result["earlier_commit"] = commit(checkout)
     for name, overrides in case.beside.items():
         beside = configuration(overrides + args.override, total_steps)
         contestants[name] = (sys.executable, "run_library", {"config": beside})
@@ -265,11 +304,13 @@ def main() -> None:
     runs = compare(contestants, args.repetitions)
     result["contestants"] = {name: summarise(each) for name, each in runs.items()}
     result["ratio"] = ratios(runs["eqx_q"], runs[case.peer]) if args.peer else None
+    if args.earlier:
+        result["ratio_to_earlier"] = ratios(runs["eqx_q"], runs["earlier"])
     if config["num_seeds"] == 1:
         print("where the time goes ...", flush=True)
         measured = drive(sys.executable, "measure_split", {"config": config}, seed=0)
         result["split"] = split(measured, result["contestants"]["eqx_q"]["steps_per_second"])
-    for name in ("ratio", "split"):
+    for name in ("ratio", "ratio_to_earlier", "split"):
         print(f"{name}: {json.dumps(result.get(name), indent=1)}")
     write(args.out or RESULTS / f"speed_{args.case}.json", result)
 

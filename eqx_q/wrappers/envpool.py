@@ -315,8 +315,13 @@ class DoubleBuffered(Env):
         return _joined(half.recv(own, after) for half, own, after in ended)
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
-        """See `Env`; the new environment is a single pool."""
-        return self.halves[0].replicate(num_envs, seed=seed, **options)
+        """See `Env`; the new environment is a single pool if its lanes are odd in number."""
+        double_buffered = options.pop("double_buffered", num_envs % 2 == 0)
+        if not double_buffered:
+            return self.halves[0].replicate(num_envs, seed=seed, **options)
+        half = _half(num_envs)
+        first = self.halves[0].replicate(half, seed=seed, **options)
+        return DoubleBuffered(first, first.replicate(half, seed=seed + half))
 
     def render(
         self, state: tuple[PoolState, PoolState], lane: int = 0
@@ -417,18 +422,21 @@ def make(
     if not double_buffered:
         pool = Pool(source, num_envs, seed, tuple(leave_out), options)
         return EnvpoolEnv(pool) if pool.in_xla else HostEnv(PoolHost(pool))
-    if num_envs % 2:
-        raise UsageError(f"double_buffered needs an even number of lanes, not num_envs={num_envs}")
-    half = num_envs // 2
-    first, second = (
-        Pool(source, half, seed + before, tuple(leave_out), options) for before in (0, half)
-    )
-    if not first.in_xla:
+    half = _half(num_envs)
+    pool = Pool(source, half, seed, tuple(leave_out), options)
+    if not pool.in_xla:
         raise UsageError(
             f"'{source}' has 64-bit numbers, so Python steps it, which cannot overlap with acting: "
             "leave out double_buffered"
         )
-    return DoubleBuffered(EnvpoolEnv(first), EnvpoolEnv(second))
+    first = EnvpoolEnv(pool)
+    return DoubleBuffered(first, first.replicate(half, seed=seed + half))
+
+
+def _half(num_envs: int) -> int:
+    if num_envs % 2:
+        raise UsageError(f"double_buffered needs an even number of lanes, not num_envs={num_envs}")
+    return num_envs // 2
 
 
 def _spec(name: str) -> Any:

@@ -115,3 +115,8 @@ def test_the_library_alone_end_to_end(tmp_path):
     assert result["split"]["matmul_ceiling_fraction"] > 0
     assert str(tmp_path.parent) not in result["command"]
     assert result["machine"]["cores"] >= 1 and result["versions"]["jax"]
+
+
+def test_an_earlier_version_composes_its_own_configuration():
+    config = speed.configuration(["env=cartpole", "num_envs=8"], 1000)
+    assert speed.earlier_configuration(speed.ROOT, ["env=cartpole", "num_envs=8"], 1000) == config

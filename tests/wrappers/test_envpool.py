@@ -300,6 +300,10 @@ def test_two_buffers_under_the_contract():
         jax.tree.map(np.testing.assert_array_equal, x, y)
     assert [half.num_envs for half in two.parts] == [2, 2] and one.parts == (one,)
     assert two.replicate(3, seed=1).num_envs == 3
+    again, other = two.replicate(4, seed=3), two.replicate(4, seed=3, double_buffered=False)
+    for x, y in zip(play(again, 0, 1), play(other, 0, 1), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, x, y)
+    assert len(again.parts) == 2 and len(other.parts) == 1
     assert two.recording == one.recording
     picture = two.render(two.reset(jax.random.key(0))[0], lane=3)
     assert picture.shape == (210, 160, 3)
