@@ -391,3 +391,10 @@ def test_the_first_burn_in_never_happened():
 def assert_close(a, b):
     for x, y in zip(parameters(a), parameters(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_of_the_old_kind_train_alike():
+    env = Guess(8)
+    keys = jax.random.key(1), jax.random.PRNGKey(1)
+    new, old = (eqx_q.train(make_agent(env), env, total_steps=128, key=key)[0] for key in keys)
+    assert_same(new, old)

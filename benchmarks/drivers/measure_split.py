@@ -1,7 +1,7 @@
 """Measures the split of an update's time, and the time of its matrix products alone.
 
 The argument is JSON: `config` (as `scripts/train.py` composes it) and `seed`. All times are
-seconds per update; matrix products are timed alone, in a compiled scan as in training.
+seconds per update; matrix products are timed alone in float32, in a compiled scan as in training.
 """
 
 import json

@@ -50,8 +50,8 @@ def collect(
     one part, the step of another is under way.
     """
     length, overlap = rollouts_of(agent).length, rollouts_of(agent).burn_in
-    envs, number = env.parts, len(env.parts)
-    agents = shares(agent, number)
+    envs, agents = _parts(env, agent)
+    number = len(envs)
 
     def pack(index: int, tree: PyTree) -> Packed:
         return Packed.of(tree, envs[index].num_envs)
@@ -105,7 +105,7 @@ def collect(
 
     parts = packed([begin(index) for index in range(number)])
     keys = jax.vmap(jax.random.split)(jax.random.split(key, length * number))
-    turns = jnp.arange(length), keys.reshape(length, number, 2)
+    turns = jnp.arange(length), keys.reshape(length, number, *keys.shape[1:])
     if number > 1:  # nothing is under way in the first turn
         parts, _ = turn(parts, jax.tree.map(lambda x: x[0], turns), under_way=False)
         turns = jax.tree.map(lambda x: x[1:], turns)
@@ -134,17 +134,18 @@ def collect(
     return after, rollout, burn_in
 
 
-def shares(agent: Agent, number: int) -> list[Agent]:
-    """The agents of equal parts of the lanes: of a population, each some of its members."""
-    if number == 1 or agent.num_members is None:
-        return [agent] * number
-    if agent.num_members % number:
-        raise UsageError(
-            f"the lanes of {agent.num_members} agents do not come in {number} equal parts: set "
-            "env.double_buffered=false, or num_seeds to an even number"
-        )
+def _parts(env: Env, agent: Agent) -> tuple[tuple[Env, ...], list[Agent]]:
+    """Parts of the environment, with the agent of each: of a population, some of its members.
+
+    If the members cannot be shared evenly, the environment is stepped as a whole.
+    """
+    number = len(env.parts)
+    if agent.num_members is None:
+        return env.parts, [agent] * number
+    if number == 1 or agent.num_members % number:
+        return (env,), [agent]
     members = np.split(np.arange(agent.num_members), number)
-    return [cast(Population, agent).select(some) for some in members]
+    return env.parts, [cast(Population, agent).select(some) for some in members]
 
 
 def joined(before: Rollout, after: Rollout) -> Rollout:

@@ -16,7 +16,7 @@ from ..sharding import Lay, Placement, place_on
 from ..types import Count, Memory, Rollout, Scalar, TimeStep
 from ..wrappers import Env
 from ..wrappers.host import own_errors
-from .collecting import Position, collect, joined, rollouts_of, shares
+from .collecting import Position, collect, joined, rollouts_of
 from .running import Boundaries, Callback, Metrics, number, run
 from .source import (
     AbstractRunState,
@@ -94,7 +94,6 @@ def start(agent: Agent, env: Env, *, key: PRNGKeyArray) -> RunState:
 def check_lanes(place: Placement, agent: Agent, env: Env) -> None:
     """Raises `UsageError` if the lanes do not divide over devices, lane groups or minibatches."""
     rollouts_of(agent).num_items(env.num_envs // (agent.num_members or 1))
-    shares(agent, len(env.parts))
     if env.on_host and env.num_devices != place.num_devices:
         raise UsageError(
             f"this environment lives outside JAX and was made for {env.num_devices} devices, not "

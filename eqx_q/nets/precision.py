@@ -1,11 +1,12 @@
 """Precision of a network's products.
 
 In `bfloat16`, the operands of products with weights are rounded to bfloat16, forwards and
-backwards. Results are accumulated and kept in float32, and so is everything else: parameters,
-normalisation, attention weights, optimiser and targets.
+backwards. Results are accumulated and kept in float32 (those of convolutions by `lax.conv` are
+rounded), and so is everything else: parameters, normalisation, attention, optimiser and targets.
 
 The setting is JAX's own (`jax.default_matmul_precision`), since compiled programs are told apart by
-it. By itself it changes products on TPUs alone, so layers of other people stay as they are.
+it. On CPUs and GPUs it does not change products of other people's layers by itself; on a GPU, they
+lose a higher precision that was set.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from jaxtyping import Array, Float
 from ..errors import UnknownNameError
 from .platforms import by_platform
 
-# By name: JAX's setting. In float32 it stays as the user set it; on a GPU its default is
-# TensorFloat-32, which rounds operands to 10 bits after the point.
+# By name: JAX's setting. In float32 it stays as the user set it (also if that is "bfloat16"); on a
+# GPU its default is TensorFloat-32, which rounds operands to 10 bits after the point.
 PRECISIONS: dict[str, str | None] = {"float32": None, "bfloat16": "bfloat16"}
 
 Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # to sum over, of both operands

@@ -111,8 +111,8 @@ class Env(eqx.Module):
     def recv(self, sent: PyTree, after: PyTree = None) -> tuple[PyTree, TimeStep]:
         """Ends a step.
 
-        **Arguments:** `sent`: from `send`; `after`: that of another environment of `parts`, whose
-        step is to begin before this one ends.
+        **Arguments:** `sent`: from `send`; `after`: what another environment of `parts` sent last,
+        or its state: what this depends on is computed before this step ends.
         """
         return sent
 

@@ -265,7 +265,9 @@ class EnvpoolEnv(Env):
 class DoubleBuffered(Env):
     """Two pools, each with half of the lanes: while one is stepped, the agent acts in the other.
 
-    Lane by lane it is like one pool, since every lane keeps its seed.
+    Lane by lane it is like one pool, since every lane keeps its seed. Each pool has its own
+    threads. Wrapped in another environment (several devices, exact resumes, parts of observations),
+    it works, but acting waits for both halves.
 
     **Attributes:** `halves`: of the lanes.
     """
@@ -316,10 +318,9 @@ class DoubleBuffered(Env):
 
     def replicate(self, num_envs: int, *, seed: int = 0, **options: Any) -> Env:
         """See `Env`; the new environment is a single pool if its lanes are odd in number."""
-        double_buffered = options.pop("double_buffered", num_envs % 2 == 0)
-        if not double_buffered:
+        if not options.pop("double_buffered", True) or num_envs % 2:
             return self.halves[0].replicate(num_envs, seed=seed, **options)
-        half = _half(num_envs)
+        half = num_envs // 2
         first = self.halves[0].replicate(half, seed=seed, **options)
         return DoubleBuffered(first, first.replicate(half, seed=seed + half))
 
@@ -415,14 +416,14 @@ def make(
     - `seed`: of the environments.
     - `leave_out`: entries of `Dict` observations, by path, that the agent does not see.
     - `double_buffered`: two pools with half of the lanes each, of which one is stepped while the
-        agent acts in the other.
+        agent acts in the other. An odd number of lanes stays in one pool.
     - `options`: EnvPool's own: `max_episode_steps`, `num_threads`, `frame_skip` and more; for Atari
         `episodic_life`, `reward_clip`, `repeat_action_probability`, `noop_max`, `stack_num`.
     """
-    if not double_buffered:
+    if not double_buffered or num_envs % 2:
         pool = Pool(source, num_envs, seed, tuple(leave_out), options)
         return EnvpoolEnv(pool) if pool.in_xla else HostEnv(PoolHost(pool))
-    half = _half(num_envs)
+    half = num_envs // 2
     pool = Pool(source, half, seed, tuple(leave_out), options)
     if not pool.in_xla:
         raise UsageError(
@@ -431,12 +432,6 @@ def make(
         )
     first = EnvpoolEnv(pool)
     return DoubleBuffered(first, first.replicate(half, seed=seed + half))
-
-
-def _half(num_envs: int) -> int:
-    if num_envs % 2:
-        raise UsageError(f"double_buffered needs an even number of lanes, not num_envs={num_envs}")
-    return num_envs // 2
 
 
 def _spec(name: str) -> Any:

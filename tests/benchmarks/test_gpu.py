@@ -2,14 +2,17 @@
 
 import json
 import sys
+import time
 
 import gpu
 import profile_library
 import pytest
+import record
 
 
 def run(monkeypatch, tmp_path, *arguments):
     """Runs the command; returns the steps of its results."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     out = tmp_path / "gpu.json"
     given = ["--tiny", "--out", str(out), "--runs", str(tmp_path / "runs"), *arguments]
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *given])
@@ -27,27 +30,68 @@ def test_a_training_is_run_and_read(monkeypatch, tmp_path):
     assert found["evaluations"] == []  # they are off
 
 
+def test_every_step_asks_for_what_there_is(monkeypatch, tmp_path):
+    """In both sizes: configurations compose, and options of trainings are known."""
+    asked = []
+
+    def drive(python, driver, request, seed, timeout):
+        assert (gpu.ROOT / "benchmarks" / "drivers" / f"{driver}.py").exists()
+        asked.append(request.get("config"))
+        found = {"env_steps": 10, "seconds": 1.0, "seen_per_update": 5.0}
+        found |= dict.fromkeys(("compile_seconds", "peak_device_memory_mb", "device"))
+        parts = ("environment_seconds", "environment_and_acting_seconds", "env_steps_per_update")
+        return found | dict.fromkeys(("matmul_flops", "matmul_seconds", *parts), 1.0)
+
+    def training(name, overrides, limits):
+        asked.append(record.compose(overrides))
+        return {"status": "done", "steps_per_second": 1.0, "evaluations": [(5, 2.0, 20.5)]}
+
+    monkeypatch.setattr(gpu, "drive", drive)
+    monkeypatch.setattr(gpu, "training", training)
+    monkeypatch.setattr(gpu, "play", lambda *_: None)
+    monkeypatch.setattr(gpu.eqx_q, "load", lambda _: 1.0)
+    for tiny in (False, True):
+        limits = gpu.Limits(tiny, tmp_path, deadline=time.monotonic() + 60)
+        found = {name: step.measure(limits) for name, step in gpu.STEPS.items()}
+        assert all(map(gpu.is_whole, found.values())) and found["pong"]["seconds_to_20"] == 2.0
+    for config in filter(None, asked):
+        batch = config["num_envs"] * config["agent"]["rollout_length"]
+        assert batch % config["agent"]["num_minibatches"] == 0
+
+
 def test_a_step_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
     def broken(limits):
         raise RuntimeError("no such game")
 
+    def good(limits):
+        return {"x": next(times)}
+
     times = iter(range(10))
-    monkeypatch.setattr(gpu, "STEPS", {"broken": broken, "good": lambda _: {"x": next(times)}})
+    monkeypatch.setattr(gpu, "STEPS", {"broken": gpu.Step(broken), "good": gpu.Step(good)})
     for _ in range(2):  # only what failed is tried again
         with pytest.raises(SystemExit, match="without a result: broken"):
             run(monkeypatch, tmp_path)
     found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert found["broken"]["error"] == "no such game" and found["good"]["x"] == 0
     assert run(monkeypatch, tmp_path, "good")["good"]["x"] == 1
+    monkeypatch.setattr(gpu, "STEPS", {"good": gpu.Step(broken)})
+    with pytest.raises(SystemExit, match="without a result: good"):
+        run(monkeypatch, tmp_path, "good")
+    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert found["good"]["x"] == 1 and "error" in found["good"]  # what was found is kept
+    monkeypatch.setattr(gpu, "STEPS", {"broken": gpu.Step(broken), "good": gpu.Step(good)})
+    with pytest.raises(SystemExit, match="without a result: broken"):
+        run(monkeypatch, tmp_path)
     monkeypatch.setattr(gpu, "commit", lambda _: "another")
     with pytest.raises(SystemExit, match="broken"):
         run(monkeypatch, tmp_path)
-    assert next(times) == 3
+    assert next(times) == 4
 
 
 def test_a_training_that_was_cut_is_continued(monkeypatch, tmp_path):
     status = iter(["stopped", "done"])
-    monkeypatch.setattr(gpu, "STEPS", {"long": lambda _: {"seeds": {"status": next(status)}}})
+    step = gpu.Step(lambda _: {"seeds": {"status": next(status)}})
+    monkeypatch.setattr(gpu, "STEPS", {"long": step})
     with pytest.raises(SystemExit, match="without a result: long"):
         run(monkeypatch, tmp_path)
     assert run(monkeypatch, tmp_path)["long"]["seeds"] == {"status": "done"}
@@ -55,7 +99,7 @@ def test_a_training_that_was_cut_is_continued(monkeypatch, tmp_path):
 
 
 def test_without_time_nothing_is_begun(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "STEPS", {"never": lambda _: pytest.fail("it began")})
+    monkeypatch.setattr(gpu, "STEPS", {"never": gpu.Step(lambda _: pytest.fail("it began"))})
     with pytest.raises(SystemExit, match="without a result: never"):
         run(monkeypatch, tmp_path, "--minutes", "0")
 
@@ -74,6 +118,7 @@ def test_the_time_to_an_evaluation_goes_on_after_a_resume():
         {"train_seconds": 3.0, "env_steps": 20},
         {"train_seconds": 0.5, "env_steps": 30, "eval/return": [2.0, 4.0]},  # a resume
         {"train_seconds": 1.5, "env_steps": 40, "eval/return": None},
+        {"train_seconds": None, "env_steps": 40},  # it was killed after its last checkpoint
     ]
     assert gpu.course(lines) == (4.5, [(10, 2.0, 1.0), (30, 3.5, 3.0)])
 
