@@ -4,12 +4,13 @@ The argument is JSON: `config` (as `scripts/train.py` composes it) and `program`
 and learning), `"rollout"` (learning from a recorded rollout) or `"batch"` (from transitions).
 """
 
+import h200  # isort: split
+
 import json
 import sys
 from typing import Any
 
 import equinox as eqx
-import h200  # before JAX
 import hlo
 import jax
 import jax.numpy as jnp
