@@ -97,9 +97,12 @@ class JsonlTracker(Tracker):
 
 def _finite(array: Any) -> Any:
     array = np.asarray(array)
-    if not np.isfinite(array).all():
-        array = np.where(np.isfinite(array), array.astype(object), None)
-    return array.tolist()
+    is_finite = np.isfinite(array)
+    if is_finite.all():
+        return array.tolist()
+    values = array.astype(object)
+    values[~is_finite] = None
+    return values.tolist()
 
 
 def read_metrics(path: str | os.PathLike, until: int = 0) -> Iterator[dict[str, Any]]:
