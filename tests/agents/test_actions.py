@@ -191,7 +191,7 @@ def model_of(space, value):
     """Without a network: values are given."""
     nowhere = of_observations(spaces.Box(-1, 1, (1,)))
     network = FromModule(lambda x: x, value.num_outputs)
-    return Model(network, Independent(), value, actions_of(space), nowhere)
+    return Model(network, Independent(), value, actions_of(space), nowhere, "float32")
 
 
 VALUES = [Scalar(), HLGauss(7, -3.0, 5.0), Quantile(4)]
