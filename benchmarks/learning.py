@@ -2,7 +2,8 @@
 
 Each run is `python scripts/train.py` with the default configuration, in its own directory under
 --runs: finished runs are skipped, interrupted ones continue. The result is rewritten after every
-run, with final training and greedy returns per seed, their curves, and the return of random play.
+run, with final training and greedy returns per seed, their curves, and the return of random play;
+what it holds of other environments stays.
 
   python benchmarks/learning.py classic --seeds 5
   python benchmarks/learning.py minatar --seeds 5 --only Breakout total_steps=1_000_000
@@ -57,6 +58,10 @@ _HL_GAUSS = [
     "agent.value.v_max=20",
     "agent.value.sigma=2",
     "agent.network_options.head=dueling",
+]
+_MULTI_SKIP = [
+    "agent.network_options.torso=multi_skip",
+    "agent.network_options.torso_options={size:128,num_blocks:3}",
 ]
 _MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 SUITES = {
@@ -128,7 +133,30 @@ SUITES = {
         [
             ["env=minatar", f"env.name={game}-MinAtar", "total_steps=5_000_000", *options]
             for game in _MINATAR
-            for options in ([], _HL_GAUSS)
+            for options in ([], _HL_GAUSS, _MULTI_SKIP, [*_HL_GAUSS, *_MULTI_SKIP])
+        ]
+    ),
+    "precision": Suite(
+        [
+            [*task, *options]
+            for task in (
+                ["env=cartpole"],
+                ["env=minatar", "env.name=Breakout-MinAtar", "total_steps=5_000_000"],
+                ["agent=pqn_vdn", "env=smax", "tuned=smax_small", "total_steps=1_000_000"],
+                ["env=craftax_classic", "total_steps=1_000_000"],
+            )
+            for options in ([], ["agent.precision=bfloat16"])
+        ]
+    ),
+    "transformer": Suite(
+        [
+            ["agent=pqn_rnn", *task, *memory]
+            for task in (
+                ["env=memory_chain", "total_steps=300_000"],
+                ["env=minigrid", "env.name=MiniGrid-MemoryS7-v0", "tuned=minigrid_memory"],
+                ["env=craftax_classic", "total_steps=3_000_000"],
+            )
+            for memory in ([], ["agent.network_options.memory=gtrxl"])
         ]
     ),
     "exploration": Suite(
@@ -144,6 +172,7 @@ SUITES = {
         ]
     ),
     "atari-pong": _atari("Pong"),
+    "atari-breakout": _atari("Breakout"),
     "atari-5": _atari("Pong", "Breakout", "SpaceInvaders", "BeamRider", "MsPacman"),
 }
 
@@ -318,14 +347,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/learning_SUITE.json")
     parser.add_argument("--collect", action="store_true", help="write results without training")
     args = parser.parse_intermixed_args()
-    suite, environments = SUITES[args.suite], {}
-    for task in suite.tasks:
-        overrides = [*task, *args.override]
-        config = compose(overrides)
-        name = task_name(suite, task, config)
+    suite = SUITES[args.suite]
+    out = args.out or RESULTS / f"learning_{args.suite}.json"
+    environments = json.loads(out.read_text())["environments"] if out.exists() else {}
+    configs = [(task, compose([*task, *args.override])) for task in suite.tasks]
+    names = [task_name(suite, task, config) for task, config in configs]
+    for name, (task, config) in zip(names, configs, strict=True):
         if args.only and args.only not in name:
             continue
+        overrides = [*task, *args.override]
         runs = args.runs.resolve() / re.sub(r"[^\w/.-]+", "_", name)
+        if args.collect and not any(runs.glob("seed*/metrics.jsonl")):
+            continue
         results = environments[name] = {
             "overrides": overrides,
             "total_steps": config["total_steps"],
@@ -348,8 +381,8 @@ def main() -> None:
                     evaluate(directory, protocol, args.episodes)
             if (directory / "metrics.jsonl").exists():
                 results["seeds"] += collect(directory, suite.score)
-            out = args.out or RESULTS / f"learning_{args.suite}.json"
-            write(out, {"suite": args.suite, "environments": environments})
+            kept = {name: environments[name] for name in names if name in environments}
+            write(out, {"suite": args.suite, "environments": kept})
 
 
 if __name__ == "__main__":

@@ -210,6 +210,37 @@ def _on_the_way(environment: dict[str, Any], digits: int) -> str:
     return f"at {at / 1e6:g} M: {', '.join(f'{value:,.{digits}f}' for value in nearest)}"
 
 
+def variants_table(result: dict[str, Any]) -> str | None:
+    """What options give over several environments: scores relative to an environment's first row.
+
+    `None` unless several environments were trained with the same options, with several seeds each
+    and positive scores.
+    """
+    variants: dict[str, list[np.ndarray]] = {}
+    for _, rows in itertools.groupby(
+        ((*name.split(" "), x["seeds"]) for name, x in result["environments"].items()),
+        key=lambda row: row[0],
+    ):
+        rows = list(rows)
+        shared = set.intersection(*(set(options) for _, *options, _ in rows))
+        scores = [_column(seeds, "training_return")[:, 0] for *_, seeds in rows]
+        for (_, *options, _), of_row in zip(rows, scores, strict=True):
+            name = " ".join(option for option in options if option not in shared)
+            variants.setdefault(name, []).append(of_row / scores[0].mean())
+        if len(rows) == 1 or min(map(len, scores)) == 1 or scores[0].mean() <= 0:
+            return None
+    numbers = {len(scores) for scores in variants.values()}
+    if len(numbers) > 1 or numbers <= {0, 1}:
+        return None
+    table = []
+    for name, scores in variants.items():
+        fewest = min(map(len, scores))
+        together = np.stack([of_one[:fewest] for of_one in scores], axis=1)
+        each = ", ".join(f"{of_one.mean():.2f}" for of_one in scores)
+        table.append([name or "as it is", estimate(together, 2), each])
+    return _table(["options", "training, relative to the first row", "each environment"], table)
+
+
 def _steps(done: int, planned: int) -> str:
     """Steps in millions, with the total if the run is not finished."""
     rest = f" of {planned / 1e6:.3g}" if done < planned else ""
@@ -404,10 +435,12 @@ def memory_line(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], references: dict[str, Any], path: Path) -> None:
     """Plots training and greedy returns: seeds as thin lines, means thick, peers dashed."""
     environments = {name: e for name, e in result["environments"].items() if e["seeds"]}
-    figure, axes = plt.subplots(
-        1, len(environments), figsize=(3.2 * len(environments), 2.6), squeeze=False
-    )
-    for axis, (name, environment) in zip(axes[0], environments.items(), strict=True):
+    columns = min(5, len(environments))
+    rows = -(-len(environments) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(environments) :]:
+        axis.axis("off")
+    for axis, (name, environment) in zip(axes.flat, environments.items(), strict=False):
         for kind, color in (("training", "tab:blue"), ("greedy", "tab:orange")):
             curves = [np.array(seed[f"{kind}_curve"]) for seed in environment["seeds"]]
             curves = [curve for curve in curves if len(curve)]
@@ -525,6 +558,7 @@ def report(results: Path, into: Path) -> str:
         picture = pictures / f"{name}.png"
         draw(result, references, picture)
         parts += [f"## Learning: {result['suite']}", learning_table(result, references)]
+        parts += [table] if (table := variants_table(result)) else []
         parts += [table] if (table := atari_table(result)) else []
         parts += [f"![{name}]({os.path.relpath(picture, into.parent)})", _origin(result)]
     for name, result in read.items():

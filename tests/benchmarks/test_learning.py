@@ -1,4 +1,5 @@
 import json
+import sys
 
 import learning
 import numpy as np
@@ -7,7 +8,7 @@ from record import compose
 
 
 def _run(directory, rows, **summary):
-    directory.mkdir()
+    directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if summary:
         (directory / "summary.json").write_text(json.dumps(summary))
@@ -119,3 +120,19 @@ def test_names_tell_tasks_of_one_environment_apart():
     assert learning.task_name(minatar, minatar.tasks[0], config) == "gymnax/X"
     hidden = "gymnax/X agent=pqn_rnn +env.observe=[0,2]"
     assert learning.task_name(memory, memory.tasks[4], config) == hidden
+
+
+def test_results_of_environments_that_are_not_trained_stay(tmp_path, monkeypatch):
+    out, runs = tmp_path / "out.json", tmp_path / "runs"
+    arguments = ["classic", "--collect", "--runs", str(runs), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *arguments])
+    monkeypatch.setattr(learning, "random_return", lambda config, path: 0.0)
+    row = {"env_steps": 10, "episode_return": -80.0, "episodes": 4}
+    _run(runs / "gymnax" / "Acrobot-v1" / "seed_0", [row], status="done")
+    stays = {"seeds": [], "total_steps": 7}
+    out.write_text(json.dumps({"environments": {"gymnax/CartPole-v1": stays, "gone": stays}}))
+    learning.main()
+    found = json.loads(out.read_text())["environments"]
+    assert list(found) == ["gymnax/CartPole-v1", "gymnax/Acrobot-v1"]
+    assert found["gymnax/CartPole-v1"] == stays
+    assert found["gymnax/Acrobot-v1"]["seeds"][0]["training_return"] == -80.0

@@ -82,6 +82,20 @@ def test_runs_of_one_environment_are_compared_seed_by_seed():
     assert second.split("|")[column].strip() == "**+3.0** [+3.0, +3.0]"
 
 
+def test_options_are_compared_over_environments():
+    result = _learning("a/X", [_seed(value) for value in (1.0, 2.0, 3.0)])
+    of = result["environments"]
+    of["a/X head=dueling"] = {"seeds": [_seed(value) for value in (4.0, 4.0, 4.0)]}
+    assert report.variants_table(result) is None  # one environment
+    of["a/Y agent=team"] = {"seeds": [_seed(value) for value in (10.0, 10.0)]}
+    of["a/Y agent=team head=dueling"] = {"seeds": [_seed(value) for value in (30.0, 30.0)]}
+    _, _, first, second = report.variants_table(result).splitlines()
+    assert first.endswith("| 1.00, 1.00 |") and first.startswith("| as it is | **")
+    assert second == "| head=dueling | **2.50** [2.50, 2.50] | 2.00, 3.00 |"
+    of["a/Y agent=team"]["seeds"] = [_seed(value) for value in (-10.0, -10.0)]
+    assert report.variants_table(result) is None  # no scale
+
+
 def test_the_report_replaces_itself_between_the_markers(tmp_path):
     seeds = [_seed(v, protocols={"sticky": v}) for v in (10.0, 11.0, 12.0)]
     result = _learning("envpool/Pong-v5", seeds)
