@@ -151,12 +151,18 @@ SUITES = {
     "transformer": Suite(
         [
             ["agent=pqn_rnn", *task, *memory]
-            for task in (
-                ["env=memory_chain", "total_steps=300_000"],
-                ["env=minigrid", "env.name=MiniGrid-MemoryS7-v0", "tuned=minigrid_memory"],
-                ["env=craftax_classic", "total_steps=3_000_000"],
+            for task, context in (
+                (["env=memory_chain", "total_steps=300_000"], 128),  # 100 steps are to be recalled
+                (["env=minigrid", "env.name=MiniGrid-MemoryS7-v0", "tuned=minigrid_memory"], 64),
+                (["env=craftax_classic", "total_steps=3_000_000"], 64),
             )
-            for memory in ([], ["agent.network_options.memory=gtrxl"])
+            for memory in (
+                [],
+                [
+                    "agent.network_options.memory=gtrxl",
+                    f"agent.network_options.memory_options={{context:{context}}}",
+                ],
+            )
         ]
     ),
     "exploration": Suite(
