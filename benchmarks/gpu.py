@@ -36,6 +36,13 @@ import eqx_q
 _MINATAR = ["env=minatar", "env.name=Breakout-MinAtar"]
 _PONG = ["env=atari", "env.name=Pong-v5"]
 _SOLVED = 20.0  # Pong
+_LOOPS_TOO = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+_GRAPHS = {
+    "default": "",
+    "without": "--xla_gpu_enable_command_buffer=",
+    "with loops": _LOOPS_TOO,
+    "with loops, unrolled": f"{_LOOPS_TOO} --xla_gpu_command_buffer_unroll_loops=true",
+}
 _GRACE = 60.0  # seconds for a training to save when it is told to stop
 
 
@@ -221,6 +228,20 @@ def launches(limits: Limits) -> dict[str, Any]:
     return found
 
 
+def graphs(limits: Limits) -> dict[str, Any]:
+    """CartPole with loops of gradient steps as CUDA graphs, launched as one, beside the default."""
+    steps = 4096 if limits.tiny else 1_000_000
+    found: dict[str, Any] = {}
+    given = os.environ.get("XLA_FLAGS", "")
+    for name, flags in _GRAPHS.items():
+        os.environ["XLA_FLAGS"] = f"{given} {flags}"
+        try:
+            found[name] = timed(["env=cartpole"], steps, limits)
+        finally:
+            os.environ["XLA_FLAGS"] = given
+    return found
+
+
 def bfloat16(limits: Limits) -> dict[str, Any]:
     """MinAtar's Breakout with products in bfloat16, beside the default."""
     return _precisions([*_MINATAR, *_small(limits)], 64 if limits.tiny else 4_000_000, limits)
@@ -296,6 +317,7 @@ STEPS = {
         Step(cql),
         Step(cartpole),
         Step(launches),
+        Step(graphs),
         Step(bfloat16_gamma_hadamax),
         Step(bfloat16_atari),
         Step(bfloat16),

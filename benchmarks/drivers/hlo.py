@@ -89,8 +89,9 @@ def _loop(computations: dict[str, list[str]], name: str, trips: int | None) -> L
         if kind == "while":
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             inner = _loop(computations, _called(line, "body"), int(known[1]) if known else None)
-            condition = _loop(computations, _called(line, "condition"), inner.trips)
-            inner = inner._replace(launches=inner.launches + condition.launches)
+            if inner.trips is None:  # else XLA counts the trips itself
+                condition = _loop(computations, _called(line, "condition"), None)
+                inner = inner._replace(launches=inner.launches + condition.launches)
             loops.append(inner)
             times = inner.trips or 1
             launches += [each._replace(times=times * each.times) for each in inner.launches]
@@ -135,5 +136,5 @@ def counts(update: Loop, rollout_length: int, num_minibatches: int) -> dict[str,
     return {
         "update": update.total,
         **{name: loop.total for name, loop in found.items()},
-        "kernels": {name: loop.table() for name, loop in found.items()},
+        "kernels": {name: loop.table() for name, loop in (found or {"update": update}).items()},
     }

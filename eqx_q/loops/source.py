@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ..agents import Agent
@@ -74,11 +75,6 @@ class UpdateMetrics(NamedTuple):
         wide = {name: x for name, x in metrics.items() if x.ndim > axes}
         return cls(means, sums, wide | samples)
 
-    def then(self, new: "UpdateMetrics") -> "UpdateMetrics":
-        """Metrics of these updates and the next one."""
-        means, sums = jax.tree.map(jnp.add, (self.means, self.sums), (new.means, new.sums))
-        return UpdateMetrics(means, sums, new.samples)
-
     def averaged(self, num_updates: int | Int[Array, ""]) -> ByName:
         """The metrics after `num_updates` updates."""
         count = jnp.maximum(num_updates, 1)
@@ -113,15 +109,17 @@ def advance_from(
         return eqx.filter(state, eqx.is_array), told
 
     _, shapes = jax.eval_shape(update, arrays)
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    means, sums, samples = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    totals, unravel = ravel_pytree((means, sums))  # one vector: each array takes a kernel to add
 
     def body(_, carry):
-        arrays, totals = carry
+        arrays, totals, _ = carry
         arrays, told = update(arrays)
-        return arrays, totals.then(told)
+        return arrays, totals + ravel_pytree((told.means, told.sums))[0], told.samples
 
-    arrays, totals = jax.lax.fori_loop(0, num_updates, body, (arrays, totals))
-    return eqx.combine(arrays, rest), totals.averaged(num_updates)
+    arrays, totals, samples = jax.lax.fori_loop(0, num_updates, body, (arrays, totals, samples))
+    metrics = UpdateMetrics(*unravel(totals), samples).averaged(num_updates)
+    return eqx.combine(arrays, rest), metrics
 
 
 def next_update(

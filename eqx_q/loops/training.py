@@ -164,15 +164,12 @@ def _measure(rollout: Rollout) -> dict[str, dict[str, Array]]:
     """Environment metrics of a rollout: `sums` to add up, `samples` to keep the last of."""
     episode = jax.tree.map(lambda x: x[1:], rollout.timesteps.episode)
 
-    def over_ended(x):
-        return jnp.sum(jnp.where(episode.ended, x, 0), dtype=jnp.float32)
-
-    sums = {
-        "episodes": over_ended(1),
-        "episode_return": over_ended(episode.returns),
-        "episode_length": over_ended(episode.length),
-    }
-    sums |= {f"episode_{name}": over_ended(x) for name, x in episode.metrics.items()}
+    of_episodes = {"return": episode.returns, "length": episode.length, **episode.metrics}
+    # By one reduction: there may be many, and each takes a kernel.
+    stacked = jnp.stack([jnp.ones_like(episode.returns), *of_episodes.values()], dtype=jnp.float32)
+    totals = jnp.sum(jnp.where(episode.ended, stacked, 0.0), axis=range(1, stacked.ndim))
+    names = ["episodes", *(f"episode_{name}" for name in of_episodes)]
+    sums = dict(zip(names, totals, strict=True))
     samples = {} if rollout.values is None else {"q_values": rollout.values[-1].reshape(-1)}
     return {"sums": sums, "samples": samples}
 
