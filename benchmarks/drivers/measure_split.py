@@ -1,7 +1,8 @@
 """Measures the split of an update's time, and the time of its matrix products alone.
 
-The argument is JSON: `config` (as `scripts/train.py` composes it) and `seed`. All times are
-seconds per update; matrix products are timed alone in float32, in a compiled scan as in training.
+The argument is JSON: `config` (as `scripts/train.py` composes it), `seed` and, if wanted, the
+`steps` to measure the environment with. All times are seconds per update; matrix products are timed
+alone in float32, in a compiled scan as in training.
 """
 
 import json
@@ -120,7 +121,7 @@ def seconds_of(products: list[tuple[Product, int]], times: int) -> float:
     return median_seconds(rounds, operands)
 
 
-def measure(config) -> dict[str, float]:
+def measure(config, env_steps: int = 20_000) -> dict[str, float]:
     env = make_env(config, config["num_envs"])
     agent = make_agent(config, env)
     lanes, length = env.num_envs, agent.rollout_length
@@ -134,7 +135,7 @@ def measure(config) -> dict[str, float]:
     else:
         forward = forward_products(agent, lanes * length // num_minibatches)
     learning = learning_products(forward)
-    num_updates = max(1, 20_000 // (lanes * length))
+    num_updates = max(1, env_steps // (lanes * length))
 
     def steps(act):
         @eqx.filter_jit
@@ -174,4 +175,5 @@ def measure(config) -> dict[str, float]:
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    print(json.dumps(measure({**request["config"], "seed": request["seed"]})))
+    config = {**request["config"], "seed": request["seed"]}
+    print(json.dumps(measure(config, request.get("steps", 20_000))))
