@@ -40,7 +40,7 @@ from .types import (
     TimeStep,
     Transitions,
 )
-from .wrappers import Env, make
+from .wrappers import Env, env_ids, make, register
 
 __all__ = [
     "BC",
@@ -63,6 +63,7 @@ __all__ = [
     "agents",
     "callbacks",
     "data",
+    "env_ids",
     "evaluate",
     "evolution",
     "export",
@@ -70,6 +71,7 @@ __all__ = [
     "make",
     "nets",
     "policy",
+    "register",
     "returns",
     "save",
     "start",

@@ -128,7 +128,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         try:
             _check_launcher()
             _check_kinds(config)
-            _import_own(config.get("imports") or [])
+            _import_own(config)
             return function(config)
         except UsageError as error:
             if not is_sweep():
@@ -463,9 +463,10 @@ def _check_launcher() -> None:
         raise UsageError(f"hydra/launcher={launcher} starts the runs of a sweep: add -m")
 
 
-def _import_own(modules: Iterable[str]) -> None:
+def _import_own(config: DictConfig) -> None:
     """Imports modules named on the command line, which configurations and agents may need."""
-    for module in modules:
+    of_env = OmegaConf.select(config, "env.import")
+    for module in [*(config.get("imports") or []), *([of_env] if of_env else [])]:
         try:
             importlib.import_module(module)
         except ImportError as error:

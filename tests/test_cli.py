@@ -21,6 +21,7 @@ from eqx_q.loops import callbacks
 from eqx_q.run import make_agent, make_env, provenance
 from eqx_q.run.making import emulator_seed
 from eqx_q.saving.checkpoint import checkpoints, load, save, save_checkpoint
+from eqx_q.wrappers import custom
 from eqx_q.wrappers.host import closing
 from eqx_q.wrappers.registry import SUITES
 
@@ -429,6 +430,29 @@ def test_what_an_environment_in_python_says_is_one_line(script, tmp_path):
     with closing(make_env(config, 1)) as env:
         save(tmp_path / "run" / "agent.eqx", make_agent(config, env))
     check(*script("evaluate", "run=run", "episodes=2"))
+
+
+def test_an_environment_of_ones_own_is_trained_in_by_name(script, tmp_path, monkeypatch):
+    (tmp_path / "my_games.py").write_text(
+        "import gymnasium, eqx_q\n"
+        "def cart(limit=9): return gymnasium.make('CartPole-v1', max_episode_steps=limit)\n"
+        "eqx_q.register('mine/Cart', cart)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(custom, "_registered", {})
+    options = ["env=custom", "env.name=mine/Cart", "+env.limit=7", "total_steps=128"]
+    status, _, err = script("train", *SMALL, *QUIET, *options)
+    assert status == 1 and "unknown environment of your own 'mine/Cart': known are none" in err
+    options += ["env.import=my_games", "hydra.run.dir=run"]
+    assert script("train", *SMALL, *QUIET, *options)[0] == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["episode_length"] == 7
+    del sys.modules["my_games"]
+    custom._registered.clear()
+    status, _, err = script("evaluate", "run=run", "episodes=2")
+    assert status == 1 and "(in scripts: +imports=[my_games])" in err
+    assert script("evaluate", "run=run", "episodes=2", "+imports=[my_games]")[0] == 0
+    del sys.modules["my_games"]
 
 
 def test_the_versions_of_all_suites_are_told():

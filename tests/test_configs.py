@@ -9,6 +9,7 @@ from typing import Any
 
 import envpool
 import equinox as eqx
+import gymnasium
 import hydra
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from eqx_q.data import Sampling
 from eqx_q.nets.registry import ENCODERS, make_network
 from eqx_q.run import make_agent, make_env
 from eqx_q.run.parts import KINDS
+from eqx_q.wrappers import custom
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SOURCES: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "sources.yaml"))
@@ -54,8 +56,9 @@ PAIRS = {f"{agent}_{env}" for agent in choices("agent") for env in choices("env"
 
 
 @pytest.mark.parametrize(("number", "env"), list(enumerate(choices("env"))))
-def test_agents_and_environments_with_what_is_tuned_for_them(number, env):
+def test_agents_and_environments_with_what_is_tuned_for_them(number, env, monkeypatch):
     """Where nothing is, one agent: its own values are the same in every such environment."""
+    monkeypatch.setitem(custom._registered, "mine/Env", lambda: gymnasium.make("CartPole-v1"))
     agents = choices("agent")
     tuned = {agent for agent in agents if f"{agent}_{env}" in choices("tuned")}
     for agent in tuned | {agents[number % len(agents)]}:

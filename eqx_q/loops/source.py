@@ -118,8 +118,8 @@ def advance_from(
         return arrays, totals + ravel_pytree((told.means, told.sums))[0], told.samples
 
     arrays, totals, samples = jax.lax.fori_loop(0, num_updates, body, (arrays, totals, samples))
-    metrics = UpdateMetrics(*unravel(totals), samples).averaged(num_updates)
-    return eqx.combine(arrays, rest), metrics
+    means, sums = unravel(totals)
+    return eqx.combine(arrays, rest), UpdateMetrics(means, sums, samples).averaged(num_updates)
 
 
 def next_update(

@@ -51,6 +51,12 @@ def make_env(config: Config, num_envs: int, place: Placement = OneDevice()) -> E
     """
     options = given(config["env"])
     suite, name = options.pop("suite"), options.pop("name")
+    module = options.pop("import", None)
+    if module is not None and module not in sys.modules:  # a configuration may be of anybody
+        raise UsageError(
+            f"'{name}' is registered by the module {module}, which is not imported: import it "
+            f"first, if you trust its author (in scripts: +imports=[{module}])"
+        )
     breaks = {option: config.get(key) for key, option in _WHERE_IT_BREAKS.items()}
     options |= given(breaks)
 

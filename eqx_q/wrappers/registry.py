@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from ..errors import MissingExtraError, UnknownNameError, UsageError
+from . import custom
 from .env import Env
 from .guard import Guard
 from .observe import Observe
@@ -52,6 +53,7 @@ SUITES = {
     "jaxmarl": Suite(".jaxmarl", "jaxmarl", "multi-agent"),
     "pettingzoo": Suite(".pettingzoo", "pettingzoo", "multi-agent", True, True, _TEAM),
     "gymnasium": Suite(".gymnasium", "gymnasium", None, True, True, ("vectorization",)),
+    "custom": Suite(".custom", "eqx_q", None),
 }
 
 
@@ -71,8 +73,9 @@ def make(
 
     **Arguments:**
 
-    - `source`: `"suite/name"`, or a custom environment: a gymnax environment, a pair of one and its
-        parameters, or a function that returns a `gymnasium.Env` or a PettingZoo environment.
+    - `source`: `"suite/name"`, a name given by `eqx_q.register`, or what can be registered: a
+        gymnax environment, a pair of one and its parameters, or a function that returns a
+        `gymnasium.Env`, a PettingZoo environment or, from `num_envs`, an `Env`.
     - `num_envs`: lanes.
     - `seed`: of emulators and Python environments. JAX-native ones use the key of `reset`.
     - `leave_out`: entries of `Dict` observations that the agent does not see, by path:
@@ -109,14 +112,10 @@ def make(
 def _suite_of(source: Any, options: dict[str, Any]) -> tuple[str, Any]:
     """The suite that can make an environment from `source`, and the source to pass to it."""
     if isinstance(source, str):
-        suite, slash, name = source.partition("/")
-        if not slash:
-            raise UsageError(
-                f"'{source}' has no suite: write 'suite/name', for example 'gymnax/CartPole-v1'"
-            )
-        if suite not in SUITES:
-            raise UnknownNameError("suite", suite, SUITES)
-        return suite, name
+        own = custom.find(source.removeprefix("custom/"))
+        if own is None:
+            return _named(source)
+        source = own
     name = _accepting(source, SUITES)
     if name is not None:
         return name, source
@@ -135,6 +134,21 @@ def _suite_of(source: Any, options: dict[str, Any]) -> tuple[str, Any]:
         "(alone or with its parameters), or a function that returns a gymnasium.Env "
         "or a PettingZoo environment"
     )
+
+
+def _named(source: str) -> tuple[str, str]:
+    """The suite and the name in it of `"suite/name"`."""
+    suite, slash, name = source.partition("/")
+    if not slash:
+        raise UsageError(
+            f"'{source}' has no suite: write 'suite/name', for example 'gymnax/CartPole-v1'"
+        )
+    if suite not in SUITES:
+        own = [one for one in custom.ids() if one.startswith(f"{suite}/")]
+        if own:
+            raise UnknownNameError("environment", source, own)
+        raise UnknownNameError("suite", suite, SUITES)
+    return suite, name
 
 
 def _accepting(source: Any, suites: Mapping[str, Suite]) -> str | None:
@@ -169,7 +183,9 @@ class _Called:
 
 
 def env_ids(suite: str) -> list[str]:
-    """The names of a suite's environments, in the form for `make`."""
+    """The names of a suite's environments, or of those registered in a namespace, for `make`."""
+    if own := [name for name in custom.ids() if name.startswith(f"{suite}/")]:
+        return own
     if suite not in SUITES:
         raise UnknownNameError("suite", suite, SUITES)
     return [f"{suite}/{name}" for name in _load(suite).ids()]

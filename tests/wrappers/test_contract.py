@@ -15,6 +15,7 @@ from rollouts import CHUNK, agents, assert_equal, play, roll, traces
 import eqx_q.wrappers as wrappers
 from eqx_q import spaces
 from eqx_q.spaces import factors
+from eqx_q.testing import check_env
 
 
 class Walk(gymnasium.Env):
@@ -121,6 +122,12 @@ def played(env):
     return play(env, 0, CHUNKS)
 
 
+def test_it_keeps_the_contract(case):
+    env = make(case)
+    check_env(env, num_steps=40)
+    env.close()
+
+
 def test_shapes_and_types_are_those_of_the_spaces(env, played):
     actions, timesteps = played
     space, lanes, team = env.observation_space, (STEPS + 1, LANES), agents(env)
@@ -153,22 +160,9 @@ def test_shapes_and_types_are_those_of_the_spaces(env, played):
         assert timesteps.agent_mask[timesteps.first].all()
 
 
-def test_boundaries_step_by_step(env, played):
-    _, timesteps = played
-    assert timesteps.first[0].all()
-    ended = timesteps.ended
-    assert ended.sum() >= 3  # else nothing is tested
-    assert not (timesteps.terminated & timesteps.truncated).any()
-    for lane in range(LANES):
-        for t in range(STEPS + 1):
-            first = timesteps.first[t, lane]
-            assert first == (t == 0 or ended[t - 1, lane])
-            if first:
-                assert timesteps.reward[t, lane] == 0 and not ended[t, lane]
-
-
 def test_the_limit_truncates(env, played):
     _, timesteps = played
+    assert timesteps.ended.sum() >= 3  # else nothing is tested
     limit = env.max_episode_steps
     if limit is not None and limit < STEPS:
         assert timesteps.episode.length.max() == limit
@@ -177,20 +171,6 @@ def test_the_limit_truncates(env, played):
     np.testing.assert_array_equal(
         timesteps.truncated & (timesteps.episode.length < (limit or 12)), False
     )
-
-
-def test_episodes_are_counted_by_hand(played):
-    _, timesteps = played
-    for lane in range(LANES):
-        returns = length = 0
-        for t in range(STEPS + 1):
-            if timesteps.first[t, lane]:
-                returns = length = 0
-            else:
-                returns, length = returns + timesteps.reward[t, lane], length + 1
-            assert timesteps.episode.returns[t, lane] == pytest.approx(returns, abs=1e-5)
-            assert timesteps.episode.length[t, lane] == length
-            assert timesteps.episode.ended[t, lane] == timesteps.ended[t, lane]
 
 
 def test_the_same_seed_gives_the_same_and_another_does_not(case, played):

@@ -7,6 +7,7 @@ from gymnasium.spaces import Box, Discrete, Graph
 
 import eqx_q.wrappers as wrappers
 from eqx_q.errors import MissingExtraError, UsageError
+from eqx_q.wrappers import custom
 
 pytestmark = pytest.mark.quick
 
@@ -127,3 +128,104 @@ def test_what_a_function_hands_out_is_not_closed_on_the_way():
     _, timestep = env.reset(jax.random.key(0))
     np.testing.assert_array_equal(timestep.obs, np.zeros((1, 2)))
     env.close()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(custom, "_registered", {})
+    return custom.register
+
+
+def test_registered_environments_are_made_by_name(registered):
+    cartpole, params = gymnax.make("CartPole-v1")
+    registered("mine/Pair", (cartpole, params.replace(max_steps_in_episode=7)))
+    registered(
+        "mine/Python", lambda limit=11: gymnasium.make("CartPole-v1", max_episode_steps=limit)
+    )
+    registered(
+        "mine/Lanes",
+        lambda num_envs, limit=5: wrappers.make(cartpole, num_envs, max_steps_in_episode=limit),
+    )
+    limits = {"Pair": 7, "Python": 11, "Lanes": 5}
+    for name, limit in limits.items():
+        for full in (f"mine/{name}", f"custom/mine/{name}"):
+            env = wrappers.make(full, 2)
+            assert (env.num_envs, env.max_episode_steps) == (2, limit)
+            env.close()
+    for name in ("Python", "Lanes"):
+        env = wrappers.make(f"mine/{name}", 2, limit=3, observe=[0, 2])
+        assert env.max_episode_steps == 3 and env.observation_space.shape == (2,)
+        env.close()
+    assert wrappers.env_ids("mine") == ["mine/Lanes", "mine/Pair", "mine/Python"]
+    assert "custom/mine/Pair" in wrappers.env_ids("custom")
+    registered("mine/Pair", cartpole)  # again: as in a notebook
+    assert wrappers.make("mine/Pair", 1).max_episode_steps == 500
+
+
+def test_a_seed_goes_to_functions_that_take_one(registered):
+    seeds = []
+
+    def lanes(num_envs, seed):
+        seeds.append(seed)
+        return wrappers.make("gymnax/CartPole-v1", num_envs)
+
+    registered("mine/Lanes", lanes)
+    wrappers.make("mine/Lanes", 1, seed=5)
+    assert seeds == [5]
+
+
+@pytest.mark.parametrize(
+    ("name", "factory", "made", "message"),
+    [
+        ("Maze", dict, None, "'Maze' has no namespace: register 'namespace/Name'"),
+        ("gymnax/Maze", dict, None, "'gymnax' is a suite of eqx_q"),
+        (
+            "mine/Maze",
+            dict,
+            "mine/Mase",
+            "unknown environment 'mine/Mase': the nearest are mine/Maze",
+        ),
+        ("mine/Maze", dict, "custom/Mase", "unknown environment of your own 'Mase'"),
+        ("mine/Maze", 3, "mine/Maze", "cannot make an environment of 3"),
+        ("mine/Maze", lambda num_envs: None, "mine/Maze", "2 lanes, but returned a NoneType"),
+        (
+            "mine/Maze",
+            lambda num_envs: wrappers.make("gymnax/CartPole-v1", 3),
+            "mine/Maze",
+            "with 2 lanes, but returned 3 lanes",
+        ),
+    ],
+)
+def test_bad_registrations_are_told(registered, name, factory, made, message):
+    def both():
+        registered(name, factory)
+        wrappers.make(made, 2)
+
+    with pytest.raises(UsageError) as error:
+        both()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_options_of_registered_functions_are_told(registered):
+    registered("mine/Lanes", lambda num_envs, length=3: None)
+    with pytest.raises(UsageError, match="unknown option 'lenth': the nearest are length"):
+        wrappers.make("mine/Lanes", 2, lenth=4)
+
+
+def test_packages_register_by_entry_points(registered, monkeypatch, tmp_path):
+    package = tmp_path / "mazes-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: mazes\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[eqx_q.environments]\nours/Maze = mazes:make\nours/Gone = mazes:gone\n"
+    )
+    (tmp_path / "mazes.py").write_text(
+        "import gymnasium\ndef make():\n    return gymnasium.make('CartPole-v1')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"ours/Maze", "ours/Gone"} <= set(wrappers.env_ids("ours"))
+    env = wrappers.make("ours/Maze", 1)
+    assert env.max_episode_steps == 500
+    env.close()
+    with pytest.raises(UsageError, match="'ours/Gone' is registered as mazes:gone, which fails"):
+        wrappers.make("ours/Gone", 1)
