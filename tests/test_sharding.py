@@ -63,7 +63,7 @@ def test_shared_lanes_exchange_gradients_and_count_at_once(found):
         restarts = [1] if part == "memory" else []  # whose environment is outside JAX
         assert {(kind, *map(size, shapes)) for kind, *shapes in outside} == {
             ("all-reduce", 1),  # transitions
-            ("all-reduce", 3, *restarts),  # episodes, their returns and lengths
+            ("all-reduce", *restarts, 3),  # episodes, their returns and lengths
         }
     # Parameters and the four metrics of the loss, and the count.
     arrays = found["lanes"]["arrays"]

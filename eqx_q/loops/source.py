@@ -11,8 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..agents import Agent
 from ..errors import UsageError
@@ -109,16 +108,20 @@ def advance_from(
         return eqx.filter(state, eqx.is_array), told
 
     _, shapes = jax.eval_shape(update, arrays)
-    means, sums, samples = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    totals, unravel = ravel_pytree((means, sums))  # one vector: each array takes a kernel to add
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def stacked(told: UpdateMetrics) -> Float[Array, "metrics *S"]:
+        return jnp.stack(jax.tree.leaves((told.means, told.sums)))
 
     def body(_, carry):
         arrays, totals, _ = carry
         arrays, told = update(arrays)
-        return arrays, totals + ravel_pytree((told.means, told.sums))[0], told.samples
+        # In one array, since each takes a kernel to add; its members lie on their devices.
+        return arrays, totals + stacked(told), told.samples
 
-    arrays, totals, samples = jax.lax.fori_loop(0, num_updates, body, (arrays, totals, samples))
-    means, sums = unravel(totals)
+    carry = arrays, stacked(blank), blank.samples
+    arrays, totals, samples = jax.lax.fori_loop(0, num_updates, body, carry)
+    means, sums = jax.tree.unflatten(jax.tree.structure((blank.means, blank.sums)), totals)
     return eqx.combine(arrays, rest), UpdateMetrics(means, sums, samples).averaged(num_updates)
 
 
