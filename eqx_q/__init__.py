@@ -6,6 +6,7 @@ from . import (
     nets,
     policy,
     returns,
+    testing,
     wrappers,
 )
 from .agents import (
@@ -76,6 +77,7 @@ __all__ = [
     "save",
     "start",
     "start_offline",
+    "testing",
     "train",
     "train_offline",
     "wrappers",
